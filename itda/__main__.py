@@ -1,0 +1,8 @@
+"""`python -m itda`."""
+
+import sys
+
+from itda.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Algorithm 1: an iterator of activations in, an ITDA out; one pass, constant memory, resumable."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from itda import checkpoint as checkpoints
+from itda.builder import Builder
+from itda.errors import InputError
+from itda.labels import Batch, Labels
+from itda.model import ITDA
+from itda.progress import Progress, bar
+
+# The settings of the published code (spec A.4.2), for `build(stream, **PAPER)`; its stream has padding and BOS.
+PAPER = {"k": 40, "loss": "cosine", "threshold": 4e-4, "admission": "paper"}
+
+
+def build(
+    stream: Iterable,
+    k: int = 40,
+    *,
+    threshold: float | None = None,
+    n_atoms: int | None = None,
+    loss: str = "relative",
+    admission: str = "sequential",
+    center: bool = False,
+    max_atoms: int | None = None,
+    tokens: int | None = None,
+    chunk_size: int = 4096,
+    progress: bool | Callable[[Progress | None], None] = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    stop: Callable[[], bool] = bool,
+) -> ITDA | dict[str, ITDA]:
+    """Build a dictionary from a stream of activations in one pass (Algorithm 1).
+
+    stream      iterable of `Batch` or (activations, labels), or of activations (tokens, d) alone; or of dicts of them
+                by hook point, which builds several dictionaries at once. `itda.activations` makes one
+    k           pursuit steps
+    threshold   admit a token whose loss exceeds this; 0.2 for "relative", 4e-4 for "cosine" if nothing is given
+    n_atoms     in place of a threshold: the size wished for at the end of the stream, met to 10 % by a threshold that
+                is chosen on a pilot and corrected on the way (`cfg["thresholds"]`); the stream's length must be known
+    loss        "relative" |x - x_hat|^2 / |x|^2; "cosine", the published code's; "squared" |x - x_hat|^2 (eq. 6)
+    admission   "sequential": each token is judged by the dictionary grown from all before it, whatever the batches;
+                "batch": each batch by the dictionary before it; "paper": the published code (see `PAPER`)
+    center      subtract the mean of the first 8192 tokens
+    max_atoms   stop when there are so many
+    tokens      read so many tokens at most
+    chunk_size  tokens pursued together at most; changes memory and speed, never the result
+    progress    True for a bar on the terminal, or a function called with a `Progress` after every batch, None at the end
+    checkpoint  the folder the dictionary will be saved to (with several, the folder of their folders): progress is
+                kept there every `checkpoint_seconds`, and a build that finds some goes on from it, to the same result
+    stop        asked after every batch; when it says True, the checkpoint is written and `KeyboardInterrupt` raised
+
+    The result is a function of the activations, their order and the settings alone. Raises `InputError` for settings
+    out of range, activations that are not finite (naming prompt and position), and streams without tokens.
+    """
+    settings = dict(k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center)
+    settings |= dict(max_atoms=max_atoms, chunk_size=chunk_size)
+    if n_atoms is not None:
+        settings["total"] = _length(stream, tokens)
+    Builder(**settings)  # bad settings are refused before anything is read
+    names, items = _peek(stream)
+    builders = {name: Builder(**settings) for name in names}
+    folders = {} if checkpoint is None else {name: Path(checkpoint) / name for name in names}
+    start = _resume(builders, folders, stream)
+    if start and hasattr(stream, "skip"):
+        stream = stream.skip(start)
+        items = iter(stream)
+    else:
+        items, start = items if items is not None else iter(stream), 0
+    report = progress if callable(progress) else bar() if progress else None
+    _drive(stream, items, builders, folders, start, tokens, report, checkpoint_seconds, stop)
+    provenance = _provenance(stream, names)
+    models = {name: builder.finish(provenance[name]) for name, builder in builders.items()}
+    return models if set(models) != {""} else models[""]
+
+
+def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_seconds, stop) -> None:
+    """Feed the builders from the stream, report, and keep checkpoints."""
+    began = saved = time.monotonic()
+    total = tokens if tokens is not None else getattr(stream, "tokens", None)
+    position = start
+    for item in items:
+        batches = _batches(item, position)
+        size = len(next(iter(batches.values())).activations)
+        if tokens is not None:
+            size = min(size, tokens - position)
+        atoms = sum(map(len, builders.values()))
+        for name, (activations, labels) in batches.items():
+            skipped = max(0, builders[name].read - position)  # a checkpoint of this one may be ahead of the others
+            if skipped < size:
+                builders[name].update(activations[skipped:size], labels[skipped:size])
+        position += size
+        now = time.monotonic()
+        if report:
+            after = sum(map(len, builders.values()))
+            share = (after - atoms) / max(1, size * len(builders))
+            report(Progress(position, total, after, share, now - began, start))
+        stopping = stop()
+        if folders and (stopping or now - saved > checkpoint_seconds):
+            _save(stream, builders, folders)
+            saved = time.monotonic()
+        if stopping:
+            raise KeyboardInterrupt
+        if position == tokens or all(builder.full for builder in builders.values()):
+            break
+    if report:
+        report(None)
+
+
+def _peek(stream: Iterable) -> tuple[list[str], Iterator | None]:
+    """The names of the dictionaries to build ("" for the only one); and the iterator, if it had to be started."""
+    if hasattr(stream, "hook_points"):
+        return [""] if stream.single else list(stream.hook_points), None
+    items = iter(stream)
+    first = next(items, None)
+    if first is None:
+        raise InputError("The stream is empty, so there is nothing to build on: give it some activations.")
+    return list(first) if isinstance(first, Mapping) else [""], itertools.chain([first], items)
+
+
+def _batches(item, position: int) -> dict[str, Batch]:
+    if isinstance(item, Mapping):
+        return {name: _batches(part, position)[""] for name, part in item.items()}
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Labels):
+        return {"": Batch(*item)}
+    return {"": Batch(item, Labels.counted(position, len(item)))}
+
+
+def _length(stream: Iterable, tokens: int | None) -> int | None:
+    """How many tokens will be read, as far as it can be known before reading."""
+    if hasattr(stream, "count_tokens"):
+        known = stream.count_tokens(tokens)
+    elif isinstance(stream, list | tuple):
+        known = sum(len(_batches(item, 0).popitem()[1].activations) for item in stream)
+    else:
+        known = None
+    return min((n for n in (known, tokens) if n is not None), default=None)
+
+
+def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Iterable) -> int:
+    """Restore what checkpoints there are; how many tokens every builder has seen."""
+    identity = _identity(stream, builders)
+    for name, folder in folders.items():
+        checkpoints.restore(builders[name], folder, identity[name])
+    return min(builder.seen for builder in builders.values())
+
+
+def _save(stream: Iterable, builders: dict[str, Builder], folders: dict[str, Path]) -> None:
+    identity = _identity(stream, builders)
+    for name, folder in folders.items():
+        checkpoints.save(builders[name], folder, identity[name])
+
+
+def _identity(stream: Iterable, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What must be equal for a build to go on: provenance, less what changes on the way and between versions."""
+    out = {}
+    for name, provenance in _provenance(stream, names).items():
+        flat = {f"{part}.{key}": v for part in ("model", "stream") for key, v in provenance.get(part, {}).items()}
+        flat |= {key: value for key, value in provenance.items() if key not in ("model", "stream", "versions")}
+        flat.pop("stream.hash", None)
+        out[name] = flat
+    return out
+
+
+def _provenance(stream: Iterable, names: Iterable[str]) -> dict[str, dict]:
+    """What the stream says of itself, per dictionary."""
+    provenance = getattr(stream, "provenance", {})
+    return {name: provenance.get(name, {}) if name else provenance for name in names}

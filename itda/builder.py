@@ -1,0 +1,243 @@
+"""One dictionary being built: what it has seen, and what is still needed before the first token can be judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itda._version import __version__
+from itda.admission import Batched, Sequential
+from itda.errors import InputError
+from itda.labels import Batch, Labels
+from itda.metrics import LOSSES, fvu
+from itda.model import ITDA, Sample
+from itda.threshold import Schedule, pilot, pilot_tokens
+
+MEAN_TOKENS = 8192  # the fixed prefix of the stream on which `center=True` estimates the mean
+SAMPLE_TOKENS = 8192  # tokens kept, evenly spaced, to measure the finished dictionary on
+SAMPLE_BYTES = 64e6
+DEFAULT_THRESHOLD = {"relative": 0.2, "cosine": 4e-4}
+ADMISSIONS = ("sequential", "batch", "paper")
+
+
+class Builder:
+    """One dictionary being built: `update` with batches in stream order, then `finish`.
+
+    Between two calls its state is that of a whole number of batches, which `checkpoint.save` writes and
+    `checkpoint.restore` brings back.
+    """
+
+    def __init__(
+        self,
+        k: int = 40,
+        *,
+        threshold: float | None = None,
+        n_atoms: int | None = None,
+        loss: str = "relative",
+        admission: str = "sequential",
+        center: bool = False,
+        max_atoms: int | None = None,
+        chunk_size: int = 4096,
+        total: int | None = None,
+        max_gram_bytes: float = 4e9,
+    ) -> None:
+        _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size)
+        if n_atoms is not None and total is None:
+            raise InputError("`n_atoms` needs to know how long the stream is: give `tokens`, or a `threshold` instead.")
+        self.settings = dict(k=k, loss=loss, admission=admission, center=bool(center), max_atoms=max_atoms)
+        self.settings |= dict(threshold=threshold, n_atoms=n_atoms)
+        self.chunk_size, self.max_gram_bytes = chunk_size, max_gram_bytes
+        self.total = total
+        self.seen = 0  # tokens judged
+        self.labels: list[Labels] = []
+        self.mean: Tensor | None = None
+        self.dictionary: Sequential | Batched | None = None
+        self.schedule: Schedule | None = None
+        self.sample = SpacedSample()
+        self._head: list[Batch] = []
+        self._head_tokens = 0
+        if n_atoms is None:
+            self.schedule = Schedule([(0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold)])
+
+    @property
+    def full(self) -> bool:
+        """Whether `max_atoms` is reached, so that nothing further can change the dictionary."""
+        return len(self) >= (self.settings["max_atoms"] or math.inf)
+
+    def __len__(self) -> int:
+        return len(self.dictionary) if self.dictionary is not None else 0
+
+    @property
+    def read(self) -> int:
+        """Tokens taken in: judged, or waiting for the mean or the threshold to be known."""
+        return self.seen + self._head_tokens
+
+    def update(self, activations: Tensor, labels: Labels) -> None:
+        """Take the next batch: activations (tokens, d) and one label each."""
+        activations = _checked(activations, labels, self._d())
+        if self._head_wanted():
+            self._head.append(Batch(activations, labels))
+            self._head_tokens += len(activations)
+            if self._head_tokens >= self._head_wanted():
+                self._start()
+        elif len(activations):
+            self._judge(Batch(activations, labels))
+
+    def finish(self, provenance: Mapping[str, Any] | None = None) -> ITDA:
+        """The dictionary of all tokens seen. `provenance` goes into its `cfg` ("model", "stream")."""
+        if self._head:
+            self._start()
+        if self.dictionary is None or not self.seen:
+            raise InputError("The stream held no valid token, so there is nothing to build on: give it more text.")
+        atoms = self.dictionary.gram.atoms.clone()
+        cfg = self.settings | {
+            "threshold": self.schedule.threshold,
+            "thresholds": [list(pair) for pair in self.schedule.history],
+            "n_atoms_wanted": self.settings["n_atoms"],
+            "tokens": self.seen,
+            "settled_share": round((self.dictionary.settled + self.dictionary.replayed) / self.seen, 6),
+            "itda_version": __version__,
+        }
+        cfg.pop("n_atoms")
+        labels = Labels.concat(self.labels)
+        norms, losses = (torch.tensor(v, dtype=torch.float32) for v in (self.dictionary.norms, self.dictionary.losses))
+        model = ITDA(atoms, labels, self.settings["k"], self.mean, norms, losses, cfg | dict(provenance or {}))
+        self._measure(model)
+        return model
+
+    def _measure(self, model: ITDA) -> None:
+        """Put the sample and its FVU into the finished dictionary."""
+        x, labels = self.sample.tokens()
+        codes = model.encode(x)
+        x_hat = model.decode(codes)
+        model.cfg["fvu"] = fvu(x.double(), x_hat.double())
+        model.cfg["sample_tokens"] = len(x)
+        centred = x.float() if model.mean is None else x.float() - model.mean
+        loss = LOSSES[self.settings["loss"]](centred, codes.decode(model.atoms))
+        model.sample = Sample(labels, codes, loss.float())
+
+    def _d(self) -> int | None:
+        if self.dictionary is not None:
+            return self.dictionary.gram.atoms.shape[1]
+        return self._head[0].activations.shape[1] if self._head else None
+
+    def _head_wanted(self) -> int:
+        """How many tokens must be at hand before the first can be judged; 0 once they were."""
+        if self.dictionary is not None:
+            return 0
+        wanted = MEAN_TOKENS if self.settings["center"] else 1
+        return max(wanted, pilot_tokens(self.total)) if self.settings["n_atoms"] else wanted
+
+    def _start(self) -> None:
+        """Estimate the mean, choose the threshold, and judge the tokens that waited for both."""
+        head, self._head, self._head_tokens = self._head, [], 0
+        x = torch.cat([batch.activations for batch in head])
+        if not len(x):
+            return
+        if self.settings["center"]:
+            self.mean = x[:MEAN_TOKENS].double().mean(0).float()
+        if self.settings["n_atoms"]:
+            x = x[: pilot_tokens(self.total)]
+            wish, k, loss = (self.settings[name] for name in ("n_atoms", "k", "loss"))
+            self.schedule = pilot(self._centred(x), wish, max(self.total, 1), k, loss)
+        self.prepare(x.shape[1], x.device)
+        for batch in head:
+            self._judge(batch)
+
+    def prepare(self, d: int, device: torch.device | str) -> None:
+        """Make the empty dictionary."""
+        shared = dict(max_gram_bytes=self.max_gram_bytes)
+        args = (d, self.settings["k"], self.settings["loss"], device)
+        if self.settings["admission"] == "sequential":
+            self.dictionary = Sequential(*args, chunk_size=self.chunk_size, **shared)
+        else:
+            self.dictionary = Batched(*args, paper=self.settings["admission"] == "paper", **shared)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x if self.mean is None else x - self.mean.to(x.device)
+
+    def _judge(self, batch: Batch) -> None:
+        x, seen, admitted = self._centred(batch.activations), self.seen, []
+        start = 0
+        while start < len(x) and not self.full:
+            ahead = self.schedule.until(seen + start)
+            stop = len(x) if ahead is None else min(len(x), start + ahead)
+            room = (self.settings["max_atoms"] or math.inf) - len(self)
+            watch = self.schedule.watch(seen + start, stop - start)
+            rows, losses = self.dictionary.judge(x[start:stop], self.schedule.threshold, room, watch)
+            admitted += [start + row for row in rows]
+            self.schedule.losses += losses.tolist()
+            self.schedule.advance(seen + stop, len(self))
+            start = stop
+        self.sample.add(batch, start, seen)
+        self.labels.append(batch.labels[np.array(admitted, np.int64)])
+        self.seen = seen + start
+
+
+class SpacedSample:
+    """Every `stride`-th token seen, at most `SAMPLE_TOKENS` of them: when they are more, every other one is dropped."""
+
+    def __init__(self) -> None:
+        self.stride = 1
+        self.activations: list[Tensor] = []
+        self.labels: list[Labels] = []
+
+    def add(self, batch: Batch, tokens: int, seen: int) -> None:
+        """Take from the first `tokens` of a batch that comes after `seen` tokens."""
+        rows = np.arange(-seen % self.stride, tokens, self.stride)
+        self.activations.append(batch.activations[torch.from_numpy(rows).to(batch.activations.device)].float().cpu())
+        self.labels.append(batch.labels[rows])
+        limit = min(SAMPLE_TOKENS, max(1, int(SAMPLE_BYTES / (4 * batch.activations.shape[1]))))
+        while sum(map(len, self.labels)) > limit:
+            x, labels = self.tokens()
+            self.activations, self.labels = [x[::2].clone()], [labels[np.arange(0, len(labels), 2)]]
+            self.stride *= 2
+
+    def tokens(self) -> tuple[Tensor, Labels]:
+        """Activations (tokens, d) float32 and their labels."""
+        return torch.cat(self.activations), Labels.concat(self.labels)
+
+
+def _checked(activations, labels: Labels, d: int | None) -> Tensor:
+    """One batch as a float tensor (tokens, d), or an `InputError` that says what is wrong with it."""
+    x = torch.from_numpy(activations) if isinstance(activations, np.ndarray) else activations
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 2:
+        shape = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise InputError(f"A batch of activations is {shape}; a floating-point tensor (tokens, d) was wanted.")
+    if d is not None and x.shape[1] != d:
+        raise InputError(f"A batch of activations has shape {tuple(x.shape)}, but those before it had d = {d}.")
+    if len(labels) != len(x):
+        raise InputError(f"A batch has {len(x)} activations but {len(labels)} labels: one for each was wanted.")
+    if x.numel() and not bool(torch.isfinite(x).all()):
+        t, i = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise InputError(
+            f"The activation at prompt {labels.prompt[t]}, position {labels.position[t]} is not finite (entry {i} is "
+            f"{x[t, i].item()}): read the model in a wider dtype (`dtype='float32'`), or leave that text out."
+        )
+    return x.detach()
+
+
+def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size) -> None:
+    for name, value in (("k", k), ("n_atoms", n_atoms), ("max_atoms", max_atoms), ("chunk_size", chunk_size)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InputError(f"`{name}` is {value!r}; a whole number, 1 or more, was wanted.")
+    for name, value, choices in (("loss", loss, tuple(LOSSES)), ("admission", admission, ADMISSIONS)):
+        if value not in choices:
+            raise InputError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+    if threshold is not None and n_atoms is not None:
+        raise InputError(f"Both `threshold` ({threshold}) and `n_atoms` ({n_atoms}) were given: choose one of them.")
+    if n_atoms is not None and admission != "sequential":
+        raise InputError(
+            f"`n_atoms` works with admission 'sequential' only, not {admission!r}: give a `threshold`, and `max_atoms`."
+        )
+    if threshold is None and n_atoms is None and loss not in DEFAULT_THRESHOLD:
+        raise InputError(f"Loss {loss!r} has the units of the activations and no default: give a `threshold`.")
+    most = {"relative": 1.0, "cosine": 4.0, "squared": math.inf}[loss]
+    if threshold is not None and not 0 <= threshold < most:
+        raise InputError(f"`threshold` is {threshold!r}; loss {loss!r} needs one from 0 to below {most:g}.")

@@ -1,0 +1,109 @@
+"""The state of an unfinished build, in one file that is replaced atomically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from itda.builder import Builder
+from itda.errors import InputError
+from itda.folder import CHECKPOINT, safetensors_chunks, write_file
+from itda.labels import LABEL_ARRAYS, Labels
+from itda.threshold import Schedule
+
+VERSION = "1"
+
+
+def save(builder: Builder, folder: Path, identity: dict) -> None:
+    """Write the state of `builder` to `folder`. `identity` says what it is built from (`restore` compares it)."""
+    if builder.dictionary is None:  # nothing judged yet: starting again costs little
+        return
+    dictionary = builder.dictionary
+    sample, sample_labels = builder.sample.tokens()
+    tensors = {
+        "atoms": dictionary.gram.atoms,
+        "norms": torch.tensor(dictionary.norms, dtype=torch.float64),
+        "losses": torch.tensor(dictionary.losses, dtype=torch.float64),
+        "sample": sample,
+        "watched": torch.tensor(builder.schedule.losses, dtype=torch.float64),
+        **_label_tensors("labels", Labels.concat(builder.labels)),
+        **_label_tensors("sample_labels", sample_labels),
+    }
+    if builder.mean is not None:
+        tensors["mean"] = builder.mean
+    state = {
+        "version": VERSION,
+        "settings": builder.settings,
+        "identity": identity,
+        "seen": builder.seen,
+        "schedule": builder.schedule.state() | {"losses": []},
+        "counts": [dictionary.settled, dictionary.replayed],
+        "stride": builder.sample.stride,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(folder / CHECKPOINT, safetensors_chunks(tensors, {"state": json.dumps(state)}))
+
+
+def restore(builder: Builder, folder: Path, identity: dict, device: torch.device | str = "cpu") -> bool:
+    """Bring `builder` to the state in `folder`, if there is one; False if there is none.
+
+    Raises `InputError` if that state belongs to other settings, another model or another stream.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if state["version"] != VERSION:
+            raise KeyError("version")
+        _compare(state["settings"] | state["identity"], builder.settings | identity, path)
+        _fill(builder, state, tensors, device)
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}): remove it to start again."
+        ) from error
+    return True
+
+
+def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor], device: torch.device | str) -> None:
+    builder.mean = tensors.get("mean")
+    builder.prepare(tensors["atoms"].shape[1], device)
+    builder.dictionary.load(tensors["atoms"], tensors["norms"].tolist(), tensors["losses"].tolist())
+    builder.dictionary.settled, builder.dictionary.replayed = state["counts"]
+    history = [tuple(pair) for pair in state["schedule"]["history"]]
+    losses, last = tensors["watched"].tolist(), tuple(state["schedule"]["last"])
+    builder.schedule = Schedule(**state["schedule"] | {"losses": losses, "history": history, "last": last})
+    builder.labels = [_labels("labels", tensors)]
+    builder.sample.stride = state["stride"]
+    builder.sample.activations, builder.sample.labels = [tensors["sample"]], [_labels("sample_labels", tensors)]
+    builder.seen = state["seen"]
+
+
+def _compare(was: dict, wanted: dict, path: Path) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    for name in sorted(was.keys() | wanted.keys()):
+        if was.get(name) != wanted.get(name):
+            raise InputError(
+                f"The unfinished training in {path.parent} was started with {name} = {was.get(name)!r}, and this one "
+                f"has {wanted.get(name)!r}: give the former settings to go on, or another folder to start anew."
+            )
+
+
+def _label_tensors(prefix: str, labels: Labels) -> dict[str, Tensor]:
+    arrays = {name: torch.from_numpy(getattr(labels, name)) for name in (*LABEL_ARRAYS, "text_start")}
+    texts = json.dumps(list(labels.texts)).encode("ascii")  # escapes keep lone surrogates
+    arrays["texts"] = torch.from_numpy(np.frombuffer(texts, np.uint8).copy())
+    return {f"{prefix}.{name}": array for name, array in arrays.items()}
+
+
+def _labels(prefix: str, tensors: dict[str, Tensor]) -> Labels:
+    arrays = {name: tensors[f"{prefix}.{name}"].numpy() for name in (*LABEL_ARRAYS, "text_start")}
+    return Labels(**arrays, texts=tuple(json.loads(tensors[f"{prefix}.texts"].numpy().tobytes())))

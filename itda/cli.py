@@ -1,0 +1,472 @@
+"""The command line: one function per command, each one library call; tyro turns its signature into flags and help."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from json import dumps
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from itda._version import __version__
+from itda.errors import InputError
+
+PIPED_WIDTH = 400  # columns where no terminal says how many there are: no label is cut
+DEMO_TOKENS = 120_000
+DEMO_TEXTS = [  # text and token
+    ("Return the number of elements in the list.", " list"),
+    ("If the file does not exist, an OSError is raised.", " raised"),
+    ("Open the file for reading and return a file object.", " object"),
+]
+
+
+def _whole(args: list[str]) -> int:
+    with contextlib.suppress(ValueError):
+        return int(args[0])
+    with contextlib.suppress(ValueError, OverflowError):
+        if (number := float(args[0])).is_integer():
+            return int(number)
+    raise ValueError(f"{args[0]!r} came, and a whole number was wanted")
+
+
+def _number(args: list[str]) -> float:
+    with contextlib.suppress(ValueError):
+        return float(args[0])
+    raise ValueError(f"{args[0]!r} came, and a number was wanted")
+
+
+def _spec(read: Callable[[list[str]], Any], metavar: str) -> Any:
+    return PrimitiveConstructorSpec(1, metavar, read, lambda x: x is None or isinstance(x, int | float), _shown)
+
+
+def _shown(value: Any) -> list[str]:
+    return [f"{value:_}" if isinstance(value, int) and value > 9999 else f"{value}"]
+
+
+# Numbers as people write them (1_000_000, 1e6), and flags of which nothing is said where they are not given.
+UNSAID = arg(help_behavior_hint="")
+Whole = Annotated[int, _spec(_whole, "N")]
+MaybeWhole = Annotated[int | None, _spec(_whole, "N"), UNSAID]
+Real = Annotated[float, _spec(_number, "X")]
+MaybeReal = Annotated[float | None, _spec(_number, "X"), UNSAID]
+MaybeText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+Text = Annotated[str, arg(metavar="TEXT")]
+Flag = Annotated[bool, UNSAID]
+Dictionary = Annotated[Positional[str], arg(metavar="DIR")]
+
+
+def train(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    data: Annotated[Positional[str], arg(metavar="DATA")],
+    *,
+    out: Annotated[str, arg(metavar="DIR")],
+    layer: Annotated[tuple[Whole, ...], arg(metavar="N [N ...]", help_behavior_hint="")] = (),
+    hook: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = (),
+    k: Whole = 40,
+    threshold: MaybeReal = None,
+    n_atoms: MaybeWhole = None,
+    tokens: Whole = 1_000_000,
+    preset: Annotated[Literal["paper"] | None, arg(metavar="paper", help_behavior_hint="")] = None,
+    loss: Annotated[
+        Literal["relative", "cosine", "squared"] | None,
+        arg(metavar="{relative,cosine,squared}", help_behavior_hint="(default: relative)"),
+    ] = None,
+    admission: Annotated[
+        Literal["sequential", "batch", "paper"] | None,
+        arg(metavar="{sequential,batch,paper}", help_behavior_hint="(default: sequential)"),
+    ] = None,
+    center: Flag = False,
+    max_atoms: MaybeWhole = None,
+    context_length: Whole = 128,
+    batch_rows: Annotated[int | None, _spec(_whole, "N"), arg(help_behavior_hint="(default: 32)")] = None,
+    truncate: Flag = False,
+    pack: Flag = False,
+    seed: MaybeWhole = None,
+    column: Text = "text",
+    split: Text = "train",
+    config: MaybeText = None,
+    data_revision: MaybeText = None,
+    special_tokens: Flag = False,
+    padding: Flag = False,
+    tokenizer: MaybeText = None,
+    dtype: Text = "auto",
+    device: MaybeText = None,
+    revision: MaybeText = None,
+    trust_remote_code: Flag = False,
+    chunk_size: Whole = 4096,
+    checkpoint_seconds: Real = 30.0,
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Train a dictionary of real activations, in one pass over the data.
+
+    An interrupted training goes on with the same command, to the same result.
+
+    itda train gpt2 book.txt --layer 8 --out gpt2-8
+
+    itda train gpt2 Salesforce/wikitext --config wikitext-103-raw-v1 --layer 2 6 10 --n-atoms 4096 --out gpt2
+
+    Args:
+        model: id of a model on the Hugging Face hub, or its folder
+        data: id of a dataset on the hub (streamed), or a .txt, .jsonl or .parquet file, or a folder of these
+        out: the folder to make; with several layers or hook points, of their folders
+        layer: read the residual stream after this block (-1 is the last); several train as many dictionaries
+        hook: read here instead, by module path (model.layers.8.mlp) or TransformerLens name
+        k: pursuit steps, the L0 budget
+        threshold: admit a token whose loss exceeds this; 0.2 by default, 4e-4 with the cosine loss
+        n_atoms: aim at so many atoms instead of at a threshold
+        tokens: read so many tokens at most
+        preset: the published code's practice: cosine loss, its admission, truncated, padded rows, 128 at a time
+        loss: |x - x_hat|^2 / |x|^2, or the published code's, or |x - x_hat|^2
+        admission: one token after another, or a batch at a time, or as the published code does
+        center: subtract the mean of the first tokens
+        max_atoms: stop at so many atoms
+        context_length: tokens in a row
+        batch_rows: rows that go through the model together
+        truncate: use the first row of each document only
+        pack: join the documents
+        seed: shuffle the rows
+        column: where the text of a record is
+        split: of a hub dataset
+        config: of a hub dataset
+        data_revision: of a hub dataset
+        special_tokens: read special tokens and position 0 too
+        padding: fill rows up and read the filling like text
+        tokenizer: id or folder, where it is not the model's
+        dtype: of the model: auto, float32, bfloat16 or float16
+        device: cpu, cuda, ...; the fastest there is by default
+        revision: branch, tag or commit of the model
+        trust_remote_code: run code that the model's repository brings
+        chunk_size: tokens pursued together; changes memory and speed alone
+        checkpoint_seconds: how often progress is kept
+        overwrite: replace a dictionary that is there
+        json: print the result as JSON
+    """
+    given = {name: value for name, value in locals().items() if name != "json"}
+    for name in ("layer", "hook"):
+        if len(given[name]) < 2:  # with one, `out` is the dictionary's own folder
+            given[name] = next(iter(given[name]), None)
+    results = _train(**given)
+    _print([result.to_json() for result in results], None if json else "\n".join(map(str, results)))
+    _say(f"look at it with: itda show {shlex.quote(results[0].path)}")
+
+
+def decompose(
+    dictionary: Dictionary,
+    text: Annotated[Positional[str], arg(metavar="TEXT")],
+    *,
+    token: Text = "-1",
+    model: MaybeText = None,
+    tokenizer: MaybeText = None,
+    k: MaybeWhole = None,
+    method: Annotated[Literal["mp", "omp", "gp"] | None, arg(metavar="{mp,omp,gp}", help_behavior_hint="")] = None,
+    force: Flag = False,
+    dtype: MaybeText = None,
+    device: MaybeText = None,
+    trust_remote_code: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Decompose what the model makes of one token of a text: which atoms, and what they stand for.
+
+    itda decompose gpt2-8 "The mouse sat on the carpet"
+
+    itda decompose gpt2-8 "The mouse sat on the carpet" --token mouse
+
+    Args:
+        dictionary: folder of a dictionary, or its repository on the hub
+        text: what the model reads; it must fit into one row
+        token: which token, by number (-1 is the last) or by its text; " 2" with a blank is a text
+        model: id or folder, where it is not the one that the dictionary names
+        tokenizer: id or folder, where it is not the model's
+        k: pursuit steps, if not the dictionary's
+        method: matching pursuit, orthogonal matching pursuit or gradient pursuit, if not the dictionary's
+        force: use a model or tokenizer that is not the dictionary's
+        dtype: of the model, if not as in training
+        device: cpu, cuda, ...; the fastest there is by default
+        trust_remote_code: run code that the model's repository brings
+        json: print the result as JSON
+    """
+    given = {name: value for name, value in locals().items() if name != "json"}
+    from itda import report
+
+    given["token"] = int(token) if re.fullmatch(r"[+-]?\d+", token, re.ASCII) else token
+    result = report.decompose(**given)
+    _print(result.to_json(), None if json else result)
+
+
+def show(dictionary: Dictionary, *, atom: MaybeWhole = None, json: Flag = False) -> None:
+    """Show what is in a dictionary, or one of its atoms.
+
+    itda show gpt2-8
+
+    itda show gpt2-8 --atom 17
+
+    Args:
+        dictionary: folder of a dictionary, or its repository on the hub
+        atom: number of an atom, from 0
+        json: print the result as JSON
+    """
+    from itda import report
+
+    result = report.summary(dictionary) if atom is None else report.atom_report(dictionary, atom)
+    _print(result.to_json(), None if json else result)
+
+
+def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None, json: Flag = False) -> None:
+    """Train a dictionary of the small model in the package, with no network, and look at it.
+
+    itda demo
+
+    itda demo --out demo-itda
+
+    Args:
+        out: keep the dictionary in this folder
+        json: print the result as JSON
+    """
+    from itda import ITDA, report
+    from itda import demo as packaged
+    from itda.hooks import load
+
+    with tempfile.TemporaryDirectory(prefix="itda-demo-") as temporary:
+        folder = out or os.path.join(temporary, "itda")
+        model = load(packaged.model_path(), hooks=-1)
+        layer = model.n_layers // 2
+        name = out or "DIR"
+        _say(f"$ itda train MODEL TEXTS --layer {layer} --tokens {DEMO_TOKENS} --out {name}")
+        (trained,) = _train(model=model, data=packaged.corpus(), out=folder, layer=layer, tokens=DEMO_TOKENS)
+        _say(str(trained))
+        dictionary = ITDA.load(folder)
+    done = []
+    for text, token in DEMO_TEXTS:
+        done.append(report.decompose(dictionary, text, token, model=model))
+        if not json:
+            _print(None, f'\n$ itda decompose {name} "{text}" --token "{token}"')
+            _print(None, done[-1])
+    # The strongest atoms of every decomposition in turn.
+    ranks = itertools.zip_longest(*(sorted(d.atoms, key=lambda part: -part["share"]) for d in done))
+    best = dict.fromkeys(part["atom"] for rank in ranks for part in rank if part)
+    atoms = [report.atom_report(dictionary, atom, top=3, bins=0) for atom in itertools.islice(best, 5)]
+    for atom in atoms if not json else ():
+        _print(None, f"\n$ itda show {name} --atom {atom.atom}")
+        _print(None, atom)
+    if json:
+        parts = {"decompositions": done, "atoms": atoms}
+        _print({"trained": trained.to_json()} | {key: [r.to_json() for r in v] for key, v in parts.items()})
+
+
+COMMANDS = {command.__name__: command for command in (train, decompose, show, demo)}
+HELP = """\
+usage: itda COMMAND ... [--json] [--debug]
+
+Dictionaries of real activations: what a language model represents, as sparse sums of atoms with a label.
+
+commands:
+{commands}
+
+options:
+  -h, --help    show this help; after a command, that of the command
+  --version     show the version
+  --json        print the result on standard output as one JSON document, everything else on standard error
+  --debug       show the traceback of an unexpected error (as ITDA_DEBUG=1 does)
+
+examples:
+  itda demo
+  itda train gpt2 book.txt --layer 8 --out gpt2-8
+  itda decompose gpt2-8 "The mouse sat on the carpet"
+  itda show gpt2-8 --atom 17
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (that of the process unless given) and return its exit status.
+
+    0 success, 1 a fault of itda's, 2 bad usage or input, 130 Ctrl-C, 143 SIGTERM, 141 standard output closed early.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("ITDA_DEBUG", "0") not in ("", "0") or "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # whatever the text, and the encoding of the terminal
+    try:
+        with _signals.caught():
+            _run(words)
+        return 0
+    except SystemExit as end:  # tyro, after its help
+        return int(end.code or 0)
+    except InputError as error:
+        return _fail(str(error), debug)
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
+    except BrokenPipeError:
+        _abandon_output()
+        return 128 + 13  # what a shell reports of a process that SIGPIPE ends
+    except OSError as error:
+        _abandon_output()
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}: check the place and its permissions.", debug)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _fail(
+            f"this should not have happened ({what}): please report it, with what the same command with --debug says.",
+            debug,
+        )
+        return 1
+
+
+def _run(words: list[str]) -> None:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        lines = (f"  {n:<13} {(c.__doc__ or '').splitlines()[0]}" for n, c in COMMANDS.items())
+        _write(HELP.format(commands="\n".join(lines)))
+    elif name == "--version":
+        _write(f"itda {__version__}\n")
+    elif name in COMMANDS:
+        _parsed(COMMANDS[name], words[1:])()
+    else:
+        raise InputError(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}, or see `itda --help`.")
+
+
+def _parsed(command: Callable[..., None], words: list[str]) -> Callable[[], None]:
+    """`command` with the arguments that `words` say. tyro's boxes become one sentence."""
+    said, name = io.StringIO(), command.__name__
+
+    @functools.wraps(command)
+    def bound(*args: Any, **given: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **given)
+
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(bound, args=words, prog=f"itda {name}", config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as end:
+        if not end.code:
+            raise
+    raise InputError(f"{_sentence(said.getvalue(), name)}: see `itda {name} --help`.")
+
+
+def _sentence(box: str, name: str) -> str:
+    """What one of tyro's boxes says: frame, rules and the invitation to read the help left out."""
+    lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in box.splitlines()]
+    inside = [line.removeprefix("│").removesuffix("│")[1:].rstrip() for line in lines if line.startswith("│")]
+    parts = [list(part) for rule, part in itertools.groupby(inside, lambda line: not line.strip(" ─")) if not rule]
+    first, more = (parts[0] if parts else lines), parts[1:-1]
+    if first[0].startswith("Missing from"):
+        missing = [line.strip() for line in first if re.match(r" {4}\S", line)]
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} wanted and missing"
+    text = " ".join(line.strip() for line in first)
+    if text.startswith("Unrecognized options: "):
+        meant = [line.split()[0] for part in more for line in part if re.match(r" {4}-", line)]
+        hint = f" (perhaps {' or '.join(dict.fromkeys(meant))} was meant)" if meant else ""
+        return f"`itda {name}` has no use for {text.removeprefix('Unrecognized options: ')}{hint}"
+    if choice := re.fullmatch(r"invalid choice (.*) for argument '(.*)'. Expected one of \((.*)\)\.", text):
+        choices = [word for word in choice[3].replace("'", "").rstrip(",").split(", ") if word != "None"]
+        return f"{choice[2]}: {choice[1]} came, and {' or '.join(sorted(choices))} was wanted"
+    if value := re.match("Missing value for argument '(.*?)'", text):
+        return f"{value[1]} wants a value after it"
+    return text.removeprefix("Error parsing ").rstrip(".")
+
+
+class _Signals:
+    """The first Ctrl-C or SIGTERM of a training waits for its batch to end; a second one, or another's, does not."""
+
+    def __init__(self) -> None:
+        self.number, self.waits = 0, False
+
+    def stop(self) -> bool:
+        """Asked by a training after every batch."""
+        self.waits = True
+        return self.number != 0
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        self.number, self.waits = 0, False
+        before = {}
+        try:
+            with contextlib.suppress(ValueError):  # not the main thread
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    before[number] = signal.signal(number, self._handle)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        again, self.number = self.number != 0, number
+        if again or not self.waits:
+            raise KeyboardInterrupt
+
+
+_signals = _Signals()
+
+
+def _train(**given: Any) -> list[Any]:
+    from itda import runs
+
+    try:
+        return runs.train(**given, progress=True, stop=_signals.stop)
+    finally:
+        _signals.waits = False
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    tokens = getattr(error, "tokens", None)
+    if tokens:
+        _say(f"interrupted after {tokens:,} tokens; the same command goes on from there")
+    else:
+        _say(
+            "interrupted" if tokens is None else "interrupted before any token was kept; the same command starts again"
+        )
+    return 128 + (_signals.number or signal.SIGINT)
+
+
+def _print(document: Any, drawn: Any = None) -> None:
+    """Write a JSON document, or what is drawn for a person, to standard output."""
+    if drawn is None:
+        _write(dumps(document, indent=2, allow_nan=False) + "\n")
+        return
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(drawn)
+    _write(captured.get() if width is None else re.sub(r"[ \t]+\n", "\n", captured.get()))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()  # a closed pipe or a full disk shows here, not at exit
+
+
+def _say(text: str) -> None:
+    """One line on standard error."""
+    from itda.labels import _one_line as one_line
+
+    with contextlib.suppress(OSError):
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
+def _fail(sentence: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    _say(f"itda: error: {sentence}")
+    return 2
+
+
+def _abandon_output() -> None:
+    """Keep Python from writing what is left of standard output, which would fail again, when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,62 @@
+"""`Codes`: the one sparse format of the library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from itda.errors import InputError
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes of a batch of activations over a dictionary of `n_atoms`.
+
+    `indices` (..., k) int64 are distinct atoms, in the order in which they were first chosen; `values` (..., k) are
+    their signed coefficients. Unused places stand at the end: index 0, value 0.
+    """
+
+    indices: Int[Tensor, "*batch k"]
+    values: Float[Tensor, "*batch k"]
+    n_atoms: int
+
+    def dense(self) -> Float[Tensor, "*batch n_atoms"]:
+        """The codes with their zeros, (..., n_atoms). Costs the memory that the sparse form saves."""
+        out = self.values.new_zeros(*self.values.shape[:-1], self.n_atoms)
+        # Padding adds 0 to atom 0; without atoms there are no places to add to.
+        return out.scatter_add_(-1, self.indices, self.values) if self.n_atoms else out
+
+    def decode(self, atoms: Float[Tensor, "n_atoms d"]) -> Float[Tensor, "*batch d"]:
+        """The sparse sums x_hat = code @ atoms, (..., d). `atoms` must be the dictionary of the codes."""
+        if atoms.ndim != 2 or len(atoms) != self.n_atoms:
+            raise InputError(
+                f"`atoms` has shape {tuple(atoms.shape)}, but these codes are over {self.n_atoms} atoms: "
+                "pass the dictionary (n_atoms, d) that they were made with."
+            )
+        *batch, k = self.indices.shape
+        if not self.n_atoms or not k:
+            return self.values.new_zeros(*batch, atoms.shape[1])
+        bags, weights = self.indices.reshape(-1, k), self.values.reshape(-1, k)
+        x_hat = embedding_bag(bags, atoms.to(weights.dtype), per_sample_weights=weights, mode="sum")
+        return x_hat.reshape(*batch, atoms.shape[1])
+
+    def l0(self) -> Int[Tensor, "*batch"]:
+        """Realised L0: how many coefficients are not zero."""
+        return (self.values != 0).sum(-1)
+
+    def energy(self) -> Float[Tensor, "*batch"]:
+        """Sum of squared coefficients, float64; |x|^2 - |r|^2 where no atom was chosen twice (spec of `pursue`)."""
+        return self.values.double().square().sum(-1)
+
+    def __getitem__(self, index) -> Codes:
+        """The codes of a part of the batch."""
+        return Codes(self.indices[index], self.values[index], self.n_atoms)
+
+    @classmethod
+    def concat(cls, parts: list[Codes]) -> Codes:
+        """Codes over one dictionary, joined along the first batch axis."""
+        return cls(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), parts[0].n_atoms)

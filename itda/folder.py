@@ -1,0 +1,402 @@
+"""The folder of a dictionary on disk (docs/format.md): complete or not an ITDA when written, checked when read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itda.errors import InputError
+from itda.labels import Labels
+
+FORMAT, VERSION = "itda", 1
+MANIFEST, ATOMS, LABELS, SAMPLE = "cfg.json", "atoms.safetensors", "labels.parquet", "sample.parquet"
+CHECKPOINT = "checkpoint.safetensors"  # of a training that has not finished; never part of a dictionary
+RESERVED = ("format", "version", "sha256", "n_atoms", "d", "files")  # keys of cfg.json that the format itself writes
+
+_LEFTOVER = re.compile(r"\..*\.tmp-[0-9a-f]{16}")  # what a killed writer leaves behind
+_NO_DIGEST = "0" * 64
+_COLUMNS = ("prompt", "position", "token_id", "document", "start", "end")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_writable_target(path: str | os.PathLike) -> Path:
+    """The folder (links resolved) that a dictionary may be saved to at `path`; creates and changes nothing.
+
+    Raises `InputError` for a file, for a folder that holds anything but an ITDA or an unfinished training of one, and
+    for a place without permission to write. Call it before a long training, so that the end of it can be saved.
+    """
+    target = Path(os.path.realpath(path))
+    with _as_input_error(f"{target} could not be used", "choose another place"):
+        if target.is_dir():
+            above = target
+            _check_nothing_foreign(target)
+        elif os.path.lexists(target):
+            raise InputError(f"{target} is a file, and an ITDA is saved as a folder: choose another path.")
+        else:
+            above = next(p for p in target.parents if os.path.lexists(p))
+            if not above.is_dir():
+                raise InputError(f"{target} cannot be a folder, because {above} is a file: choose another path.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"No permission to write into {above}: choose another place for {target}.")
+    return target
+
+
+def write_file(path: str | os.PathLike, chunks: Iterable) -> None:
+    """Write the buffers `chunks` (bytes, arrays) as one file: at any moment `path` is the old file or the new one.
+
+    Raises `InputError` if the disk is full or the place cannot be written; nothing is left behind then.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
+    with _as_input_error(f"{path} could not be written", "choose another place"):
+        try:
+            _write(temporary, chunks)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, files: dict[str, Iterable]) -> None:
+    """Write `files` (name -> buffers) and their manifest as the dictionary at `path`.
+
+    A new folder is written beside its place and renamed into it. An old one is written inside the folder, then the old
+    manifest goes first and the new one comes last, so a kill at any moment leaves the old dictionary, the new one, or
+    none. Raises `InputError` as `check_writable_target` and `write_file` do.
+    """
+    target = check_writable_target(path)
+    new = not target.is_dir()
+    # Inside an existing folder and not beside it: that folder may be a mount point, or its parent read-only.
+    stage = (target.parent if new else target) / f".itda.tmp-{secrets.token_hex(8)}"
+    with _as_input_error(f"{target} could not be written", "choose another place"):
+        if new:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stage.mkdir()
+            entries = {name: _write(stage / name, chunks) for name, chunks in files.items()}
+            _write(stage / MANIFEST, [_manifest_bytes(n_atoms, d, entries, settings)])
+            _sync_folder(stage)
+            if new:
+                os.rename(stage, target)
+        except BaseException:
+            with suppress(OSError):
+                _remove_leftover(stage)
+            raise
+        if new:
+            _sync_folder(target.parent)
+        else:
+            _move_in(stage, target, list(files))
+
+
+def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> list:
+    """The buffers of a safetensors file, byte for byte what `safetensors.torch.save` makes, without copying tensors.
+
+    Its own writer turns a full disk into an exception of its own and wants either a path or all of the bytes twice.
+    """
+    cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    names = sorted(cpu, key=lambda name: (-cpu[name].element_size(), name))  # so that every tensor is aligned
+    header: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in names:
+        tensor, end = cpu[name], offset + cpu[name].numel() * cpu[name].element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    return [len(head).to_bytes(8, "little"), head, *(_bytes_of(cpu[name]) for name in names)]
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor; its strides may still be odd where it has one entry or none."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def labels_chunks(labels: Labels, codes: tuple[np.ndarray, np.ndarray] | None = None, losses=None) -> list:
+    """The parquet file of `labels`, one row each; of a sample with codes (indices, values), each (n, k), and losses."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = _schema(codes is not None)
+    columns = [pa.array(getattr(labels, name), pa.int64()) for name in _COLUMNS]
+    # A token without text of its own is shown as <token 17>; that is no text, and would be read back as some.
+    own = (labels.row >= 0) & (labels.end > labels.start)
+    texts = [labels.context(i) for i in range(len(labels))]
+    texts = [(before, token if o else "", after) for (before, token, after), o in zip(texts, own, strict=True)]
+    columns += [pa.array([_encodable(t[i]) for t in texts], pa.string()) for i in range(3)]
+    if codes is not None:
+        offsets = pa.array(np.arange(len(labels) + 1) * codes[0].shape[1], pa.int32())
+        for name, array in zip(("indices", "values"), codes, strict=True):
+            kind = schema.field(name).type
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(array.reshape(-1), kind.value_type), type=kind))
+        columns.append(pa.array(losses, pa.float32()))
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table(columns, schema=schema), sink, compression="zstd", store_schema=False)
+    return [sink.getvalue()]
+
+
+def _manifest_bytes(n_atoms: int, d: int, entries: dict, settings: dict) -> bytes:
+    """`cfg.json`; its own digest is taken with zeros in the digest's place."""
+    head = dict(zip(RESERVED, (FORMAT, VERSION, _NO_DIGEST, n_atoms, d, entries), strict=True))
+    data = (json.dumps({**head, **settings}, indent=2, allow_nan=False) + "\n").encode()
+    return data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def _write(path: Path, chunks: Iterable) -> dict:
+    """Write a new file through to the disk; returns its size and sha256."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += memoryview(chunk).nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _move_in(stage: Path, target: Path, names: list[str]) -> None:
+    """Put the files of `stage` into `target`; the manifest in `stage` says meanwhile that what lies there is ours."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    _sync_folder(target)
+    for name in names:
+        os.replace(stage / name, target / name)
+    for name in {ATOMS, LABELS, SAMPLE} - set(names):
+        (target / name).unlink(missing_ok=True)
+    _sync_folder(target)
+    os.replace(stage / MANIFEST, target / MANIFEST)
+    _sync_folder(target)
+    for path in sorted(target.iterdir()):
+        if _LEFTOVER.fullmatch(path.name):
+            _remove_leftover(path)
+
+
+def _remove_leftover(path: Path) -> None:
+    if path.is_dir():
+        for name in (ATOMS, LABELS, SAMPLE, MANIFEST):  # and nothing else: a folder with more in it stays
+            (path / name).unlink(missing_ok=True)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_nothing_foreign(folder: Path) -> None:
+    """Raise unless all that `folder` holds was written by this library."""
+    names = sorted(os.listdir(folder))
+    leftovers = [n for n in names if _LEFTOVER.fullmatch(n) and _is_leftover(folder / n)]
+    ours = {CHECKPOINT, *leftovers}
+    # File names alone prove nothing: `labels.parquet` may be anybody's data.
+    if any(_is_manifest(folder / place / MANIFEST) for place in ("", *leftovers)):
+        ours |= {MANIFEST, ATOMS, LABELS, SAMPLE}
+    foreign = [n for n in names if n not in ours or not (n in leftovers or (folder / n).is_file())]
+    if foreign:
+        raise InputError(
+            f"{folder} holds {foreign[0]!r}, which is not part of an ITDA, so nothing was written: choose a new or "
+            "empty folder."
+        )
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and set(os.listdir(path)) <= {ATOMS, LABELS, SAMPLE, MANIFEST})
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` last through a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _as_input_error(what: str, advice: str) -> Iterator[None]:
+    """Say an error of the operating system in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{what}, because the disk is full: free some space or {advice}.") from error
+        raise InputError(f"{what} ({error.strerror or error}): {advice}.") from error
+
+
+def _encodable(text: str) -> str:
+    """`text` as UTF-8 can hold it: half a surrogate pair becomes �, so that lengths stay."""
+    return re.sub("[\ud800-\udfff]", "�", text)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | os.PathLike) -> dict:
+    """The manifest of the dictionary at `path`, after checking it and the size and sha256 of every file it names."""
+    folder = Path(path)
+    with _as_input_error(f"{folder} could not be read", "give the folder of a saved ITDA"):
+        if not os.path.lexists(folder):
+            raise InputError(f"There is no folder {folder}: give the folder of a saved ITDA.")
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder, and an ITDA is one: give the folder that `{MANIFEST}` is in.")
+        if not (folder / MANIFEST).is_file():
+            if (folder / CHECKPOINT).is_file():
+                raise InputError(f"The training of {folder} has not finished: the same `itda train` command goes on.")
+            raise InputError(
+                f"{folder} has no {MANIFEST}: it is not an ITDA, or one whose training did not finish; give the "
+                "folder of a saved ITDA, or train it again."
+            )
+        manifest = _parse_manifest(folder / MANIFEST)
+        for name, entry in manifest["files"].items():
+            _check_file(folder / name, entry)
+    return manifest
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path} {what}: copy the whole folder of the ITDA again, or train it again.")
+
+
+def _parse_manifest(path: Path) -> dict:
+    data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "is not JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f'{path} is not the manifest of an ITDA ("format": "itda"): give the folder of a saved ITDA.')
+    version = manifest.get("version")
+    if type(version) is int and version > VERSION:
+        raise InputError(f"{path} has format version {version}, and this itda reads version {VERSION}: upgrade itda.")
+    if type(version) is not int or version != VERSION:
+        raise _damaged(path, f"has format version {version!r}, but {VERSION} was wanted")
+    digest = manifest.get("sha256")
+    blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1) if isinstance(digest, str) else b""
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise _damaged(path, "was changed after it was written (its sha256 differs)")
+    for key in ("n_atoms", "d", "k"):
+        if type(manifest.get(key)) is not int or manifest[key] < 0:
+            raise _damaged(path, f"says {key} = {manifest.get(key)!r}, but a count was wanted")
+    files = manifest.get("files")  # the names are compared with ours, never used as paths
+    if not isinstance(files, dict) or not {ATOMS, LABELS} <= set(files) <= {ATOMS, LABELS, SAMPLE}:
+        named = ", ".join(map(repr, files)) if isinstance(files, dict) else repr(files)
+        raise _damaged(path, f"names the files {named}, but {ATOMS}, {LABELS} and perhaps {SAMPLE} were wanted")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or {key: type(entry[key]) for key in entry} != {"size": int, "sha256": str}:
+            raise _damaged(path, f"must give the size and the sha256 of {name}, but says {entry!r}")
+    return manifest
+
+
+def _check_file(path: Path, entry: dict) -> None:
+    if not path.is_file():
+        raise _damaged(path, "is missing")
+    size = path.stat().st_size
+    if size != entry["size"]:
+        raise _damaged(path, f"has {size} bytes where {MANIFEST} says {entry['size']}, so it was cut short or replaced")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != entry["sha256"]:
+        raise _damaged(path, "is damaged or was changed (its sha256 differs)")
+
+
+def read_atoms(path: Path, n_atoms: int, d: int) -> dict[str, Tensor]:
+    """The tensors atoms (n_atoms, d), norms and losses (n_atoms,), and mean (d,) if there, all float32.
+
+    Shapes are compared before anything is allocated; the library has compared them with the size of the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {"atoms": [n_atoms, d], "losses": [n_atoms], "mean": [d], "norms": [n_atoms]}
+    try:
+        with safe_open(path, "pt") as file:
+            names = sorted(file.keys())
+            if set(names) | {"mean"} != set(shapes):
+                raise _damaged(path, f"holds the tensors {names}, but {list(shapes)} (mean if centred) were wanted")
+            for name in names:
+                part = file.get_slice(name)
+                if part.get_dtype() != "F32" or part.get_shape() != shapes[name]:
+                    came = f"{part.get_dtype()} {part.get_shape()}"
+                    raise _damaged(path, f"has `{name}` as {came}, but {MANIFEST} wants F32 {shapes[name]}")
+            return {name: file.get_tensor(name).clone() for name in names}  # a copy: not tied to the file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, f"is not a readable safetensors file ({error})") from error
+
+
+def read_labels(path: Path, n: int | None = None, sample: bool = False) -> tuple[Labels, dict[str, np.ndarray]]:
+    """Labels of `n` rows (any number if None); of a sample also indices (n, k), values (n, k), losses (n,)."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            found, wanted = file.schema_arrow, _schema(sample)
+            if not found.equals(wanted):
+                came, want = (", ".join(f"{field.name}: {field.type}" for field in s) for s in (found, wanted))
+                raise _damaged(path, f"has the columns {came}, but {want}, none nullable, were wanted")
+            if n is not None and file.metadata.num_rows != n:
+                raise _damaged(path, f"has {file.metadata.num_rows} rows where {MANIFEST} says n_atoms = {n}")
+            table = file.read(use_threads=False)
+        return _labels_of(table), _codes_of(path, table) if sample else {}
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise _damaged(path, f"is not a readable parquet file ({error})") from error
+
+
+def _labels_of(table) -> Labels:
+    """The inverse of `labels_chunks`; atoms with the same text share it."""
+    arrays = {name: np.array(table[name].to_numpy(), dtype=np.int64) for name in _COLUMNS}
+    rows: dict[tuple[str, int], int] = {}
+    row = np.full(len(table), -1, np.int64)
+    parts = zip(*(table[name].to_pylist() for name in ("before", "token", "after")), strict=True)
+    for i, (before, token, after) in enumerate(parts):
+        if before or token or after:
+            row[i] = rows.setdefault((before + token + after, int(arrays["start"][i]) - len(before)), len(rows))
+    origins = np.array([origin for _, origin in rows], np.int64)
+    return Labels(**arrays, row=row, texts=tuple(text for text, _ in rows), text_start=origins)
+
+
+def _codes_of(path: Path, table) -> dict[str, np.ndarray]:
+    out = {"losses": np.array(table["loss"].to_numpy(), dtype=np.float32)}
+    k = len(table["indices"][0]) if len(table) else 0
+    for name, dtype in (("indices", np.int64), ("values", np.float32)):
+        lists = table[name].combine_chunks()
+        if (lists.value_lengths().to_numpy() != k).any():
+            raise _damaged(path, f"must have as many `{name}` in every row as `indices` in the first")
+        out[name] = lists.flatten().to_numpy().astype(dtype).reshape(len(table), k)
+    return out
+
+
+def _schema(sample: bool):
+    import pyarrow as pa
+
+    fields = [(name, pa.int64()) for name in _COLUMNS] + [(name, pa.string()) for name in ("before", "token", "after")]
+    if sample:
+        element = {"indices": pa.int32(), "values": pa.float32()}
+        fields += [(name, pa.list_(pa.field("element", kind, nullable=False))) for name, kind in element.items()]
+        fields += [("loss", pa.float32())]
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])

@@ -1,0 +1,248 @@
+"""HF model -> (activations, labels), forward stopped at the hook point."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from numpy import ndarray
+from torch import nn
+
+from itda.errors import InputError
+from itda.labels import Batch, Labels
+from itda.loading import Layout, load_tokenizer, pretrained
+from itda.prompts import Row, StreamHash, TokenStream
+from itda.prompts import valid as valid_tokens
+from itda.reading import HookedModel
+
+
+def load(
+    model: str | Path | nn.Module | HookedModel,
+    tokenizer: Any = None,
+    *,
+    hooks: int | str | Sequence[int | str],
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    **kwargs,
+) -> HookedModel:
+    """A model to read `hooks` from: layers (the residual stream after that block), module paths, TransformerLens names.
+
+    `model` is a hub id or a local folder, of which the blocks up to the last one needed are loaded (`kwargs` go to
+    `from_pretrained`), or a loaded one, Hugging Face module or `HookedModel`, which is used as and where it is.
+    `dtype` "auto" is float32, and on CUDA that of the checkpoint. Activations are those of the weights as they are:
+    TransformerLens' folded and centred weights give others under the same names.
+    """
+    hooks = [hooks] if isinstance(hooks, int | str) else list(hooks)
+    if not hooks:
+        raise InputError("No hook point is given: pass at least one layer or module path.")
+    settings = {"revision": revision, "dtype": dtype, "device": device}
+    if not isinstance(model, nn.Module | HookedModel):
+        settings |= {"trust_remote_code": trust_remote_code, **kwargs}
+        base, tokenizer, layout, missing = pretrained(model, hooks, tokenizer=tokenizer, **settings)
+        return HookedModel(base, base, tokenizer, layout, hooks, missing)
+    if idle := [name for name, value in {**settings, **kwargs}.items() if value not in (None, "auto")]:
+        raise InputError(f"`model` is loaded already and used as it is: drop `{idle[0]}`, or pass the model's name.")
+    if isinstance(model, HookedModel):
+        tokenizer = model.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
+        return HookedModel(model.module, model._base, tokenizer, model._layout, hooks, model._missing)
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"`model` is a {type(model).__name__}: pass a Hugging Face `PreTrainedModel`, the id of one, or its folder."
+        )
+    if tokenizer is None:
+        raise InputError("`model` is a loaded module, which does not know its tokenizer: pass `tokenizer=` too.")
+    layout = Layout.of(model.base_model, model.config._name_or_path or type(model).__name__)
+    return HookedModel(model, model.base_model, load_tokenizer(tokenizer), layout, hooks)
+
+
+def activations(
+    model: str | Path | nn.Module | HookedModel,
+    data: Any,
+    *,
+    layer: int | Sequence[int] | None = None,
+    hook: str | Sequence[str] | None = None,
+    context_length: int = 128,
+    batch_rows: int = 32,
+    tokens: int | None = None,
+    truncate: bool = False,
+    pack: bool = False,
+    seed: int | None = None,
+    column: str = "text",
+    split: str = "train",
+    config: str | None = None,
+    data_revision: str | None = None,
+    special_tokens: bool = False,
+    padding: bool = False,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **model_kwargs,
+) -> Activations:
+    """The activations of `model` on `data` with their labels: an iterable of `Batch`, one per `batch_rows` rows.
+
+    Give `layer` (the residual stream after that block; -1 is the last) or `hook` (a module path or a TransformerLens
+    name). With a list of them every item is a dict of batches by hook point, from one forward pass. `model` is a hub
+    id, a folder, a loaded module with its `tokenizer`, or what `load` returned; `data` a hub id, a path, texts, or a
+    `TokenStream` (which has the settings of the stream already). `column`, `split`, `config` and `data_revision` select
+    from a data set, `revision` and `model_kwargs` belong to the model. Iteration ends after `tokens` valid tokens.
+
+    Valid is no padding, no special token and not position 0, unless `special_tokens`; with `padding`, rows are filled
+    to `context_length` and the filling is read like text, as the paper's code does.
+    """
+    if (layer is None) == (hook is None):
+        raise InputError("Give either `layer` or `hook`: a layer's number, or the path of a module.")
+    given = hook if layer is None else layer
+    single = isinstance(given, str) or not isinstance(given, Iterable)
+    hooks = [given] if single else list(given)
+    for name, value, least in (("batch_rows", batch_rows, 1), ("tokens", tokens, 1)):
+        if value is not None and value < least:
+            raise InputError(f"`{name}` is {value}: pass {least} or more.")
+    settings = {"revision": revision, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    hooked = load(model, tokenizer, hooks=hooks, **settings, **model_kwargs)
+    if not isinstance(data, TokenStream):
+        stream = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}
+        stream |= {"context_length": context_length, "config": config, "revision": data_revision}
+        data = TokenStream(data, hooked.tokenizer, **stream)
+    return Activations(
+        hooked, data, batch_rows, tokens=tokens, special_tokens=special_tokens, padding=padding, single=single
+    )
+
+
+class Activations:
+    """Made by `activations`. Iterable, again and again, of `Batch` (`single`), or of {hook point: `Batch`}."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        stream: TokenStream,
+        batch_rows: int = 32,
+        *,
+        tokens: int | None = None,
+        special_tokens: bool = False,
+        padding: bool = False,
+        single: bool = False,
+    ):
+        if model.max_length is not None and stream.context_length > model.max_length:
+            raise InputError(
+                f"`context_length` is {stream.context_length}, and `{model._layout.model}` has {model.max_length} "
+                f"positions: pass {model.max_length} or fewer."
+            )
+        self.model, self.hook_points = model, model.hook_points
+        self._stream, self._batch_rows, self._budget, self._skipped = stream, batch_rows, tokens, 0
+        self._special_tokens, self._padding, self.single = special_tokens, padding, single
+        self._hash = StreamHash()
+
+    @property
+    def tokens(self) -> int | None:
+        """How many valid tokens an iteration yields at most; None if that is as many as the data has."""
+        return None if self._budget is None else max(0, self._budget - self._skipped)
+
+    def count_tokens(self, limit: int | None = None) -> int:
+        """How many valid tokens an iteration yields, or `limit` if that is fewer; runs no model."""
+        limits = [n for n in (self.tokens, limit) if n is not None]
+        count, rows = -self._skipped, iter(self._stream)
+        while (not limits or count < min(limits)) and (row := next(rows, None)) is not None:
+            count += int(valid_tokens(row, self._special_tokens).sum())
+            count += self._padding * (self._stream.context_length - len(row.ids))
+        return max(0, min([count, *limits]))
+
+    def skip(self, tokens: int) -> Activations:
+        """The same without the first `tokens` valid tokens; the model runs on no group of rows that lies in these.
+
+        Their rows are still tokenised and hashed, so that the stream keeps its hash.
+        """
+        if tokens < 0:
+            raise InputError(f"`tokens` is {tokens}, and no fewer than 0 can be skipped: pass how many were read.")
+        rest = copy.copy(self)
+        rest._skipped, rest._hash = self._skipped + tokens, StreamHash()
+        return rest
+
+    @property
+    def provenance(self) -> dict:
+        """Where the activations come from, as JSON can hold it; per hook point if a list of them was given.
+
+        The stream's hash is that of the rows read so far by the latest iteration.
+        """
+        rest = {
+            "stream": {**self._stream.provenance, "hash": self._hash.hexdigest()},
+            "batch_rows": self._batch_rows,
+            "special_tokens": self._special_tokens,
+            "padding": self._padding,
+            "versions": _versions(),
+        }
+        every = {hook: {"model": self.model.provenance(hook), **rest} for hook in self.hook_points}
+        return every[self.hook_points[0]] if self.single else every
+
+    def __iter__(self) -> Iterator[Batch] | Iterator[dict[str, Batch]]:
+        stream_hash = self._hash = StreamHash()
+        rows, done = iter(self._stream), 0
+        while done != self._budget and (group := list(itertools.islice(rows, self._batch_rows))):
+            for row in group:
+                stream_hash.update(row)
+            ids, mask, valid, labels = self._table(group)
+            end = len(labels) if self._budget is None else min(len(labels), self._budget - done)
+            start = min(max(0, self._skipped - done), end)
+            done += end
+            if start < end:
+                # The whole group runs whatever is taken of it. Row-major: row by row, as the labels.
+                where = torch.from_numpy(valid.reshape(-1).nonzero()[0][start:end])
+                labels = labels if end - start == len(labels) else labels[start:end]
+                read = self.model.read(ids, mask)
+                batches = {hook: Batch(x.flatten(0, 1)[where.to(x.device)], labels) for hook, x in read.items()}
+                yield batches[self.hook_points[0]] if self.single else batches
+        if done < self._skipped:
+            raise InputError(f"{self._skipped} tokens cannot be skipped: the data has {done}; resume on the same data.")
+
+    def _table(self, group: Sequence[Row]) -> tuple[ndarray, ndarray, Bool[ndarray, "rows length"], Labels]:
+        """A group of rows side by side: ids, attention mask, which tokens are valid, and the labels of those.
+
+        Rows are filled on the right, to the longest of the group; its make-up depends on the stream alone, because
+        the last bits of an activation depend on the shape of what the model is given.
+        """
+        width = self._stream.context_length if self._padding else max(len(row.ids) for row in group)
+        ids = np.full((len(group), width), self._filler(), np.int64)
+        starts, ends = np.full_like(ids, -1), np.full_like(ids, -1)
+        mask, valid = np.zeros_like(ids), np.full(ids.shape, self._padding)
+        for i, row in enumerate(group):
+            n = len(row.ids)
+            valid[i, :n] = valid_tokens(row, self._special_tokens)
+            ids[i, :n], starts[i, :n], ends[i, :n], mask[i, :n] = row.ids, row.starts, row.ends, 1
+        if self._padding:
+            mask[:] = 1  # the published code gives no mask
+        row, position = valid.nonzero()
+        labels = Labels(
+            prompt=np.array([r.prompt for r in group], np.int64)[row],
+            position=position,
+            token_id=ids[row, position],
+            document=np.array([r.document for r in group], np.int64)[row],
+            start=starts[row, position],
+            end=ends[row, position],
+            row=row,
+            texts=tuple(r.text for r in group),
+            text_start=np.array([r.text_start for r in group], np.int64),
+        )
+        return ids, mask, valid, labels
+
+    def _filler(self) -> int:
+        """The id of padding: that of the tokenizer, or its EOS; 0 if the model knows neither."""
+        tokenizer = self.model.tokenizer
+        ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
+        return next((i for i in ids if i is not None and 0 <= i < self.model._vocabulary), 0)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

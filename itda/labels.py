@@ -1,0 +1,127 @@
+"""What an atom or a token *is*: prompt, position, token, and where it stands in its document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of `n` tokens of one token stream, in stream order; every array has shape (n,) and dtype int64.
+
+    `prompt` is the row of the stream, `position` the token's place in the row (0 is the first, often BOS).
+    `document` and the half-open span `[start, end)` in characters say where the token stands in its document; they
+    are -1 where there is no text (plain arrays). `row` points into `texts`, the text of the rows these tokens came
+    from, whose first character is character `text_start[row]` of the document.
+    """
+
+    prompt: Int[ndarray, " n"]
+    position: Int[ndarray, " n"]
+    token_id: Int[ndarray, " n"]
+    document: Int[ndarray, " n"]
+    start: Int[ndarray, " n"]
+    end: Int[ndarray, " n"]
+    row: Int[ndarray, " n"]
+    texts: Sequence[str] = field(default=())
+    text_start: Int[ndarray, " rows"] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @classmethod
+    def counted(cls, start: int, n: int) -> Labels:
+        """Labels of `n` tokens without text: prompt 0, and a position that counts tokens from `start`."""
+        nothing = np.full(n, -1, np.int64)
+        return cls(np.zeros(n, np.int64), np.arange(start, start + n), nothing, nothing, nothing, nothing, nothing)
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, index) -> Labels:
+        """The labels at `index` (a slice, an integer array or a mask), with only the texts that they need."""
+        arrays = {name: getattr(self, name)[index] for name in LABEL_ARRAYS}
+        kept, row = np.unique(arrays["row"], return_inverse=True)
+        if len(kept) and kept[0] < 0:  # tokens without text keep row -1
+            kept, row = kept[1:], row - 1
+        arrays["row"] = row.reshape(-1).astype(np.int64)
+        return Labels(**arrays, texts=tuple(self.texts[r] for r in kept), text_start=self.text_start[kept])
+
+    @classmethod
+    def concat(cls, parts: Iterable[Labels]) -> Labels:
+        """All labels of `parts`, in order."""
+        parts = [part for part in parts if len(part)] or [cls.counted(0, 0)]
+        offsets = np.cumsum([0] + [len(part.texts) for part in parts[:-1]])
+        rows = [np.where(part.row < 0, -1, part.row + offset) for part, offset in zip(parts, offsets, strict=True)]
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in LABEL_ARRAYS}
+        return cls(
+            **{**arrays, "row": np.concatenate(rows)},
+            texts=tuple(text for part in parts for text in part.texts),
+            text_start=np.concatenate([part.text_start for part in parts]),
+        )
+
+    def pairs(self) -> Int[ndarray, "n 2"]:
+        """(prompt, position) of every label: its identity within the token stream, as rows of an int64 array."""
+        return np.stack([self.prompt, self.position], axis=1)
+
+    def __and__(self, other: Labels) -> Labels:
+        """The labels that `other` has too, in this order. Both must come from one token stream."""
+        return self[_isin(self, other)]
+
+    def __sub__(self, other: Labels) -> Labels:
+        """The labels that `other` does not have, in this order. Both must come from one token stream."""
+        return self[~_isin(self, other)]
+
+    def __or__(self, other: Labels) -> Labels:
+        """These labels, then those of `other` that are new. Both must come from one token stream."""
+        return Labels.concat([self, other - self])
+
+    def token(self, i: int) -> str:
+        """The text of token `i`; `<token 17>` where it has none of its own (a special token, a plain array)."""
+        start, end = self._span(i)
+        return self.texts[self.row[i]][start:end] if end > start else f"<token {self.token_id[i]}>"
+
+    def context(self, i: int, before: int = 240, after: int = 120) -> tuple[str, str, str]:
+        """The text before token `i`, the token, and the text after it, in its row (at most so many characters)."""
+        if self.row[i] < 0:
+            return "", self.token(i), ""
+        text = self.texts[self.row[i]]
+        start, end = self._span(i)
+        return text[max(0, start - before) : start], self.token(i), text[end : end + after]
+
+    def text(self, i: int, before: int = 60, after: int = 30, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
+        """Token `i` in its context on one line, marked: `The quick ⟦brown⟧ fox`."""
+        left, token, right = self.context(i, before, after)
+        return _one_line(left) + marks[0] + _one_line(token) + marks[1] + _one_line(right)
+
+    def _span(self, i: int) -> tuple[int, int]:
+        """The token's span in the text of its row."""
+        if self.row[i] < 0:
+            return 0, 0
+        origin = self.text_start[self.row[i]]
+        return max(0, int(self.start[i] - origin)), max(0, int(self.end[i] - origin))
+
+
+class Batch(NamedTuple):
+    """The valid tokens of one group of rows, in stream order: activations (tokens, d) and their labels."""
+
+    activations: Tensor
+    labels: Labels
+
+
+LABEL_ARRAYS = tuple(f.name for f in fields(Labels) if f.name not in ("texts", "text_start"))
+
+
+def _isin(a: Labels, b: Labels) -> ndarray:
+    kind = [("prompt", np.int64), ("position", np.int64)]
+    left, right = (np.ascontiguousarray(labels.pairs()).view(kind).reshape(-1) for labels in (a, b))
+    return np.isin(left, right)
+
+
+def _one_line(text: str) -> str:
+    """`text` as it can be shown on one line of a terminal: line breaks as ↵, other control characters as �."""
+    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", " ")
+    return "".join(c if c.isprintable() else "�" for c in text)

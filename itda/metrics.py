@@ -1,0 +1,42 @@
+"""How far a reconstruction is from its activation: each measure defined once, for torch tensors and NumPy arrays."""
+
+from __future__ import annotations
+
+from itda.errors import InputError
+
+
+def relative_error(x, x_hat):
+    """|x - x_hat|^2 / |x|^2 of each activation, (..., d) -> (...). 0 for a zero activation."""
+    total = (x * x).sum(-1)
+    return squared_error(x, x_hat) / (total + (total == 0))
+
+
+def squared_error(x, x_hat):
+    """|x - x_hat|^2 of each activation, (..., d) -> (...) (eq. 6 as printed)."""
+    rest = x - x_hat
+    return (rest * rest).sum(-1)
+
+
+def cosine_error(x, x_hat):
+    """Mean over dimensions of (x/|x| - x_hat/(|x_hat| + 1e-9))^2, (..., d) -> (...): the published code's loss.
+
+    Equals 2 (1 - cos) / d for a non-zero reconstruction: it depends on the width and is blind to magnitude. 0 for a
+    zero activation.
+    """
+    norm, norm_hat = (x * x).sum(-1) ** 0.5, (x_hat * x_hat).sum(-1) ** 0.5
+    unit = x / (norm + (norm == 0))[..., None]
+    return ((unit - x_hat / (norm_hat + 1e-9)[..., None]) ** 2).mean(-1) * (norm > 0)
+
+
+LOSSES = {"relative": relative_error, "cosine": cosine_error, "squared": squared_error}
+
+
+def fvu(x, x_hat) -> float:
+    """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2: global over tokens (tokens, d), centred.
+
+    NaN where the activations have no variance (one token, or equal ones).
+    """
+    if x.shape != x_hat.shape:
+        raise InputError(f"`x_hat` has shape {tuple(x_hat.shape)}; the shape of `x`, {tuple(x.shape)}, was wanted.")
+    variance = float(squared_error(x, x.mean(0)).sum())
+    return float(squared_error(x, x_hat).sum()) / variance if variance > 0 else float("nan")

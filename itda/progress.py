@@ -1,0 +1,56 @@
+"""How far a long work is: one line on the terminal, or whatever the caller makes of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Progress(NamedTuple):
+    """Where a build is: tokens read of `total` (None: not known), atoms so far, the share of the last batch's tokens
+    that was admitted, and seconds since this process began it. Several dictionaries are added up."""
+
+    tokens: int
+    total: int | None
+    atoms: int
+    admitted: float
+    seconds: float
+    start: int = 0  # tokens that an earlier process had done
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed of this process."""
+        return (self.tokens - self.start) / self.seconds if self.seconds > 0 else 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "") + " tokens"]
+        parts += [f"{self.tokens_per_second:,.0f}/s", f"{self.atoms:,} atoms", f"{self.admitted:.1%} admitted"]
+        if self.total and self.tokens_per_second:
+            left = max(0, round((self.total - self.tokens) / self.tokens_per_second))
+            parts.append(f"{left // 60}:{left % 60:02d} left")
+        return " · ".join(parts)
+
+
+def bar() -> Callable[[Progress | None], None]:
+    """A reporter that keeps one line of standard error up to date, if that is a terminal; None ends the line."""
+    if not sys.stderr.isatty():
+        return lambda progress: None
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    live = Live(console=Console(stderr=True), transient=True, refresh_per_second=8)
+
+    def report(progress: Progress | None) -> None:
+        if progress is None:
+            live.stop()
+            return
+        if not live.is_started:
+            live.start()
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=progress.total, completed=progress.tokens, width=24), str(progress))
+        live.update(grid)
+
+    return report

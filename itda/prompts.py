@@ -1,0 +1,536 @@
+"""Text or dataset -> token rows in a fixed, hashed order.
+
+The rows depend on the texts, the tokenizer and the settings alone: the same documents give the same rows from a list, a
+`.txt`, a `.jsonl`, a `.parquet`, a folder or the Hub. Part of that definition is the *piece*: no document is tokenised
+whole, but in pieces that end at the first line end from their character `PIECE` on, or at `2 * PIECE` without one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import chain, groupby, islice, repeat
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Bool, Int
+from numpy import ndarray
+
+from itda.errors import InputError
+
+PIECE = 1 << 16  # characters
+GROUP = (1024, 1 << 20)  # pieces and characters tokenised in one call, a piece on a core
+BLOCK = 1 << 18  # bytes of a file read at a time
+SHUFFLE_TOKENS = 1 << 21  # the shuffle buffer: 16,384 rows of 128 tokens
+
+_ENDINGS = (".txt", ".jsonl", ".parquet")
+_OTHER_ENDINGS = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".md", ".html", ".pdf")
+_SUPPORTED = "a .txt, .jsonl or .parquet file or a folder of these"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no UTF-8 form; JSON makes them from "\\ud800"
+
+Documents = Callable[[], Iterator[Iterable[str]]]  # every call starts again; a document is blocks of text, in order
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Row:
+    """One prompt. Spans are characters of the document, half-open; -1 for tokens that were put in (BOS, SEP, EOS)."""
+
+    prompt: int  # index of the row in the stream
+    document: int  # index of its document in the data's own order (0 if packed)
+    ids: Int[ndarray, " length"]
+    starts: Int[ndarray, " length"]
+    ends: Int[ndarray, " length"]
+    special: Bool[ndarray, " length"]  # BOS, EOS and their kind, put in or spelled out in the text; [UNK] is text
+    text: str  # of the document, from the first token's start to the last token's end
+    text_start: int  # the character of the document at which `text` begins
+
+
+def valid(row: Row, special_tokens: bool = False) -> Bool[ndarray, " length"]:
+    """Which tokens of `row` count: neither special nor at position 0; all of them with `special_tokens=True`."""
+    if special_tokens:
+        return np.ones(len(row.ids), bool)
+    return ~row.special & (np.arange(len(row.ids)) > 0)
+
+
+class StreamHash:
+    """The identity of a token stream: the documents, lengths and ids of its rows, in order.
+
+    It begins as SHA-256 of nothing; a row makes it SHA-256 of (itself, document, length, ids), numbers as little-endian
+    int64. `hexdigest` may be asked for at any row, and `StreamHash(digest)` goes on from there: it is the whole state.
+    """
+
+    def __init__(self, digest: str | None = None):
+        self._digest = bytes.fromhex(digest) if digest else sha256().digest()
+
+    def update(self, row: Row) -> None:
+        head = np.array([row.document, len(row.ids)], "<i8").tobytes()
+        self._digest = sha256(self._digest + head + row.ids.astype("<i8").tobytes()).digest()
+
+    def hexdigest(self) -> str:
+        return self._digest.hex()
+
+
+def hash_rows(rows: Iterable[Row]) -> str:
+    """The `StreamHash` of all `rows`."""
+    stream = StreamHash()
+    for row in rows:
+        stream.update(row)
+    return stream.hexdigest()
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 of what a tokenizer is, whatever it was used for: a fast one's state, a slow one's vocabulary."""
+    state = _backend_state(tokenizer) or sorted(tokenizer.get_vocab().items())
+    return sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+class TokenStream:
+    """The rows of `data`, the same ones in every iteration.
+
+    `data` is the id of a Hub dataset (streamed), a local `.txt` (one document), `.jsonl` or `.parquet` (`column` of a
+    record is one document), a folder of these (sorted by name, hidden files skipped), or a list of strings or records.
+    A document becomes successive rows of `context_length` tokens, each opened by BOS (else CLS) where the tokenizer has
+    one and closed by SEP where it has CLS and SEP; both count. The last row of a document is as short as it comes.
+
+    `truncate` keeps the first row of each document. `pack` joins all documents that have tokens into one: document 0,
+    whose text is theirs with nothing between them, whose spans count its characters, and whose ids have EOS between
+    them where the tokenizer has one. `seed` shuffles the rows, holding `SHUFFLE_TOKENS` tokens at a time. `split`,
+    `revision` and `config` select from a Hub dataset. Lone surrogates are read as U+FFFD, null as an empty document.
+    `provenance` says all this in JSON. What is wrong with the input is said at once where it shows at its beginning,
+    else when iteration gets there, in an `InputError`.
+    """
+
+    def __init__(
+        self,
+        data,
+        tokenizer,
+        *,
+        context_length: int = 128,
+        truncate: bool = False,
+        pack: bool = False,
+        seed: int | None = None,
+        column: str = "text",
+        split: str = "train",
+        revision: str | None = None,
+        config: str | None = None,
+    ):
+        bos, cls, sep, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "sep", "eos"))
+        self.prefix = [token for token in (cls if bos is None else bos,) if token is not None]
+        self.suffix = [sep] if cls is not None and sep is not None else []
+        least = len(self.prefix) + len(self.suffix) + 1
+        if not _is_whole(context_length) or context_length < least:
+            raise InputError(
+                f"`context_length` is {context_length!r}, but rows of this tokenizer need at least {least} tokens, "
+                f"{least - 1} of them special: pass a larger integer."
+            )
+        if truncate and pack:
+            raise InputError("`truncate` and `pack` exclude each other (all is one document when packed): pass one.")
+        if seed is not None and (not _is_whole(seed) or seed < 0):
+            raise InputError(f"`seed` is {seed!r}: pass an integer of at least 0, or None for the data's own order.")
+        self.context_length, self.truncate, self.pack, self.seed = int(context_length), truncate, pack, seed
+        self._room = self.context_length - least + 1
+        self._opening, self._closing = _without_span(self.prefix), _without_span(self.suffix)
+        self._between = _without_span([] if eos is None else [eos])
+        self._special_ids = _special_ids(tokenizer)
+        self._encode = _encoder(tokenizer)
+        kind, self._documents, revision = _open(data, column, split, revision, config)
+        self.provenance = {
+            "kind": kind,
+            "data": os.fsdecode(data) if isinstance(data, (str, os.PathLike)) else None,
+            "revision": revision,
+            "config": config if kind == "hub" else None,
+            "split": split if kind == "hub" else None,
+            "column": column,
+            "context_length": self.context_length,
+            "truncate": bool(truncate),
+            "pack": bool(pack),
+            "seed": None if seed is None else int(seed),
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "prefix": self.prefix,
+            "suffix": self.suffix,
+        }
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = self._rows()
+        if self.seed is not None:
+            rows = _shuffled(rows, self.seed, max(1, SHUFFLE_TOKENS // self.context_length))
+        prompt = -1
+        for prompt, row in enumerate(rows):
+            yield replace(row, prompt=prompt)
+        if prompt < 0:
+            raise InputError("`data` holds no tokens: every document in it is empty; pass data with text in it.")
+
+    def _rows(self) -> Iterator[Row]:
+        """The rows in the data's own order, not yet numbered."""
+        pieces = self._pieces()
+        for document, own in groupby(self._packed(pieces) if self.pack else pieces, key=lambda piece: piece.document):
+            rows = self._cut(document, own)
+            yield from islice(rows, 1) if self.truncate else rows
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """The pieces of all documents with their tokens; short documents are tokenised together."""
+        group, characters = [], 0
+        for document, blocks in enumerate(self._documents()):
+            n_tokens = 0
+            for start, text in _cut_text(blocks):
+                group.append((document, start, text))
+                characters += len(text)
+                if len(group) < GROUP[0] and characters < GROUP[1]:
+                    continue
+                pieces, group, characters = self._tokenised(group), [], 0
+                yield from pieces
+                n_tokens += sum(len(piece.tokens) for piece in pieces if piece.document == document)
+                if self.truncate and n_tokens >= self._room:
+                    break  # its first row is full: the rest of a large document is not read
+        yield from self._tokenised(group)
+
+    def _tokenised(self, group: list[tuple[int, int, str]]) -> list[_Piece]:
+        tokens = self._encode([text for _, _, text in group]) if group else []
+        return [_Piece(*piece, ids + _shift(piece[1])) for piece, ids in zip(group, tokens, strict=True)]
+
+    def _packed(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+        """The same pieces as those of one document, with EOS between the tokens of two."""
+        document, base, end, held, between = -1, 0, 0, False, False
+        for piece in pieces:
+            if piece.document != document:
+                document, base, between = piece.document, end, held
+            end = base + piece.start + len(piece.text)
+            tokens = piece.tokens + _shift(base)
+            if len(tokens):
+                tokens = np.concatenate([self._between, tokens]) if between else tokens
+                held, between = True, False
+            yield _Piece(0, base + piece.start, piece.text, tokens)
+
+    def _cut(self, document: int, pieces: Iterable[_Piece]) -> Iterator[Row]:
+        """The rows of one document."""
+        tokens, text, start = self._opening[:0], "", 0  # what is in no row yet, and the character it starts at
+        for piece in pieces:
+            text, start = (text + piece.text, start) if text else (piece.text, piece.start)
+            tokens = np.concatenate([tokens, piece.tokens])
+            full = len(tokens) - len(tokens) % self._room
+            for at in range(0, full, self._room):
+                yield self._row(document, tokens[at : at + self._room], text, start)
+            tokens = tokens[full:]
+            first = max(start, _span(tokens, start + len(text))[0])
+            text, start = text[first - start :], first
+        if len(tokens):
+            yield self._row(document, tokens, text, start)
+
+    def _row(self, document: int, tokens: ndarray, text: str, start: int) -> Row:
+        """One row of `tokens`; `text` holds theirs and begins at character `start` of the document."""
+        first, last = (max(start, character) for character in _span(tokens, start))
+        ids, starts, ends = np.ascontiguousarray(np.concatenate([self._opening, tokens, self._closing]).T)
+        special = np.isin(ids, self._special_ids)
+        return Row(-1, document, ids, starts, ends, special, text[first - start : last - start], first)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    document: int
+    start: int  # its first character in the document
+    text: str
+    tokens: Int[ndarray, "n 3"]  # id, start and end of each, in characters of the document
+
+
+def _without_span(ids: list[int]) -> Int[ndarray, "n 3"]:
+    return np.array([[token, -1, -1] for token in ids], np.int64).reshape(-1, 3)
+
+
+def _shift(characters: int) -> Int[ndarray, " 3"]:
+    return np.array([0, characters, characters])
+
+
+def _span(tokens: Int[ndarray, "n 3"], default: int) -> tuple[int, int]:
+    """First and last character of `tokens`; `default` twice where none of them has a span."""
+    tokens = tokens[tokens[:, 1] >= 0]
+    return (int(tokens[0, 1]), int(tokens[:, 2].max())) if len(tokens) else (default, default)
+
+
+def _cut_text(blocks: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The pieces of a document with the character each begins at, however the document came in blocks."""
+    start, text = 0, ""
+    for block in blocks:
+        text, at = text + _LONE_SURROGATE.sub("\ufffd", block), 0
+        while end := _piece_end(text, at):
+            yield start + at, text[at:end]
+            at = end
+        start, text = start + at, text[at:]
+    if text:
+        yield start, text
+
+
+def _piece_end(text: str, at: int) -> int:
+    """Where the piece that begins at `at` ends; 0 if that takes more text to say."""
+    last = at + 2 * PIECE
+    return text.find("\n", at + PIECE - 1, last) + 1 or (last if len(text) >= last else 0)
+
+
+def _shuffled(rows: Iterable[Row], seed: int, size: int) -> Iterator[Row]:
+    """`rows` in a random order, `size` of them held. Raw bits, since NumPy promises these alone never to change."""
+    bits, held = np.random.PCG64(seed), []
+    for row in chain(rows, repeat(None)):
+        if row is not None:
+            held.append(row)
+        if not held:
+            return
+        if row is None or len(held) > size:
+            i = bits.random_raw() % len(held)
+            held[i], held[-1] = held[-1], held[i]
+            yield held.pop()
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _special_ids(tokenizer) -> list[int]:
+    """Ids of the special tokens. [UNK] stands for a word of the text, unless it doubles as BOS or EOS (GPT-2)."""
+    added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
+    named = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep", "pad", "mask")}
+    return sorted({*tokenizer.all_special_ids, *added} - ({getattr(tokenizer, "unk_token_id", None)} - named))
+
+
+def _backend_state(tokenizer) -> dict | None:
+    """The state of a fast tokenizer without that of its last call; None where it has none that can be written."""
+    try:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+    except Exception:  # a slow tokenizer, or (a bare Exception of `tokenizers`) one with parts written in Python
+        return None
+    return {**state, "truncation": None, "padding": None}
+
+
+def _encoder(tokenizer) -> Callable[[list[str]], list[ndarray]]:
+    """The function from texts to their tokens, (n, 3) arrays of id, start and end."""
+    state = _backend_state(tokenizer)
+    if state is None:
+        return lambda texts: _encode_slowly(tokenizer, texts)
+    # A copy, so that the user's tokenizer is left alone. Its post-processor would only trim blanks off the spans.
+    state["post_processor"] = None
+    if state["model"].get("dropout"):
+        state["model"]["dropout"] = None  # would draw other tokens in every iteration
+    copy = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    copy.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+
+    def encode(texts: list[str]) -> list[ndarray]:
+        found = copy.encode_batch(texts, add_special_tokens=False)
+        spans = [np.array(one.offsets, np.int64).reshape(-1, 2) for one in found]
+        return [np.column_stack([np.array(one.ids, np.int64), span]) for one, span in zip(found, spans, strict=True)]
+
+    return encode
+
+
+def _encode_slowly(tokenizer, texts: list[str]) -> list[ndarray]:
+    """A slow tokenizer knows no spans: a token is looked for from the end of the last one, and empty if not found."""
+    out = []
+    for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
+        words = {token: tokenizer.decode([token]).removeprefix("##") for token in set(ids)}
+        tokens, at = [], 0
+        for token in ids:
+            word = words[token].strip() or words[token]
+            start = text.find(word, at, at + len(word) + 16) if word else -1
+            start, at = (at, at) if start < 0 else (start, start + len(word))
+            tokens.append((token, start, at))
+        out.append(np.array(tokens, np.int64).reshape(-1, 3))
+    return out
+
+
+def _open(data, column: str, split: str, revision: str | None, config: str | None):
+    """What `data` is: its kind, its documents, and the revision that was found."""
+    if not isinstance(data, (str, os.PathLike)):
+        return "texts", _texts(data, column), None
+    path = os.fsdecode(data)
+    if os.path.exists(path):
+        return ("folder" if os.path.isdir(path) else "file"), _local(path, column), None
+    file_like = path.lower().endswith(_ENDINGS + _OTHER_ENDINGS) or path.startswith((".", "~", os.sep))
+    if isinstance(data, os.PathLike) or (file_like and "\n" not in path):
+        raise InputError(f"`data` is {path!r}, but there is no such file or folder: check the path.")
+    if _HUB_ID.fullmatch(path):
+        return "hub", *_hub(path, column, split, revision, config)
+    raise InputError(
+        f"`data` is the string {_brief(path)}, neither a path nor the id of a Hub dataset: "
+        "pass one of these, or a list of strings to use it as text itself, [text]."
+    )
+
+
+def _texts(data, column: str) -> Documents:
+    name, wanted = f"`data` is of type {type(data).__name__}", "pass a list of strings"
+    if isinstance(data, (bytes, Mapping, Set)) or not isinstance(data, Iterable):
+        raise InputError(f"{name}, but texts in an order were wanted: {wanted}.")
+    if iter(data) is data:
+        raise InputError(f"{name}, which can be read only once: {wanted}, list(data).")
+    if isinstance(data, Sized) and not len(data):
+        raise InputError(f"{name} and empty: {wanted}.")
+
+    def documents() -> Iterator[Iterable[str]]:
+        for i, item in enumerate(data):
+            if not isinstance(item, (str, Mapping)):
+                raise InputError(f"`data[{i}]` is of type {type(item).__name__}, but a string was wanted: {wanted}.")
+            yield (item if isinstance(item, str) else _text(item, column, f"`data[{i}]`"),)
+
+    for _ in documents() if isinstance(data, (list, tuple)) else ():
+        pass  # finds a bad one before any work is done
+    return documents
+
+
+def _local(path: str, column: str) -> Documents:
+    if os.path.isdir(path):
+        files = _listed(path)
+    elif not path.lower().endswith(_ENDINGS):
+        raise InputError(f"`data` is the file {path!r}, but {_SUPPORTED} was wanted: convert or rename it.")
+    elif not os.path.isfile(path):
+        raise InputError(f"`data` is {path!r}, which is not a regular file: copy its content to a file first.")
+    elif not os.path.getsize(path):
+        raise InputError(f"`data` is the file {path!r}, which is empty: pass one with text in it.")
+    else:
+        files = [path]
+
+    def documents() -> Iterator[Iterable[str]]:
+        return chain.from_iterable(_read(file, column) for file in files)
+
+    for document in islice(documents(), 1):
+        next(iter(document))  # finds a file of another kind before any work is done
+    return documents
+
+
+def _listed(folder: str) -> list[str]:
+    """The files of a folder that can be read, sorted by name level by level."""
+
+    def refuse(error: OSError):
+        raise InputError(f"`data`: {error.filename!r} cannot be read ({_brief(error)}): check the folder.") from error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    files = [file for file in found if file.lower().endswith(_ENDINGS)]
+    files = [file for file in files if os.path.isfile(file) or not os.path.exists(file)]  # a broken link is said later
+    if not files:
+        others = sorted({os.path.splitext(file)[1] or os.path.basename(file) for file in found})
+        raise InputError(
+            f"`data` is the folder {folder!r} with {', '.join(map(repr, others[:8])) or 'no files'}, "
+            "but .txt, .jsonl or .parquet files were wanted in it: add some or pass another."
+        )
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def _read(path: str, column: str) -> Iterator[Iterable[str]]:
+    """The documents of one file."""
+    try:
+        with open(path, "rb") as file:
+            ending = os.path.splitext(path)[1].lower()
+            if ending != ".parquet" and b"\0" in file.read(BLOCK):
+                raise InputError(f"`data`: {path!r} is a binary file, but UTF-8 text was wanted: convert or remove it.")
+            file.seek(0)
+            if ending == ".txt":
+                yield _text_blocks(file, path)
+                return
+            records = _json_records(file, path) if ending == ".jsonl" else _parquet_records(file, path, column)
+            for where, record in records:
+                yield (_text(record, column, where),)
+    except OSError as error:
+        raise InputError(f"`data`: {path!r} cannot be read ({_brief(error)}): check the file.") from error
+
+
+def _text_blocks(file: BinaryIO, path: str) -> Iterator[str]:
+    decoder, at, block = codecs.getincrementaldecoder("utf-8")(), 0, b"-"
+    while block:
+        block = file.read(BLOCK)
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, at - pending + error.start) from error
+        yield text if at else text.removeprefix("\ufeff")
+        at += len(block)
+
+
+def _json_records(file: BinaryIO, path: str) -> Iterator[tuple[str, object]]:
+    at = 0
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode().removeprefix("" if at else "\ufeff").strip()
+            if text:
+                yield f"line {number} of {path!r}", json.loads(text)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, at + error.start) from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"`data`: line {number} of {path!r} is not JSON ({_brief(error)}): mend the file."
+            ) from error
+        at += len(line)
+
+
+def _parquet_records(file: BinaryIO, path: str, column: str) -> Iterator[tuple[str, object]]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(file)
+        _text(dict.fromkeys(table.schema_arrow.names), column, repr(path))  # refuses a missing column
+        batches = table.iter_batches(batch_size=128, columns=[column])
+        for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
+            yield f"row {number} of {path!r}", record
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"`data`: {path!r} is no sound parquet file ({_brief(error)}): write it again.") from error
+
+
+def _hub(name: str, column: str, split: str, revision: str | None, config: str | None) -> tuple[Documents, str | None]:
+    """The documents of a streamed Hub dataset, and its commit where `datasets` tells it."""
+    import datasets
+
+    try:
+        # What `load_dataset(..., streaming=True)` does, in two steps, since only the builder knows the commit.
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        dataset = builder.as_streaming_dataset(split=split)
+    except Exception as error:  # `datasets` raises anything, and lists the configs or splits there are
+        raise InputError(
+            f"`data` is {name!r}, neither a local path nor a Hub dataset that opens with split={split!r} and "
+            f"config={config!r} ({_brief(error)}): check them and the network, or pass {_SUPPORTED}."
+        ) from error
+    if dataset.column_names:
+        _text(dict.fromkeys(dataset.column_names), column, f"the Hub dataset {name!r}")  # refuses a missing column
+        dataset = dataset.select_columns([column])  # what else there is, images or audio, is not read
+
+    def documents() -> Iterator[Iterable[str]]:
+        try:
+            for number, record in enumerate(dataset):
+                yield (_text(record, column, f"row {number} of {name!r}"),)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a network or a file format can raise
+            raise InputError(f"`data`: Hub dataset {name!r} broke off ({_brief(error)}): try again.") from error
+
+    commit = str(builder.hash)
+    return documents, commit if re.fullmatch("[0-9a-f]{40}", commit) else revision
+
+
+def _text(record, column: str, where: str) -> str:
+    """The document of a record."""
+    if not isinstance(record, Mapping):
+        raise InputError(f"`data`: {where} is of type {type(record).__name__}, but a JSON object was wanted: mend it.")
+    if column not in record:
+        there = ", ".join(map(repr, record)) or "none"
+        raise InputError(f"`data`: {where} has no column {column!r}, it has {there}: name one with `column`.")
+    if not isinstance(record[column], str | None):
+        kind = type(record[column]).__name__
+        raise InputError(
+            f"`data`: {column!r} of {where} is of type {kind}, not text: name a text column with `column`."
+        )
+    return record[column] or ""
+
+
+def _not_utf8(path: str, byte: int) -> InputError:
+    return InputError(f"`data`: {path!r} is not UTF-8 at byte {byte}: convert the file to UTF-8.")
+
+
+def _brief(what) -> str:
+    """The first two lines of an error's sentence, or a string as it can stand in one."""
+    if isinstance(what, str):
+        return repr(what if len(what) <= 60 else what[:57] + "...")
+    return " ".join(str(what).split("\n")[:2])[:300] or type(what).__name__

@@ -1,0 +1,154 @@
+"""Encode activations against fixed atoms: `pursue` checks its arguments once and hands them to a backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from itda.codes import Codes
+from itda.errors import InputError
+from itda.pursuit import dense, orthogonal, reference
+from itda.pursuit.gram import Gram
+
+METHODS = {"mp": dense.mp, "omp": orthogonal.omp, "gp": orthogonal.gp}
+BACKENDS = ("auto", "dense", "reference")
+
+# What one chunk of tokens may take beside atoms and Gram matrix; on a CPU small enough to stay in cache.
+WORKSPACE_BYTES = {"cpu": 8e6, "gpu": 1e9}
+
+
+@torch.no_grad()
+def pursue(
+    x: Float[Tensor, "*batch d"] | ndarray,
+    atoms: Float[Tensor, "n_atoms d"] | ndarray,
+    k: int,
+    *,
+    method: str = "mp",
+    nonneg: bool = False,
+    tol: float = 0.0,
+    backend: str = "auto",
+    max_gram_bytes: float = 4e9,
+) -> Codes:
+    """Write each activation as a sparse sum of at most `k` atoms, x ~ sum_j code_j atom_j.
+
+    x        activations (..., d) of any floating dtype; float16 and bfloat16 are computed in float32
+    atoms    dictionary (n_atoms, d), rows of unit norm
+    k        pursuit steps, the L0 budget; matching pursuit may choose an atom again, so realised L0 can be smaller
+    method   "mp" matching pursuit (ITDA, Algorithm 2): c = <r, d_j>, r <- r - c d_j for the atom of largest |<r, d_j>|;
+             "omp" orthogonal: least squares on the support at every step; "gp" gradient pursuit
+    nonneg   choose the largest correlation instead of the largest absolute one; coefficients are >= 0
+    tol      a token stops once its relative residual energy |r|^2 / |x|^2 is at most `tol`, 0 <= tol <= 1
+    backend  "dense" (torch, the device of x), "reference" (NumPy float64, one vector at a time), or "auto"
+    max_gram_bytes   where the Gram matrix of the atoms would take more, correlations are recomputed at every step
+
+    Returns `Codes` (values float32, or float64 for float64 x). Ties go to the lowest index. A zero vector has an
+    empty code, and a token stops when no atom correlates with its residual by more than 1e-5 |x|. Every backend makes
+    the same choices: those that float32 cannot decide are made in float64.
+
+    Raises `InputError` for arguments of the wrong shape, type or range, non-finite x, atoms that are not unit-norm.
+    """
+    x, atoms = _checked(x, atoms)
+    _check_settings(k, method, tol, backend)
+    if backend == "reference":
+        return _pursue_reference(x, atoms, k, method, nonneg, tol)
+    flat = x.reshape(-1, x.shape[-1])
+    # The Gram matrix costs n products of length d per atom, recomputing k n d per token.
+    gram = Gram(atoms, max_gram_bytes, with_matrix=method == "mp" and len(flat) * k >= len(atoms))
+    parts = [_pack(steps, gram.n, x.dtype) for steps in encode(flat, gram, k, method, nonneg, tol)]
+    codes = Codes.concat(parts) if parts else _pack(dense.no_steps(0, k, x.device), gram.n, x.dtype)
+    return Codes(*(t.reshape(*x.shape[:-1], k) for t in (codes.indices, codes.values)), gram.n)
+
+
+def encode(x: Float[Tensor, "tokens d"], gram: Gram, k: int, method: str = "mp", nonneg: bool = False, tol: float = 0.0):
+    """Yield the `Steps` of `x` chunk by chunk, so that memory beside the result stays within a fixed workspace.
+
+    A chunk is at least one token, whose row of correlations is smaller than the atoms themselves.
+    """
+    per_token = 4 * gram.n * x.element_size() if method == "mp" else 4 * gram.n * x.element_size() + 24 * k * x.shape[1]
+    rows = max(1, int(WORKSPACE_BYTES["cpu" if x.device.type == "cpu" else "gpu"] // max(per_token, 1)))
+    for chunk in x.split(rows) if len(x) else ():
+        yield METHODS[method](chunk, gram, k, nonneg, tol)
+
+
+def normalize(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """`atoms` with unit rows, (n, d), normalised in float64. Zero rows stay zero."""
+    exact = atoms.double()
+    norm = exact.square().sum(-1, keepdim=True).sqrt()
+    return torch.where(norm > 0, exact / norm.clamp_min(1e-300), 0.0).to(atoms.dtype)
+
+
+def _pack(steps: dense.Steps, n_atoms: int, dtype: torch.dtype) -> Codes:
+    """Steps as codes: the coefficients of an atom chosen several times added, its first place kept, padding last."""
+    indices, coefficients = steps.indices, steps.coefficients
+    k = indices.shape[1]
+    if not k or not n_atoms:
+        return Codes(indices, coefficients.to(dtype), n_atoms)
+    place = torch.arange(k, device=indices.device)
+    again = (indices[:, :, None] == indices[:, None]) & (coefficients != 0)[:, None]
+    first = torch.where(again, place, k).amin(2).minimum(place)  # the first step that chose this atom
+    values = torch.zeros_like(coefficients).scatter_add_(1, first, coefficients).to(dtype)
+    order = (values == 0).to(torch.uint8).argsort(dim=1, stable=True)
+    values = values.gather(1, order)
+    return Codes(torch.where(values != 0, indices.gather(1, order), 0), values, n_atoms)
+
+
+def _pursue_reference(x: Tensor, atoms: Tensor, k: int, method: str, nonneg: bool, tol: float) -> Codes:
+    rows = x.reshape(-1, x.shape[-1]).double().cpu().numpy()
+    exact = atoms.double().cpu().numpy()
+    indices, values = np.zeros((len(rows), k), np.int64), np.zeros((len(rows), k))
+    for t, row in enumerate(rows):
+        chosen, coefficients, _ = getattr(reference, method)(row, exact, k, nonneg, tol)
+        indices[t, : len(chosen)], values[t, : len(chosen)] = chosen, coefficients
+    steps = dense.no_steps(len(rows), k, torch.device("cpu"))
+    steps = steps._replace(indices=torch.from_numpy(indices), coefficients=torch.from_numpy(values))
+    codes = _pack(steps, len(atoms), x.dtype)
+    return Codes(*(t.reshape(*x.shape[:-1], k).to(x.device) for t in (codes.indices, codes.values)), len(atoms))
+
+
+def _checked(x, atoms) -> tuple[Tensor, Tensor]:
+    x, atoms = (torch.from_numpy(a) if isinstance(a, ndarray) else a for a in (x, atoms))
+    for name, a in (("x", x), ("atoms", atoms)):
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            kind = f"dtype {a.dtype}" if isinstance(a, Tensor) else f"type {type(a).__name__}"
+            raise InputError(f"`{name}` has {kind}; a floating-point tensor was wanted: pass `{name}.float()`.")
+    if atoms.ndim != 2:
+        raise InputError(f"`atoms` has shape {tuple(atoms.shape)}; a dictionary has shape (n_atoms, d).")
+    if x.ndim < 1 or x.shape[-1] != atoms.shape[1]:
+        raise InputError(
+            f"`x` has shape {tuple(x.shape)} but `atoms` {tuple(atoms.shape)}: the last axes must be the same d."
+        )
+    if x.device != atoms.device:
+        raise InputError(f"`x` is on {x.device} but `atoms` on {atoms.device}: move one of them with `.to(device)`.")
+    if not bool(torch.isfinite(x).all()):
+        where = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
+        raise InputError(f"`x` must be finite; the entry at {where} is {x[where].item()}. Drop or repair that token.")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_unit_norm(atoms)
+    return x.detach().to(dtype), atoms.detach().to(dtype)
+
+
+def check_unit_norm(atoms: Float[Tensor, "n d"]) -> None:
+    """Raise `InputError` naming the first row of `atoms` whose norm is not 1 (to 1e-4, or 1e-2 in half precision)."""
+    norms = torch.linalg.vector_norm(atoms, dim=1, dtype=torch.float64)
+    allowed = 1e-2 if torch.finfo(atoms.dtype).bits < 32 else 1e-4
+    wrong = (~((norms - 1).abs() <= allowed)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"`atoms` must have unit-norm rows; row {row} has norm {norms[row]:.4g}. "
+            "Normalise with `itda.normalize(atoms)`."
+        )
+
+
+def _check_settings(k, method, tol, backend) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 0 or more, was wanted.")
+    if method not in METHODS:
+        raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+    if not 0 <= tol <= 1:
+        raise InputError(f"`tol` is {tol!r}; a share of the energy between 0 and 1 was wanted.")
+    if backend not in BACKENDS:
+        raise InputError(f"`backend` is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}.")

@@ -1,0 +1,113 @@
+"""Pursuit in torch, on any device: correlations in float32, residuals and every close decision in float64.
+
+The float32 correlations C only *propose* an atom. Each token carries its exact residual in float64, so a coefficient
+is never in doubt, and an error bound on C says when a proposal is: then the few atoms within the bound are compared
+in float64. Choices are therefore those of the reference, on every device, for every chunk shape.
+
+The bound. A float32 dot product of unit vectors errs by at most g u with u = 2^-24 and, for the blocked sums of every
+BLAS we know, g well below 8 + sqrt(d) (the worst case for one long chain is d). C starts with an error of g u |x|; the
+update C -= c G[j] with the float64 coefficient c adds (g + 3) u |c|, from G, from rounding c and from the product and
+the difference. Hence |error| <= u (g |x| + (g + 3) sum_s |c_s|): errors add, they do not feed back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from itda.pursuit import reference
+from itda.pursuit.gram import Gram, full_float32
+
+
+class Steps(NamedTuple):
+    """One pursuit of each token, step by step; steps after `count` have index 0 and coefficient 0."""
+
+    indices: Int[Tensor, "tokens k"]  # the atom chosen, int64
+    coefficients: Float[Tensor, "tokens k"]  # its coefficient, float64
+    count: Int[Tensor, " tokens"]  # steps taken, int64
+    settled: Bool[Tensor, " tokens"]  # whether a choice had to be settled in float64
+
+
+def error_bound(d: int, norm: Tensor, spent: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bound on the error of a correlation of a token of norm `norm` after coefficients of absolute sum `spent`."""
+    unit, g = torch.finfo(dtype).eps / 2, 8 + d**0.5
+    return unit * (g * norm + (g + 3) * spent)
+
+
+def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
+    """Matching pursuit (Algorithm 2) of every row of `x`, float32 or float64 like the atoms."""
+    tokens, d = x.shape
+    exact = x.double()
+    total = exact.square().sum(1)
+    norm = total.sqrt()
+    residual, spent = exact.clone(), torch.zeros_like(norm)
+    steps = no_steps(tokens, k, x.device)
+    active = norm > 0
+    corr = product(x, gram.atoms)
+    for s in range(k if gram.n else 0):
+        if tol > 0:
+            active = active & (residual.square().sum(1) > tol * total)
+        if not active.any():
+            break
+        if gram.matrix is None and s:
+            corr = product(residual.to(x.dtype), gram.atoms)
+        bound = error_bound(d, norm, 0.0 if gram.matrix is None else spent, x.dtype)
+        j, active, close = choose(corr, residual, norm, bound, active, gram.atoms, nonneg)
+        atom = gram.atoms[j].double()
+        c = torch.where(active, (residual * atom).sum(1), 0.0)
+        residual.addcmul_(atom, c[:, None], value=-1)
+        spent += c.abs()
+        steps.indices[:, s] = torch.where(active, j, 0)
+        steps.coefficients[:, s] = c
+        steps.count.add_(active)
+        steps.settled.logical_or_(close)
+        if gram.matrix is not None:
+            corr.addcmul_(gram.matrix[j], c.to(x.dtype)[:, None], value=-1)
+    return steps
+
+
+def choose(
+    corr: Float[Tensor, "tokens n"],
+    residual: Float[Tensor, "tokens d"],
+    norm: Float[Tensor, " tokens"],
+    bound: Float[Tensor, " tokens"],
+    active: Bool[Tensor, " tokens"],
+    atoms: Float[Tensor, "n d"],
+    nonneg: bool,
+) -> tuple[Int[Tensor, " tokens"], Bool[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
+    """The atom each active token takes next, argmax |<r, d>|; which tokens go on; which choices were close.
+
+    `corr` may err by `bound`. A choice is close when another atom is within twice that, or the floor within once; it
+    is then made on the exact `residual`.
+    """
+    size = corr if nonneg else corr.abs()
+    best, j = size.max(1)
+    rest = size.scatter(1, j[:, None], -torch.inf).amax(1) if size.shape[1] > 1 else torch.full_like(best, -torch.inf)
+    best, rest, floor = best.double(), rest.double(), reference.FLOOR * norm
+    close = active & (best > floor - bound) & ((best - rest <= 2 * bound) | (best <= floor + bound))
+    active = active & (best > floor)
+    for t in close.nonzero()[:, 0].tolist():
+        options = (size[t] >= best[t] - 2 * bound[t]).nonzero()[:, 0]
+        exact = (atoms[options].double() * residual[t]).sum(1)
+        exact = exact if nonneg else exact.abs()
+        j[t] = options[exact >= exact.max() - reference.TIE * norm[t]][0]
+        active[t] = exact.max() > floor[t]
+    return j, active, close
+
+
+def product(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"]) -> Float[Tensor, "tokens n"]:
+    """All correlations x @ atoms.T, without TF32."""
+    with full_float32():
+        return x @ atoms.T
+
+
+def no_steps(tokens: int, k: int, device: torch.device) -> Steps:
+    return Steps(
+        torch.zeros(tokens, k, dtype=torch.long, device=device),
+        torch.zeros(tokens, k, dtype=torch.float64, device=device),
+        torch.zeros(tokens, dtype=torch.long, device=device),
+        torch.zeros(tokens, dtype=torch.bool, device=device),
+    )

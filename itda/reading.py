@@ -1,0 +1,215 @@
+"""A model read at hook points: what stands there, in which order, from which weights, and the reading itself."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor, nn
+
+from itda.errors import InputError
+from itda.loading import Layout
+from itda.prompts import tokenizer_hash
+
+_SAMPLE = 256  # values per parameter in a fingerprint
+
+
+class HookedModel:
+    """A model with the hook points at which it is read; made by `load`.
+
+    `module` is left as it is: hooks and eval mode last as long as a reading. `hook_points` are canonical names, in
+    the order in which a forward pass reaches them; `d` has the width of each.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        base: nn.Module,
+        tokenizer: Any,
+        layout: Layout,
+        hooks: Iterable[int | str],
+        missing: frozenset[str] = frozenset(),
+    ):
+        self.module, self.tokenizer, self.n_layers = module, tokenizer, layout.n_layers
+        self._base, self._layout, self._missing = base, layout, missing
+        taken = inspect.signature(base.forward).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        options = ("use_cache", "output_attentions", "output_hidden_states")
+        self._options = {name: False for name in options if takes_any or name in taken}
+        self._vocabulary = base.get_input_embeddings().weight.shape[0]
+        weight = next(p for p in base.parameters() if p.is_floating_point())
+        self.device, self.dtype = weight.device, weight.dtype
+        self._paths = dict.fromkeys(layout.path(hook) for hook in hooks)
+        here = {name for name, _ in base.named_modules()}
+        for path in self._paths:
+            if path not in here:
+                raise InputError(
+                    f"`{layout.name(path)}` lies above the part of `{layout.model}` that was loaded: "
+                    "load the model again with that hook point among `hooks`."
+                )
+        self._try()
+
+    def _try(self) -> None:
+        """Run two rows of three tokens: are the hook points reached, in which order, and with what before them?"""
+        ran: list[str] = []  # modules with parameters of their own, as they start
+        before: dict[str, frozenset[str]] = {}
+        watched = [(name, m) for name, m in self._base.named_modules() if m._parameters]
+        handles = [m.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, m in watched]
+        for path in self._paths:
+            module = self._base.get_submodule(path)
+            handles.append(module.register_forward_hook(lambda *_, path=path: before.update({path: frozenset(ran)})))
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        try:
+            found = self._forward(ids, torch.ones_like(ids))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path in self._paths:
+            if path not in found:
+                raise InputError(
+                    f"A forward pass of `{self._layout.model}` never calls `{self._layout.name(path)}`: "
+                    f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
+                )
+        self._paths = {path: self._reading(before[path]) for path in found}
+        self.d = {self._layout.name(path): x.shape[-1] for path, x in found.items()}
+        self.hook_points = tuple(self.d)
+        lost = sorted(self._missing & set().union(*self._paths.values()))
+        if lost:
+            raise InputError(
+                f"`{self._layout.model}` lacks {len(lost)} of the weights that are read (`{lost[0]}` for one): "
+                "its config and its weights do not belong together, so download or save it again."
+            )
+
+    def _reading(self, ran: frozenset[str]) -> list[str]:
+        """The parameters that decide an activation: of the modules that `ran` before it, and of all their blocks."""
+        blocks = {self._layout.layer(name) for name in ran} - {None}
+        names = (name for name, _ in self._base.named_parameters())
+        return [n for n in names if n.rpartition(".")[0] in ran or self._layout.layer(n) in blocks]
+
+    def provenance(self, hook: int | str) -> dict:
+        """What an activation at `hook` comes from, as JSON can hold it."""
+        path = self._layout.path(hook)
+        if path not in self._paths:
+            raise InputError(f"`{hook}` is not read here: pass one of {', '.join(self.hook_points)}.")
+        name = self._layout.name(path)
+        return {
+            "id": self._layout.model,
+            "revision": getattr(self._base.config, "_commit_hash", None),
+            "fingerprint": self._fingerprint(path),
+            "hook_point": name,
+            "layer": self._layout.layer(path),
+            "d": self.d[name],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model_type": self._layout.model_type,
+            "tokenizer_hash": self._tokenizer_hash,
+        }
+
+    @cached_property
+    def _tokenizer_hash(self) -> str:
+        return tokenizer_hash(self.tokenizer)
+
+    def _fingerprint(self, path: str) -> str:
+        """sha256 over the parameters that the activations at `path` depend on: name, shape, and a sample in bfloat16.
+
+        Whole blocks count, and nothing after them; so it is one for a model cut or whole, with its head or without,
+        in float32 or in the half precision of its checkpoint. (A float32 checkpoint read in float16 is rounded.)
+        """
+        digest = hashlib.sha256()
+        parameters = dict(self._base.named_parameters())
+        for name in sorted(self._paths[path]):
+            values = parameters[name].detach()
+            sample = values.reshape(-1)[:: max(1, -(-values.numel() // _SAMPLE))].to("cpu", torch.bfloat16)
+            digest.update(f"{name} {tuple(values.shape)} ".encode())
+            digest.update(sample.contiguous().view(torch.int16).numpy().astype("<i2").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest row that the model has positions for; None where there is no limit."""
+        limits = [getattr(self._base.config.get_text_config(), "max_position_embeddings", None)]
+        for name, module in self._base.named_modules():  # RoBERTa's tables begin with places that no token takes
+            if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+                limits.append(module.num_embeddings - module.padding_idx - 1)
+        return min((limit for limit in limits if limit is not None and limit > 0), default=None)
+
+    def read(
+        self, ids: Int[Tensor, "rows length"] | Int[ndarray, "rows length"], mask: Any
+    ) -> dict[str, Float[Tensor, "rows length d"]]:
+        """The activations at every hook point, by canonical name. `mask` (rows, length) is 0 at padding.
+
+        The forward pass stops at the last hook point; nothing is kept for gradients.
+        """
+        ids, mask = torch.as_tensor(ids).long(), torch.as_tensor(mask)
+        if ids.ndim != 2 or mask.shape != ids.shape:
+            raise InputError(
+                f"`ids` has shape {tuple(ids.shape)} and `mask` {tuple(mask.shape)}: "
+                "pass two of one shape (rows, length)."
+            )
+        if ids.numel() and (ids.min() < 0 or ids.max() >= self._vocabulary):
+            raise InputError(
+                f"Token id {int(ids.max())} came, and `{self._layout.model}` has {self._vocabulary} token embeddings: "
+                "pass the tokenizer that belongs to the model."
+            )
+        return {self._layout.name(path): x for path, x in self._forward(ids, mask.long()).items()}
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """`read` by path, of the hook points that are reached."""
+        found: dict[str, Tensor] = {}
+
+        def reader(path: str, output: Any) -> None:
+            if path in found:  # a module that is called again: its first output counts
+                return
+            x = _rows_of(output, *ids.shape)
+            if x is None:
+                raise InputError(
+                    f"The output of `{self._layout.name(path)}` is not one vector per token: "
+                    f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
+                )
+            last = len(found) + 1 == len(self._paths)
+            found[path] = x if last else x.clone()  # later modules may write into it
+            if last:
+                raise _Stop
+
+        training = [module for module in self._base.modules() if module.training]
+        handles = []
+        try:
+            for module in training:
+                module.training = False
+            for path in self._paths:
+                hook = self._base.get_submodule(path)
+                handles.append(hook.register_forward_hook(lambda m, args, output, path=path: reader(path, output)))
+            with torch.no_grad():
+                ids, mask = ids.to(self.device), mask.to(self.device)
+                self._base(input_ids=ids, attention_mask=mask, **self._options)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in training:
+                module.training = True
+        return found
+
+
+class _Stop(BaseException):
+    """Ends a forward pass; no `except Exception` in a model's code may catch it."""
+
+
+def _rows_of(output: Any, rows: int, length: int) -> Tensor | None:
+    """A module's output as (rows, length, d), None if it is something else.
+
+    Blocks return a tensor or, in transformers 4, a tuple; a bare `output[0]` would be the first row of the former.
+    """
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == rows * length:
+        output = output.unflatten(0, (rows, length))
+    return output if isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == (rows, length) else None

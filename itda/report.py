@@ -1,0 +1,498 @@
+"""What a person sees: one activation decomposed, what is in a dictionary, what one of its atoms is.
+
+Each report has `to_json()`, plain values, and is drawn by `rich.print`. Texts come from models and data, so nothing in
+them is taken for markup, and no control character of theirs reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from itda import folder
+from itda.errors import InputError
+from itda.labels import Labels
+from itda.labels import _one_line as one_line
+from itda.model import ITDA
+from itda.pursuit import METHODS, encode
+from itda.pursuit.gram import Gram
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+    from rich.text import Text
+
+SHOWN = 12  # rows of a table in the terminal
+CONTEXT = 100  # columns of a token in its context at most
+BINS = 12
+ENDLESS = 1 << 20  # tokens in a row of a model without a limit
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """One activation as a sparse sum of atoms; made by `decompose`.
+
+    `atoms` are dicts, one per atom in the order of first choice: atom, coefficient (its steps added up), share (of the
+    activation's energy |x - mean|^2 that its steps explained), cumulative, and label (as `Labels` has it).
+    """
+
+    model: str
+    hook_point: str
+    text: str
+    tokens: list[str]  # all but the special ones
+    token: int  # which of them
+    position: int  # its place in the row, special tokens counted
+    norm: float  # |x|
+    k: int
+    method: str
+    relative_error: float  # |x - x_hat|^2 / |x - mean|^2
+    atoms: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return finite(asdict(self))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        words = [one_line(token) for token in self.tokens]
+        yield Text.assemble(
+            "".join(words[: self.token]), *_marked(words[self.token]), "".join(words[self.token + 1 :]), overflow="fold"
+        )
+        yield Text(
+            one_line(
+                f"token {self.token} of 0 to {len(words) - 1} · {self.model} · {self.hook_point} · norm {self.norm:.4g}"
+                f" · k = {self.k} · relative error {self.relative_error:.3f}"
+            ),
+            style="dim",
+        )
+        table, shown = _table("coefficient", "atom", "share", "cumulative"), self.atoms[:SHOWN]
+        width = _room(options, 58)
+        for part in shown:
+            bar = _bar(part["cumulative"], 10)
+            table.add_row(
+                f"{part['coefficient']:+.4g}",
+                f"{part['atom']}",
+                f"{part['share']:.1%}",
+                f"{bar} {part['cumulative']:6.1%}",
+                _in_context(part["label"], width),
+            )
+        yield table
+        if rest := self.atoms[SHOWN:]:
+            yield Text(f"and {len(rest)} more atoms with {sum(p['share'] for p in rest):.1%} together", style="dim")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is in a dictionary; made by `summary`."""
+
+    n_atoms: int
+    d: int
+    k: int
+    cfg: dict[str, Any]
+    sample: dict[str, Any] | None  # tokens, l0, share_alive: of the atoms, those that are used in the sample
+    norms: dict[str, float]  # quantiles of the atoms' norms before they were normalised
+    losses: dict[str, float]  # of their admission losses
+    most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
+    first: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return finite(asdict(self))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+        from rich.text import Text
+
+        yield Text(f"{self.n_atoms:,} atoms, d = {self.d}, k = {self.k}", style="bold")
+        facts = Table.grid(padding=(0, 2))
+        for name, value in _facts(self):
+            facts.add_row(Text(name, style="dim"), Text(one_line(value), overflow="fold"))
+        yield facts
+        table = _table(*self.norms, label="", first="quantiles")
+        for name, quantiles in (("norm", self.norms), ("admission loss", self.losses)):
+            table.add_row(name, *(f"{value:.4g}" for value in quantiles.values()))
+        yield table
+        for title, rows in (("most used in the sample", self.most_used), ("first atoms", self.first)):
+            table, width = _table("atom", "uses", "norm", "loss", label=title), _room(options, 36)
+            for row in rows:
+                uses = "" if row["uses"] is None else f"{row['uses']:,}"
+                numbers = (f"{row['atom']}", uses, f"{row['norm']:.4g}", f"{row['loss']:.3g}")
+                table.add_row(*numbers, _in_context(row["label"], width))
+            if rows:
+                yield table
+
+
+@dataclass(frozen=True)
+class AtomReport:
+    """One atom: what it is and where the sample uses it; made by `atom_report`."""
+
+    atom: int
+    n_atoms: int
+    label: dict[str, Any]
+    norm: float
+    loss: float
+    sample_tokens: int
+    uses: int  # tokens of the sample that it is used for
+    negative: int  # of these, with a negative coefficient
+    histogram: dict[str, list]  # edges (bins + 1) and counts (bins) of its coefficients
+    positive_tokens: list[dict[str, Any]]  # coefficient and label, the largest first
+    negative_tokens: list[dict[str, Any]]  # the most negative first
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return finite(asdict(self))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        where = ", ".join(f"{name} {self.label[name]}" for name in ("prompt", "position", "token_id"))
+        yield Text(f"atom {self.atom} of 0 to {self.n_atoms - 1}: {where}", style="bold")
+        yield _in_context(self.label, _room(options, 0, 2 * CONTEXT))
+        share = self.uses / max(1, self.sample_tokens)
+        yield Text(
+            f"norm {self.norm:.4g} · admission loss {self.loss:.3g} · used for {self.uses:,} of {self.sample_tokens:,} "
+            f"sampled tokens ({share:.1%}), for {self.negative:,} of them with a negative coefficient",
+            style="dim",
+        )
+        table, edges = _table("from", "to", "tokens", label="coefficients"), self.histogram["edges"]
+        for low, high, count in zip(edges, edges[1:], self.histogram["counts"], strict=False):
+            bar = _bar(count / max(self.histogram["counts"]), 30, "")
+            table.add_row(f"{low:+.4g}", f"{high:+.4g}", f"{count:,}", bar)
+        if edges:
+            yield table
+        for title, rows in (("largest", self.positive_tokens), ("most negative", self.negative_tokens)):
+            table = _table("coefficient", label=f"{title}, in context")
+            for row in rows:
+                table.add_row(f"{row['coefficient']:+.4g}", _in_context(row["label"], _room(options, 14)))
+            if rows:
+                yield table
+
+
+# -- making them ------------------------------------------------------------------------------------------------------
+
+
+def decompose(
+    dictionary: ITDA | str | os.PathLike,
+    text: str,
+    token: int | str = -1,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    k: int | None = None,
+    method: str | None = None,
+    force: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Decomposition:
+    """Write the activation at one token of `text` as a sum of atoms (the paper's Figure 1 and Table 6).
+
+    `token` counts the tokens of `text` that are not special (-1 is the last), or is the text of one, of which the last
+    is taken. The model is the one that the dictionary was built on, or `model`, by name or loaded; `k` and `method`
+    are the dictionary's unless given. An atom's share is that of its steps: |r|^2 before less |r|^2 after, over
+    |x - mean|^2, where r is what the earlier steps left.
+
+    Raises `InputError` for a model or tokenizer that is not the dictionary's (unless `force`), and for a text that
+    does not fit into one row of the model.
+    """
+    dictionary = load(dictionary)
+    hooked, hook = _hooked(dictionary, model, tokenizer, force, dtype, device, trust_remote_code)
+    row = _row(text, hooked)
+    places = np.flatnonzero(~row.special)
+    spans = np.stack([row.starts, row.ends], axis=1)[places] - row.text_start
+    tokens = [row.text[max(0, start) : max(0, end)] for start, end in spans]
+    which = _which(tokens, token)
+    x = hooked.read(row.ids[None], np.ones_like(row.ids[None]))[hook][0, places[which]].double().cpu()
+    if not bool(torch.isfinite(x).all()):
+        raise InputError(f"The activation of {tokens[which]!r} is not finite: use a wider `dtype`, such as 'float32'.")
+    k = dictionary.k if k is None else k
+    method = dictionary.cfg.get("method", "mp") if method is None else method
+    rest = x if dictionary.mean is None else x - dictionary.mean.double()
+    atoms, relative_error = _pursued(dictionary, rest, k, method)
+    return Decomposition(
+        model=str(hooked.provenance(hook)["id"]),
+        hook_point=hook,
+        text=text,
+        tokens=tokens,
+        token=which,
+        position=int(places[which]),
+        norm=float(x.norm()),
+        k=k,
+        method=method,
+        relative_error=relative_error,
+        atoms=atoms,
+    )
+
+
+def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
+    """What is in a dictionary: where it comes from, how good it is on its sample, and some of its atoms."""
+    dictionary = load(dictionary)
+    n, uses, sample = dictionary.n_atoms, None, None
+    most: ndarray = np.zeros(0, np.int64)
+    if dictionary.sample is not None:
+        codes = dictionary.sample.codes
+        uses = np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n]
+        most = np.argsort(-uses, kind="stable")[:SHOWN]
+        most = most[uses[most] > 0]
+        l0 = float(codes.l0().double().mean()) if len(codes.values) else math.nan
+        alive = float((uses > 0).mean()) if n else math.nan
+        sample = {"tokens": len(codes.values), "l0": l0, "share_alive": alive}
+
+    def row(i: int) -> dict[str, Any]:
+        used = None if uses is None else int(uses[i])
+        numbers = {
+            "atom": int(i),
+            "uses": used,
+            "norm": float(dictionary.norms[i]),
+            "loss": float(dictionary.losses[i]),
+        }
+        return numbers | {"label": _label(dictionary.labels, i)}
+
+    return Summary(
+        n_atoms=n,
+        d=dictionary.d,
+        k=dictionary.k,
+        cfg=dictionary.cfg,
+        sample=sample,
+        norms=_quantiles(dictionary.norms.numpy()),
+        losses=_quantiles(dictionary.losses.numpy()),
+        most_used=[row(i) for i in most],
+        first=[row(i) for i in range(min(n, SHOWN))],
+    )
+
+
+def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = SHOWN, bins: int = BINS) -> AtomReport:
+    """What atom number `atom` is, and in the sample the histogram of its coefficients and its `top` tokens by sign."""
+    dictionary = load(dictionary)
+    n, sample = dictionary.n_atoms, dictionary.sample
+    if not 0 <= atom < n:
+        raise InputError(f"`atom` is {atom}, but this ITDA has the atoms 0 to {n - 1}: choose one of them.")
+    rows, values = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    if sample is not None:
+        used = (sample.codes.indices == atom) & (sample.codes.values != 0)
+        rows, values = used.nonzero()[:, 0].numpy(), sample.codes.values[used].numpy()
+    order = np.argsort(-values, kind="stable")
+    counts, edges = np.histogram(values, bins) if len(values) and bins else (np.zeros(0, int), np.zeros(0))
+
+    def tokens(places: ndarray) -> list[dict[str, Any]]:
+        return [{"coefficient": float(values[i]), "label": _label(sample.labels, rows[i])} for i in places]
+
+    return AtomReport(
+        atom=atom,
+        n_atoms=n,
+        label=_label(dictionary.labels, atom),
+        norm=float(dictionary.norms[atom]),
+        loss=float(dictionary.losses[atom]),
+        sample_tokens=0 if sample is None else len(sample.labels),
+        uses=len(values),
+        negative=int((values < 0).sum()),
+        histogram={"edges": edges.tolist(), "counts": counts.tolist()},
+        positive_tokens=tokens(order[values[order] > 0][:top]),
+        negative_tokens=tokens(order[::-1][values[order[::-1]] < 0][:top]),
+    )
+
+
+def load(dictionary: ITDA | str | os.PathLike) -> ITDA:
+    """The dictionary itself, or that of a folder or a hub repository."""
+    if isinstance(dictionary, ITDA):
+        return dictionary
+    path = Path(dictionary)
+    inside = sorted(child.name for child in path.glob("*") if (child / folder.MANIFEST).is_file())
+    if inside and not (path / folder.MANIFEST).exists():
+        raise InputError(f"{path} holds the ITDAs {', '.join(inside)}: give the folder of one, {path / inside[0]}.")
+    return ITDA.from_pretrained(dictionary)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that is not finite, as JSON wants it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[list[dict[str, Any]], float]:
+    """The atoms of the pursuit of `x` (d,) float64, steps of one atom put together, and the relative error."""
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 1 or more, was wanted.")
+    if method not in METHODS:
+        raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+    gram = Gram(dictionary.atoms, 0, with_matrix=False)
+    (steps,) = encode(x.float()[None], gram, k, method, dictionary.cfg.get("nonneg", False))
+    taken = steps.coefficients[0] != 0
+    chosen, coefficients = steps.indices[0][taken], steps.coefficients[0][taken].double()
+    spent = (coefficients[:, None] * dictionary.atoms[chosen].double()).cumsum(0)
+    energy = torch.cat([x[None], x - spent]).square().sum(1)
+    shares = -energy.diff() / energy[0] if len(chosen) else energy[:0]
+    parts: dict[int, dict[str, Any]] = {}
+    for atom, coefficient, share in zip(chosen.tolist(), coefficients.tolist(), shares.tolist(), strict=True):
+        label = _label(dictionary.labels, atom)
+        part = parts.setdefault(
+            atom, {"atom": atom, "coefficient": 0.0, "share": 0.0, "cumulative": 0.0, "label": label}
+        )
+        part["coefficient"] += coefficient
+        part["share"] += share
+    for part, total in zip(parts.values(), itertools.accumulate(p["share"] for p in parts.values()), strict=True):
+        part["cumulative"] = total
+    return list(parts.values()), float(energy[-1] / energy[0]) if energy[0] else 0.0
+
+
+def _hooked(dictionary: ITDA, model, tokenizer, force, dtype, device, trust_remote_code):
+    """The model to read, and the name of its hook point, after comparing it with the one the dictionary knows."""
+    from itda import hooks
+
+    was = dictionary.cfg.get("model")
+    if not isinstance(was, dict) or not was.get("hook_point"):
+        raise InputError(f"{dictionary!r} does not say which model it was built on: encode activations with `encode`.")
+    by_name = model is None or isinstance(model, str | os.PathLike)
+    settings: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    if by_name:
+        settings |= {"dtype": dtype or was.get("dtype") or "auto", "revision": None if model else was.get("revision")}
+    try:
+        name = was["id"] if model is None else model
+        hooked = hooks.load(name, tokenizer, hooks=was["hook_point"], **settings)
+    except InputError as error:
+        if model is not None:
+            raise
+        advice = "name the place of the model with `model` (`--model`)"
+        raise InputError(f"The model of this ITDA cannot be loaded ({str(error).rstrip('.')}): {advice}.") from error
+    hook = hooked.hook_points[0]
+    now = hooked.provenance(hook)
+    named = {"fingerprint": "weights", "tokenizer_hash": "tokenizer", "d": "width d"}
+    differ = [
+        f"{what} ({_short(was.get(key))}, not {_short(now[key])})"
+        for key, what in named.items()
+        if was.get(key) != now[key]
+    ]
+    if differ and (not force or was.get("d") != now["d"]):
+        raise InputError(
+            f"This ITDA was built on a model that differs from `{now['id']}` in its {' and its '.join(differ)}: give "
+            "that model, or take this one all the same with `force` (`--force`)."
+        )
+    return hooked, hook
+
+
+def _row(text: str, hooked):
+    """`text` as one row of a token stream."""
+    from itda.prompts import TokenStream
+
+    if not isinstance(text, str) or not text:
+        raise InputError(f"`text` is {text!r}; some words were wanted.")
+    limit = hooked.max_length or ENDLESS
+    rows = list(itertools.islice(TokenStream([text], hooked.tokenizer, context_length=limit), 2))
+    if len(rows) > 1:
+        raise InputError(f"`text` has more tokens than the {limit} that the model has positions for: shorten it.")
+    if rows[0].special.all():
+        raise InputError("`text` has special tokens only; some words were wanted.")
+    return rows[0]
+
+
+def _which(tokens: list[str], token: int | str) -> int:
+    """The number of the token that is meant."""
+    if isinstance(token, str):
+        same = [i for i, t in enumerate(tokens) if t == token]
+        same = same or [i for i, t in enumerate(tokens) if t.strip() and t.strip() == token.strip()]
+        if same:
+            return same[-1]
+    elif -len(tokens) <= token < len(tokens):
+        return token % len(tokens)
+    there = ", ".join(f"{i} {t!r}" for i, t in enumerate(tokens[:40])) + (", ..." if len(tokens) > 40 else "")
+    raise InputError(f"`token` is {token!r}, which is no token of the text: name one by number or text, of {there}.")
+
+
+def _label(labels: Labels, i: int) -> dict[str, Any]:
+    before, token, after = labels.context(i)
+    numbers = {name: int(getattr(labels, name)[i]) for name in ("prompt", "position", "token_id", "document")}
+    return numbers | {"before": before, "token": token, "after": after}
+
+
+def _quantiles(values: ndarray) -> dict[str, float]:
+    names = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
+    known = values[np.isfinite(values)]
+    return {name: float(np.quantile(known, q)) if len(known) else math.nan for name, q in names.items()}
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12]
+
+
+# -- drawing them -----------------------------------------------------------------------------------------------------
+
+
+def _facts(report: Summary) -> list[tuple[str, str]]:
+    """What stands at the head of a summary, as names and values."""
+    cfg = report.cfg
+    model, stream = (cfg.get(part) if isinstance(cfg.get(part), dict) else {} for part in ("model", "stream"))
+    facts = [
+        ("model", f"{model.get('id', 'not known')}" + (f" @ {model['revision']}" if model.get("revision") else ""))
+    ]
+    facts += [("hook point", f"{model['hook_point']}")] if model.get("hook_point") else []
+    data = stream.get("data") or stream.get("kind") or "plain activations"
+    facts += [("data", f"{data}, {cfg.get('tokens', 0):,} tokens")]
+    if stream.get("hash"):
+        rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
+        facts += [("stream", f"{_short(stream['hash'])}, {rows}")]
+    threshold = cfg.get("threshold")
+    if isinstance(threshold, float | int):
+        centred = ", centred" if cfg.get("center") else ""
+        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold:.4g}{centred}")]
+    if report.sample is not None:
+        fvu = cfg.get("fvu")
+        quality = f"FVU {fvu:.4f}, " if isinstance(fvu, float) else ""
+        facts += [("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {report.sample['tokens']:,} tokens")]
+        facts += [("atoms in use", f"{report.sample['share_alive']:.1%} in the sample")]
+    return facts
+
+
+def _table(*numbers: str, label: str = "label in context", first: str = "") -> Table:
+    """A table of right-aligned columns, after one of names if `first` and before one of text if `label`."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, justify in [(first, "left"), *((n, "right") for n in numbers), (label, "left")]:
+        if name:
+            table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def _room(options: ConsoleOptions, used: int, most: int = CONTEXT) -> int:
+    """Columns for text beside `used` others."""
+    return max(24, min(most, options.max_width - used))
+
+
+def _bar(share: float, width: int, empty: str = "░") -> str:
+    full = round(max(0.0, min(1.0, share)) * width)
+    return "█" * full + empty * (width - full)
+
+
+def _marked(token: str) -> list[tuple[str, str]]:
+    return [("⟦", "dim"), (token, "bold"), ("⟧", "dim")]
+
+
+def _in_context(label: dict[str, Any], width: int) -> Text:
+    """A token, marked, on one line with as much of its context as `width` columns hold."""
+    from rich.cells import cell_len, set_cell_size
+    from rich.text import Text
+
+    before, token, after = (one_line(label[name]) for name in ("before", "token", "after"))
+    if cell_len(token) > width - 2:
+        token = set_cell_size(token, width - 3).rstrip() + "…"
+    room = width - 2 - cell_len(token)
+    right = min(cell_len(after), max(room // 3, room - cell_len(before)))
+    if cell_len(before) > room - right:
+        kept = max(0, room - right - 1)
+        before = "…" * (room > right) + set_cell_size(before[::-1], kept)[::-1]
+    if cell_len(after) > right:
+        after = set_cell_size(after, max(0, right - 1)) + "…" * (right > 0)
+    return Text.assemble(before, *_marked(token), after, no_wrap=True)

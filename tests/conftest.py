@@ -1,0 +1,7 @@
+"""Everything offline, and the same thread count everywhere; a test that needs another sets it itself."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"

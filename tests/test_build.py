@@ -1,0 +1,454 @@
+"""Construction: exact, whatever the chunks, threads and interruptions; the published behaviour; what it refuses."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import itda
+from itda import admission, builder, folder
+from itda.labels import Labels
+from itda.metrics import LOSSES
+from itda.pursuit import dense, reference
+
+
+def one_at_a_time(x, k, threshold, loss="relative", given=0):
+    """The definition: judge each token by the dictionary grown from all before it. Float64, one token at a time."""
+    atoms, rows = itda.normalize(x[:given]).double().numpy(), []
+    for t, row in enumerate(x.double().numpy()[given:], given):
+        _, steps, residual = reference.mp(row, atoms, k)
+        norm = math.sqrt(reference.energy(row))
+        repeats = bool(steps) and abs(steps[0]) >= (1 - 1e-6) * norm
+        if norm and LOSSES[loss](row, row - residual) > threshold and not repeats:
+            atoms = np.concatenate([atoms, (row / norm).astype(np.float32).astype(np.float64)[None]])
+            rows.append(t)
+    return rows
+
+
+def gaussian(tokens=700, d=24, seed=0):
+    return torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(tokens=1700, d=32, seed=0):
+    """A few directions, some noise, a mean that dominates, and tokens that come back exactly."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 5, generator=g) @ torch.randn(5, d, generator=g) + 0.3 * torch.randn(tokens, d, generator=g)
+    x = x + 3 * torch.randn(d, generator=g)
+    x[100:1600:7] = x[3]
+    x[50] = 0
+    return x
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Activations of the demo model on text of the standard library."""
+    from itda import demo
+
+    stream = itda.activations(demo.model_path(), demo.corpus()[:60], layer=2, tokens=1500)
+    return torch.cat([batch.activations for batch in stream])
+
+
+def rows_of(model):
+    return model.labels.position.tolist()
+
+
+KINDS = {"gauss": (gaussian, 6, 0.3), "low_rank": (low_rank, 4, 0.02), "real": (None, 8, 0.1)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequential_is_the_definition_for_every_chunk_size(kind, real):
+    make, k, threshold = KINDS[kind]
+    x = make() if make else real
+    want = one_at_a_time(x, k, threshold)
+    assert 50 < len(want) < 0.9 * len(x)
+    for chunk_size, batch in [(1, 64), (7, 500), (256, 1000), (4096, 10_000)]:
+        model = itda.build(x.split(batch), k=k, threshold=threshold, chunk_size=chunk_size)
+        assert rows_of(model) == want, chunk_size
+
+
+@pytest.mark.parametrize(("loss", "threshold"), [("relative", 0.2), ("cosine", 8e-3), ("squared", 4.0)])
+def test_every_loss(loss, threshold):
+    x = gaussian(600)
+    want = one_at_a_time(x, 4, threshold, loss)
+    assert 50 < len(want) < 500
+    assert rows_of(itda.build([x], k=4, threshold=threshold, loss=loss)) == want
+
+
+@pytest.mark.parametrize("max_gram_bytes", [0.0, 1e5])
+def test_without_a_gram_matrix(max_gram_bytes):
+    x, want = gaussian(500), None
+    for size in (max_gram_bytes, 4e9):
+        sequential = admission.Sequential(24, 5, "relative", max_gram_bytes=size)
+        rows, _ = sequential.judge(x, 0.2)
+        want = want or rows
+        assert rows == want
+
+
+def close_calls(tokens=400, d=48, threshold=0.2):
+    """Tokens whose loss lies within 1e-7 of the threshold on either side: float32 cannot tell which."""
+    g = torch.Generator().manual_seed(5)
+    q, _ = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))
+    x = [torch.eye(d, dtype=torch.float64)[:8]]
+    for t in range(tokens):
+        share = threshold * (1 + 1e-7 * (2 * torch.rand(1, generator=g, dtype=torch.float64).item() - 1))
+        row = torch.zeros(1, d, dtype=torch.float64)
+        row[0, t % 8], row[0, 8 + t % (d - 8)] = (1 - share) ** 0.5, share**0.5
+        x.append(row * (1 + t))
+    return (torch.cat(x) @ q).float()
+
+
+def close_choices(tokens=400, d=24):
+    """Forty atoms, then tokens halfway between their two best atoms: float32 sums do not say which is ahead."""
+    g = torch.Generator().manual_seed(6)
+    atoms = itda.normalize(torch.randn(40, d, generator=g)).double()
+    x = torch.randn(tokens, d, generator=g, dtype=torch.float64)
+    corr = x @ atoms.T
+    two = corr.abs().topk(2, dim=1).indices
+    signed = atoms[two] * corr.gather(1, two).sign()[:, :, None]
+    apart = signed[:, 0] - signed[:, 1]
+    x = x - (x * apart).sum(1, keepdim=True) / apart.square().sum(1, keepdim=True) * apart
+    return torch.cat([atoms, x]).float()
+
+
+@pytest.mark.parametrize(("make", "given", "threshold"), [(close_calls, 8, 0.2), (close_choices, 40, 0.6)])
+def test_rounding_never_decides(make, given, threshold, monkeypatch):
+    """With engineered near-ties the result is the definition's, on one thread and on two; in float32 alone it is not."""
+    x, k = make(), 3
+    want = one_at_a_time(x, k, threshold, given=given)
+    assert 10 < len(want) < len(x) - given
+
+    def judged(chunk_size):
+        sequential = admission.Sequential(x.shape[1], k, "relative", chunk_size=chunk_size)
+        for row in x[:given]:
+            sequential.add(row, math.nan)
+        return [given + row for row in sequential.judge(x[given:], threshold)[0]]
+
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            assert all(judged(chunk_size) == want for chunk_size in (1, 7, 4096))
+    finally:
+        torch.set_num_threads(threads)
+
+    monkeypatch.setattr(dense, "error_bound", lambda d, norm, spent=0.0, dtype=None: torch.zeros_like(norm))
+    monkeypatch.setattr(admission, "error_bound", dense.error_bound)
+    monkeypatch.setattr(admission, "LOSS_MARGIN", 0.0)
+    monkeypatch.setattr(
+        admission.Dictionary, "exact", lambda self, trace, rows: (trace.loss[rows], np.zeros(len(rows), bool))
+    )
+    assert judged(4096) != want
+
+
+def test_few_tokens_need_float64():
+    model = itda.build(low_rank().split(500), k=4, threshold=0.02)
+    assert 0 < model.cfg["settled_share"] < 0.25
+
+
+def test_zero_vectors_and_repeats_are_never_admitted():
+    x = torch.zeros(6, 4)
+    x[1] = x[3] = torch.tensor([1.0, 2, 3, 4])
+    x[4] = -2 * x[1]
+    x[5] = torch.tensor([1.0, 0, 0, 0])
+    model = itda.build([x], k=2, threshold=0.0)
+    assert rows_of(model) == [1, 5]
+    torch.testing.assert_close(model.norms, torch.tensor([30.0**0.5, 1.0]))
+    assert model.losses[0].isnan()
+
+
+def test_threshold_zero_admits_every_new_direction():
+    x = gaussian(30)
+    assert rows_of(itda.build([x], k=2, threshold=0.0)) == list(range(30))
+
+
+def test_max_atoms_stops_reading():
+    read = []
+
+    def stream():
+        for part in gaussian(900).split(100):
+            read.append(1)
+            yield part
+
+    model = itda.build(stream(), k=3, threshold=0.1, max_atoms=120)
+    whole = itda.build([gaussian(900)], k=3, threshold=0.1)
+    assert rows_of(model) == rows_of(whole)[:120]
+    assert len(read) < 4
+
+
+def test_tokens_cuts_the_stream():
+    x = gaussian(700)
+    model = itda.build(x.split(128), k=3, threshold=0.1, tokens=333)
+    assert model.cfg["tokens"] == 333
+    assert rows_of(model) == rows_of(itda.build([x[:333]], k=3, threshold=0.1))
+
+
+def test_centred():
+    x = low_rank()
+    model = itda.build(x.split(100), k=4, threshold=0.05, center=True)
+    torch.testing.assert_close(model.mean, x.mean(0))
+    assert rows_of(model) == one_at_a_time(x - model.mean, 4, 0.05)
+    assert torch.equal(model.atoms, itda.build([x], k=4, threshold=0.05, center=True).atoms)
+
+
+def test_the_mean_is_that_of_a_fixed_prefix(monkeypatch):
+    monkeypatch.setattr(builder, "MEAN_TOKENS", 500)
+    x = low_rank()
+    for batch in (100, 333, 3000):
+        torch.testing.assert_close(itda.build(x.split(batch), k=4, threshold=0.1, center=True).mean, x[:500].mean(0))
+
+
+def test_several_dictionaries_in_one_pass():
+    x = gaussian(600)
+    both = itda.build([{"a": x[:300], "b": x[:300, :9]}, {"a": x[300:], "b": x[300:, :9]}], k=3, threshold=0.2)
+    assert list(both) == ["a", "b"]
+    assert rows_of(both["a"]) == rows_of(itda.build([x], k=3, threshold=0.2))
+    assert rows_of(both["b"]) == rows_of(itda.build([x[:, :9]], k=3, threshold=0.2))
+
+
+def test_labels_of_the_stream_are_kept():
+    x = gaussian(50)
+    labels = Labels.counted(0, 50)
+    labels.prompt[:] = np.arange(50) // 10
+    labels.position[:] = np.arange(50) % 10
+    model = itda.build([(x[:20], labels[:20]), itda.Batch(x[20:], labels[20:])], k=2, threshold=0.3)
+    rows = one_at_a_time(x, 2, 0.3)
+    assert model.labels.pairs().tolist() == [[t // 10, t % 10] for t in rows]
+
+
+def test_atoms_are_activations():
+    x = gaussian(200)
+    model = itda.build([x], k=3, threshold=0.2)
+    torch.testing.assert_close(model.atoms * model.norms[:, None], x[rows_of(model)])
+    torch.testing.assert_close(model.reconstruct(model.atoms), model.atoms)
+
+
+# Spec A.11, batch admission with seeds: per batch the rows given, and the (prompt, position) of the atoms after it.
+A11 = [
+    [(3, 0, 0), (0, 2, 0), (3, 0, 0), (0, 2, 2)],
+    [(1, 2, 3), (4, 4, 0), (-3, 0, 0), (0, 0, 5)],
+    [(2, -2, 2), (2, -2, 2), (1, 1, 1), (0, -1, 4)],
+    [(2, -2, 2), (1, 0, -1), (0, 0, 5), (5, -4, 4)],
+]
+
+
+def a11_stream():
+    for b, rows in enumerate(A11):
+        labels = Labels.counted(0, 4)
+        labels.prompt[:], labels.position[:] = [2 * b, 2 * b, 2 * b + 1, 2 * b + 1], [0, 1, 0, 1]
+        yield torch.tensor(rows, dtype=torch.float32), labels
+
+
+def test_worked_example_of_the_published_code():
+    model = itda.build(a11_stream(), k=2, threshold=0.05, loss="cosine", admission="paper")
+    assert model.labels.pairs().tolist() == [[0, 0], [0, 1], [1, 1], [4, 0], [4, 1], [6, 1], [7, 0]]
+    want = [math.nan, math.nan, math.nan, 0.122336, 0.122336, 0.089316, 0.058086]
+    np.testing.assert_allclose(model.losses.numpy(), want, atol=1e-6)
+    first = [(1, 0, 0), (0, 1, 0), (0, 0.5**0.5, 0.5**0.5)]
+    np.testing.assert_allclose(model.atoms[:3].numpy(), first, atol=1e-6)
+
+
+def test_worked_example_without_duplicates():
+    """The strict form of the same example, from the same three atoms."""
+    strict = admission.Batched(3, 2, "cosine")
+    for row in [(3, 0, 0), (0, 2, 0), (0, 2, 2)]:
+        strict.add(torch.tensor(row, dtype=torch.float32), math.nan)
+    admitted = [strict.judge(x, 0.05)[0] for x, _ in itertools.islice(a11_stream(), 1, None)]
+    assert admitted == [[], [0], [1, 2]]
+
+
+def test_losses_of_the_worked_example():
+    x = torch.tensor(A11[1] + A11[2], dtype=torch.float64)
+    atoms = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0.5**0.5, 0.5**0.5]], dtype=torch.float64)
+    x_hat = itda.pursue(x, atoms, 2).decode(atoms)
+    cosine = [0.012013, 0, 0, 0, 0.122336, 0.122336, 0, 0.038839]
+    relative = [0.035714, 0, 0, 0.25, 0.333333, 0.333333, 0, 0.367647]
+    np.testing.assert_allclose(LOSSES["cosine"](x, x_hat).numpy(), cosine, atol=1e-6)
+    np.testing.assert_allclose(LOSSES["relative"](x, x_hat).numpy(), relative, atol=1e-6)
+
+
+def test_batch_admission_is_what_it_says():
+    x = low_rank(1200)
+    atoms, rows = np.zeros((0, 32)), []
+    for start in range(0, 1200, 200):
+        new = []
+        for t in range(start, start + 200):
+            row = x[t].double().numpy()
+            _, steps, residual = reference.mp(row, atoms, 4)
+            norm = math.sqrt(reference.energy(row))
+            failed = norm and reference.energy(residual) / norm**2 > 0.05
+            repeats = (steps and abs(steps[0]) >= (1 - 1e-6) * norm) or any(abs(row @ a) >= (1 - 1e-6) * norm for a in new)
+            if failed and not repeats:
+                new.append(row / norm)
+                rows.append(t)
+        atoms = np.concatenate([atoms, np.array(new).reshape(-1, 32).astype(np.float32)])
+    assert 20 < len(rows) < 1000
+    assert rows_of(itda.build(x.split(200), k=4, threshold=0.05, admission="batch")) == rows
+
+
+def test_batch_admission_stops_in_a_batch():
+    model = itda.build(gaussian(400).split(100), k=3, threshold=0.05, admission="batch", max_atoms=37)
+    assert rows_of(model) == list(range(37))
+
+
+@pytest.mark.parametrize(("wish", "make"), [(300, low_rank), (1200, low_rank), (400, gaussian)])
+def test_n_atoms_lands_within_a_tenth(wish, make):
+    x = make(8_000)
+    model = itda.build(x.split(500), k=4, n_atoms=wish)
+    assert abs(len(model) - wish) <= 0.1 * wish
+    assert model.cfg["threshold"] == model.cfg["thresholds"][-1][1]
+    other = itda.build(x.split(777), k=4, n_atoms=wish, chunk_size=31)
+    assert rows_of(other) == rows_of(model)
+
+
+def test_n_atoms_from_a_short_stream():
+    model = itda.build([gaussian(300)], k=4, n_atoms=40)
+    assert abs(len(model) - 40) <= 4
+
+
+def saved(model, path):
+    model.save(path)
+    return [(path / name).read_bytes() for name in (folder.ATOMS, folder.LABELS)]
+
+
+@pytest.mark.parametrize("settings", [dict(threshold=0.02), dict(threshold=0.02, center=True), dict(n_atoms=300)])
+def test_resumed_equals_uninterrupted(tmp_path, settings):
+    """Stopped after every few batches and started again, to the same bytes."""
+    x = low_rank(6_000)
+    batches = x.split(200)
+    want = saved(itda.build(batches, k=4, **settings), tmp_path / "whole")
+    stops = 0
+    while True:
+        asked = iter(range(10_000))
+        try:
+            model = itda.build(batches, k=4, checkpoint=tmp_path / "parts", stop=lambda: next(asked) == 12, **settings)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            assert (tmp_path / "parts" / folder.CHECKPOINT).is_file()
+            batches = x.split(200)
+    assert stops >= 1
+    assert saved(model, tmp_path / "parts") == want
+    assert model.cfg == itda.build(x.split(200), k=4, **settings).cfg
+
+
+def test_resume_skips_what_was_judged(tmp_path):
+    x = gaussian(1000).split(100)
+    with pytest.raises(KeyboardInterrupt):
+        asked = iter(range(99))
+        itda.build(x, k=3, threshold=0.2, checkpoint=tmp_path, stop=lambda: next(asked) == 4)
+    poisoned = [torch.full_like(part, 7.0) for part in x[:5]] + list(x[5:])
+    model = itda.build(poisoned, k=3, threshold=0.2, checkpoint=tmp_path)
+    assert rows_of(model) == rows_of(itda.build(x, k=3, threshold=0.2))
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    asked = iter(range(99))
+    with pytest.raises(KeyboardInterrupt):
+        itda.build(gaussian(500).split(100), k=3, threshold=0.2, checkpoint=tmp_path, stop=lambda: next(asked) == 2)
+    with pytest.raises(itda.InputError, match=r"started with threshold = 0\.2, and this one has 0\.3"):
+        itda.build(gaussian(500).split(100), k=3, threshold=0.3, checkpoint=tmp_path)
+    path = tmp_path / folder.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(itda.InputError, match=r"cannot be read .* remove it to start again"):
+        itda.build(gaussian(500).split(100), k=3, threshold=0.2, checkpoint=tmp_path)
+
+
+def test_sample_is_spaced_evenly(monkeypatch):
+    monkeypatch.setattr(builder, "SAMPLE_TOKENS", 100)
+    x = gaussian(1000)
+    for batch in (1, 64, 1000):
+        model = itda.build(x.split(batch), k=3, threshold=0.4)
+        assert model.sample.labels.position.tolist() == list(range(0, 1000, 16))
+    codes = model.encode(x[::16])
+    assert torch.equal(model.sample.codes.values, codes.values)
+    centred = x[::16] - x[::16].mean(0)
+    fvu = (x[::16] - model.decode(codes)).square().sum() / centred.square().sum()
+    assert model.cfg["fvu"] == pytest.approx(float(fvu), rel=1e-5)
+
+
+def test_memory_does_not_grow_with_the_stream():
+    """What a build keeps are atoms and a sample; batches are let go."""
+    import gc
+    import weakref
+
+    alive = []
+
+    def stream():
+        for i in range(20):
+            part = low_rank(200, seed=i)
+            alive.append(weakref.ref(part))
+            yield part
+
+    held = []
+
+    def watch(progress):
+        gc.collect()
+        held.append(sum(ref() is not None for ref in alive))
+
+    itda.build(stream(), k=3, threshold=0.3, progress=watch)
+    assert max(held[1:-1]) <= 3
+
+
+def test_progress_tells_how_far():
+    seen = []
+    itda.build(gaussian(500).split(100), k=3, threshold=0.2, tokens=450, progress=seen.append)
+    assert [p.tokens for p in seen[:-1]] == [100, 200, 300, 400, 450]
+    assert seen[-1] is None
+    assert seen[0].total == 450
+    assert "of 450 tokens" in str(seen[0])
+
+
+BAD = [
+    (dict(k=0), "`k` is 0"),
+    (dict(k=-3), "`k` is -3"),
+    (dict(threshold=-0.1), "`threshold` is -0.1"),
+    (dict(threshold=1.5), "`threshold` is 1.5; loss 'relative' needs one from 0 to below 1"),
+    (dict(threshold=math.nan), "`threshold` is nan"),
+    (dict(n_atoms=0), "`n_atoms` is 0"),
+    (dict(n_atoms=31), "`n_atoms` is 31 but the stream has 30 tokens"),
+    (dict(n_atoms=5, threshold=0.1), "Both `threshold` (0.1) and `n_atoms` (5)"),
+    (dict(n_atoms=5, admission="batch"), "`n_atoms` works with admission 'sequential' only"),
+    (dict(loss="huber"), "`loss` is 'huber'; choose one of 'relative', 'cosine', 'squared'"),
+    (dict(loss="squared"), "and no default: give a `threshold`"),
+    (dict(admission="random"), "`admission` is 'random'"),
+    (dict(max_atoms=0), "`max_atoms` is 0"),
+    (dict(chunk_size=0), "`chunk_size` is 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD, ids=[s for _, s in BAD])
+def test_bad_settings(settings, sentence):
+    with pytest.raises(itda.InputError) as error:
+        itda.build([gaussian(30)], **settings)
+    assert sentence in str(error.value)
+
+
+def nan_at(t):
+    x = gaussian(20)
+    x[t, 3] = math.inf
+    return x
+
+
+STREAMS = [
+    ([], "The stream is empty"),
+    ([torch.zeros(0, 4)], "no valid token"),
+    ([gaussian(20), nan_at(7)], "prompt 0, position 27 is not finite (entry 3 is inf)"),
+    ([gaussian(20), gaussian(20, d=5)], "has shape (20, 5), but those before it had d = 24"),
+    ([gaussian(20).int()], "torch.int32 of shape (20, 24)"),
+    ([gaussian(20)[0]], "torch.float32 of shape (24,)"),
+    ([(gaussian(20), Labels.counted(0, 19))], "20 activations but 19 labels"),
+]
+
+
+@pytest.mark.parametrize(("stream", "sentence"), STREAMS, ids=[s for _, s in STREAMS])
+def test_bad_streams(stream, sentence):
+    with pytest.raises(itda.InputError) as error:
+        itda.build(stream, k=3)
+    assert sentence in str(error.value)
+
+
+def test_n_atoms_needs_the_length_of_the_stream():
+    with pytest.raises(itda.InputError, match="give `tokens`"):
+        itda.build((part for part in gaussian(100).split(10)), n_atoms=5)

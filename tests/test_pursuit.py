@@ -1,0 +1,372 @@
+"""Laws of pursuit, over methods x backends x dtypes x shapes; the reference judges, other libraries witness."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import itda
+from itda.pursuit import dense, reference
+from itda.pursuit.gram import Gram
+
+METHODS = ("mp", "omp", "gp")
+VARIANTS = [(method, nonneg) for method in METHODS for nonneg in (False, True)]
+# (tokens, d, n, k): one of everything, k beyond n, n beyond d, no atoms, no steps, no tokens.
+SHAPES = [
+    (5, 1, 1, 3), (6, 1, 4, 2), (9, 7, 5, 12), (20, 16, 100, 6), (8, 64, 10, 10), (12, 32, 500, 20),
+    (4, 1024, 300, 5), (3, 48, 4096, 16), (4, 5, 0, 3), (4, 5, 6, 0), (0, 5, 6, 3), (3, 5, 0, 0),
+]  # fmt: skip
+
+
+def case(tokens, d, n, kind="gauss", seed=0, dtype=torch.float32):
+    """Activations and atoms: independent, sharing a strong mean, sparse sums of atoms, or full of exact ties."""
+    g = torch.Generator().manual_seed(seed)
+    x, atoms = torch.randn(tokens, d, generator=g), torch.randn(n, d, generator=g)
+    if kind == "mean":
+        mean = 4 * torch.randn(d, generator=g)
+        x, atoms = x + 2 * mean, atoms + mean
+    if kind == "ties":
+        x, atoms = x.sign(), atoms.sign()
+    atoms = itda.normalize(atoms.to(torch.float64 if dtype == torch.float64 else torch.float32))
+    if kind == "ties" and n > 4:
+        atoms[3], atoms[4] = atoms[1], -atoms[1]
+    if kind == "planted" and n:
+        weights = torch.zeros(tokens, n)
+        weights.scatter_(1, torch.randint(n, (tokens, min(n, 3)), generator=g), 1.0)
+        x = weights @ atoms.float()
+    return x.to(dtype), atoms.to(dtype)
+
+
+def norms(x):
+    return x.double().square().sum(-1).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["gauss", "mean", "ties", "planted"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("method", "nonneg"), VARIANTS)
+def test_dense_makes_the_choices_of_the_reference(method, nonneg, shape, kind):
+    tokens, d, n, k = shape
+    x, atoms = case(tokens, d, n, kind)
+    want = itda.pursue(x, atoms, k, method=method, nonneg=nonneg, backend="reference")
+    for max_gram_bytes in (4e9, 0.0):  # with the Gram matrix and without
+        got = itda.pursue(x, atoms, k, method=method, nonneg=nonneg, backend="dense", max_gram_bytes=max_gram_bytes)
+        assert got.indices.shape == got.values.shape == (tokens, k)
+        assert torch.equal(got.indices, want.indices)
+        torch.testing.assert_close(got.values, want.values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype, backend):
+    x, atoms = case(20, 24, 60)
+    codes = itda.pursue(x.to(dtype), atoms.to(dtype), 5, backend=backend)
+    assert codes.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for t in range(20):
+        chosen, coefficients, _ = reference.mp(x.to(dtype)[t].double().numpy(), atoms.to(dtype).double().numpy(), 5)
+        want = torch.zeros(60, dtype=torch.float64)
+        want.index_add_(0, torch.tensor(chosen), torch.tensor(coefficients, dtype=torch.float64))
+        torch.testing.assert_close(codes.dense()[t].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize(("method", "nonneg"), VARIANTS)
+class TestLaws:
+    def test_form_of_the_codes(self, method, nonneg, backend):
+        x, atoms = case(30, 16, 40, "mean")
+        codes = itda.pursue(x, atoms, 12, method=method, nonneg=nonneg, backend=backend)
+        assert codes.l0().max() <= 12
+        for indices, values in zip(codes.indices, codes.values, strict=True):
+            used = values != 0
+            assert len(set(indices[used].tolist())) == int(used.sum())
+            assert not used[int(used.sum()) :].any()  # padding stands at the end
+            assert not indices[~used].any()
+        if nonneg:
+            assert (codes.values >= 0).all()
+        elif method != "gp":
+            assert (codes.values < 0).any()
+
+    def test_residual_never_grows_with_k(self, method, nonneg, backend):
+        x, atoms = case(20, 16, 40)
+        before = norms(x)
+        for k in range(1, 14):
+            codes = itda.pursue(x, atoms, k, method=method, nonneg=nonneg, backend=backend)
+            now = norms(x - codes.decode(atoms))
+            # Clipping at zero can cost gradient pursuit what its line search had gained.
+            assert (now <= before * (1 + 1e-6)).all() or (method == "gp" and nonneg)
+            before = now
+
+    def test_an_atom_encodes_to_itself(self, method, nonneg, backend):
+        _, atoms = case(0, 16, 40)
+        scale = 1 + torch.arange(40.0)
+        codes = itda.pursue(scale[:, None] * atoms, atoms, 5, method=method, nonneg=nonneg, backend=backend)
+        assert codes.indices[:, 0].tolist() == list(range(40))
+        assert (codes.l0() == 1).all()
+        torch.testing.assert_close(codes.values[:, 0], scale)
+
+    def test_scaling(self, method, nonneg, backend):
+        x, atoms = case(20, 16, 40)
+        a = itda.pursue(x, atoms, 6, method=method, nonneg=nonneg, backend=backend)
+        for c in (1e-20, 0.1, 3.0, 1e10):
+            b = itda.pursue(c * x, atoms, 6, method=method, nonneg=nonneg, backend=backend)
+            assert torch.equal(a.indices, b.indices)
+            torch.testing.assert_close(b.values, c * a.values, rtol=1e-4, atol=1e-6 * c)
+
+    def test_rotation(self, method, nonneg, backend):
+        x, atoms = case(20, 16, 40, dtype=torch.float64)
+        q, _ = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+        a = itda.pursue(x, atoms, 6, method=method, nonneg=nonneg, backend=backend)
+        b = itda.pursue(x @ q, atoms @ q, 6, method=method, nonneg=nonneg, backend=backend)
+        assert torch.equal(a.indices, b.indices)
+        torch.testing.assert_close(a.values, b.values)
+
+    def test_permuting_atoms_permutes_indices(self, method, nonneg, backend):
+        x, atoms = case(20, 16, 40)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+        a = itda.pursue(x, atoms, 6, method=method, nonneg=nonneg, backend=backend)
+        b = itda.pursue(x, atoms[order], 6, method=method, nonneg=nonneg, backend=backend)
+        assert torch.equal(torch.where(b.values != 0, order[b.indices], 0), a.indices)
+
+    def test_zero_vectors_and_duplicates(self, method, nonneg, backend):
+        x, atoms = case(6, 16, 10)
+        x[2] = 0
+        atoms = torch.cat([atoms, atoms])  # every atom twice: the first of each pair is taken
+        codes = itda.pursue(x, atoms, 4, method=method, nonneg=nonneg, backend=backend)
+        assert codes.l0()[2] == 0
+        assert codes.indices.max() < 10
+
+    def test_tol_stops_early(self, method, nonneg, backend):
+        x, atoms = case(30, 16, 60)
+        full = itda.pursue(x, atoms, 12, method=method, nonneg=nonneg, backend=backend)
+        codes = itda.pursue(x, atoms, 12, method=method, nonneg=nonneg, tol=0.3, backend=backend)
+        error = (norms(x - codes.decode(atoms)) / norms(x)) ** 2
+        full_error = (norms(x - full.decode(atoms)) / norms(x)) ** 2
+        assert ((error <= 0.3 + 1e-6) | (full_error > 0.3)).all()
+        assert codes.l0().float().mean() < full.l0().float().mean()
+        nothing = itda.pursue(x, atoms, 12, method=method, nonneg=nonneg, tol=1.0, backend=backend)
+        assert nothing.l0().max() == 0
+
+    def test_batch_axes(self, method, nonneg, backend):
+        x, atoms = case(24, 16, 40)
+        flat = itda.pursue(x, atoms, 6, method=method, nonneg=nonneg, backend=backend)
+        deep = itda.pursue(x.reshape(2, 3, 4, 16), atoms, 6, method=method, nonneg=nonneg, backend=backend)
+        assert torch.equal(deep.values.reshape(24, 6), flat.values)
+        assert deep.decode(atoms).shape == (2, 3, 4, 16)
+        one = itda.pursue(x[0], atoms, 6, method=method, nonneg=nonneg, backend=backend)
+        assert torch.equal(one.indices, flat.indices[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 50), st.integers(0, 10_000))
+def test_energy_identity(d, n, k, seed):
+    """|x|^2 = sum_s c_s^2 + |r|^2: every step is an orthogonal projection of the residual."""
+    x, atoms = case(16, d, n, seed=seed, dtype=torch.float64)
+    steps = dense.mp(x, Gram(atoms), k)
+    codes = itda.pursue(x, atoms, k)
+    residual = x - codes.decode(atoms)
+    total = steps.coefficients.square().sum(1) + residual.square().sum(1)
+    torch.testing.assert_close(total, x.square().sum(1), rtol=1e-10, atol=1e-10)
+
+
+def test_orthonormal_atoms_leave_nothing():
+    x = case(10, 12, 0)[0]
+    codes = itda.pursue(x, torch.eye(12), 12)
+    torch.testing.assert_close(codes.dense(), x, rtol=0, atol=2e-5 * float(norms(x).max()))
+
+
+# Spec A.11: x = (1, 2, 3) and the atoms e1, e2, (0, 1, 1)/sqrt 2. Columns: k, codes, sum c^2, |r|^2, sum a^2, |x_hat|^2.
+A11 = [
+    (1, [0, 0, 3.535534], 12.5, 1.5, 12.5, 12.5),
+    (2, [1, 0, 3.535534], 13.5, 0.5, 13.5, 13.5),
+    (3, [1, -0.5, 3.535534], 13.75, 0.25, 13.75, 11.25),
+    (4, [1, -0.5, 3.889087], 13.875, 0.125, 16.375, 13.625),
+    (5, [1, -0.75, 3.889087], 13.9375, 0.0625, 16.6875, 12.5625),
+]
+A11_OMP = [(1, [0, 0, 3.535534], 1.5), (2, [1, 0, 3.535534], 0.5), (3, [1, -1, 4.242641], 0.0)]
+A11_ATOMS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0.5**0.5, 0.5**0.5]], dtype=torch.float64)
+A11_X = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize(("k", "codes", "steps2", "rest", "codes2", "x_hat2"), A11)
+def test_worked_example(k, codes, steps2, rest, codes2, x_hat2, backend):
+    got = itda.pursue(A11_X, A11_ATOMS, k, backend=backend)
+    x_hat = got.decode(A11_ATOMS)
+    assert got.dense().tolist() == pytest.approx(codes, abs=1e-6)
+    assert float((A11_X - x_hat).square().sum()) == pytest.approx(rest, abs=1e-9)
+    assert float(got.energy()) == pytest.approx(codes2, abs=1e-6)
+    assert float(x_hat.square().sum()) == pytest.approx(x_hat2, abs=1e-6)
+    assert float(dense.mp(A11_X[None], Gram(A11_ATOMS), k).coefficients.square().sum()) == pytest.approx(steps2)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+@pytest.mark.parametrize(("k", "codes", "rest"), A11_OMP)
+def test_worked_example_omp(k, codes, rest, backend):
+    got = itda.pursue(A11_X, A11_ATOMS, k, method="omp", backend=backend)
+    assert got.dense().tolist() == pytest.approx(codes, abs=1e-6)
+    assert float((A11_X - got.decode(A11_ATOMS)).square().sum()) == pytest.approx(rest, abs=1e-9)
+
+
+def test_steps_of_the_worked_example():
+    """The atom and coefficient of each step, an atom chosen twice among them."""
+    steps = dense.mp(A11_X[None], Gram(A11_ATOMS), 5)
+    assert steps.indices[0].tolist() == [2, 0, 1, 2, 1]
+    assert steps.coefficients[0].tolist() == pytest.approx([3.535534, 1.0, -0.5, 0.353553, -0.25], abs=1e-6)
+
+
+def test_omp_equals_scikit_learn():
+    from sklearn.linear_model import orthogonal_mp
+
+    x, atoms = case(40, 32, 100, dtype=torch.float64)
+    codes = itda.pursue(x, atoms, 8, method="omp")
+    want = orthogonal_mp(atoms.numpy().T, x.numpy().T, n_nonzero_coefs=8)
+    np.testing.assert_allclose(codes.dense().numpy(), want.T, atol=1e-9)
+
+
+def test_omp_with_all_atoms_is_least_squares():
+    x, atoms = case(10, 32, 12, dtype=torch.float64)
+    codes = itda.pursue(x, atoms, 12, method="omp")
+    want = torch.linalg.lstsq(atoms.T, x.T).solution.T
+    torch.testing.assert_close(codes.dense(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_nonneg_omp_is_nnls_on_its_support():
+    from scipy.optimize import nnls
+
+    x, atoms = case(30, 24, 60, dtype=torch.float64)
+    codes = itda.pursue(x, atoms, 10, method="omp", nonneg=True)
+    for t in range(30):
+        support = codes.indices[t][codes.values[t] > 0]
+        want, _ = nnls(atoms[support].T.numpy(), x[t].numpy())
+        np.testing.assert_allclose(codes.values[t][codes.values[t] > 0].numpy(), want, atol=1e-8)
+
+
+def test_nonneg_mp_equals_saelens():
+    sae = pytest.importorskip("sae_lens.saes.matching_pursuit_sae")
+    x, atoms = case(50, 32, 80)
+    cfg = sae.MatchingPursuitSAEConfig(
+        d_in=32, d_sae=80, max_iterations=7, residual_threshold=0.0, stop_on_duplicate_support=False
+    )
+    theirs = sae.MatchingPursuitSAE(cfg)
+    with torch.no_grad():
+        theirs.W_dec.copy_(atoms)
+        theirs.b_dec.zero_()
+        want = theirs.encode(x)
+    codes = itda.pursue(x, atoms, 7, nonneg=True)
+    torch.testing.assert_close(codes.dense(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("d", "n", "k", "kind"), [(64, 600, 40, "gauss"), (256, 900, 64, "mean"), (24, 400, 200, "mean")])
+def test_error_bound_holds_with_room(d, n, k, kind):
+    """The stated bound on float32 correlations, against float64, after every step; observed errors are far below."""
+    x, atoms = case(64, d, n, kind)
+    gram, steps = Gram(atoms), dense.mp(x, Gram(atoms), k)
+    corr, residual, spent, worst = x @ atoms.T, x.double(), torch.zeros(64, dtype=torch.float64), 0.0
+    for s in range(k):
+        error = (corr.double() - residual @ atoms.double().T).abs().amax(1)
+        worst = max(worst, float((error / dense.error_bound(d, norms(x), spent)).max()))
+        c, j = steps.coefficients[:, s], steps.indices[:, s]
+        corr = corr - gram.matrix[j] * c.float()[:, None]
+        residual = residual - atoms[j].double() * c[:, None]
+        spent += c.abs()
+    assert 0 < worst < 0.5
+
+
+def test_close_choices_are_settled_in_float64():
+    """Atoms that float32 cannot tell apart: the reference's choice, where the float32 maximum is often another."""
+    g = torch.Generator().manual_seed(3)
+    base = itda.normalize(torch.randn(1, 96, generator=g))
+    atoms = itda.normalize(base + 1e-7 * torch.randn(300, 96, generator=g))
+    x = base + 0.3 * torch.randn(200, 96, generator=g)
+    want = itda.pursue(x, atoms, 1, backend="reference").indices[:, 0]
+    assert torch.equal(itda.pursue(x, atoms, 1).indices[:, 0], want)
+    assert dense.mp(x, Gram(atoms), 1).settled.all()
+    assert not torch.equal((x @ atoms.T).abs().argmax(1), want)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    x, atoms = case(300, 16, 50, "mean")
+    want = itda.pursue(x, atoms, 8)
+    for workspace in (1, 20_000):
+        monkeypatch.setitem(itda.pursuit.WORKSPACE_BYTES, "cpu", workspace)
+        got = itda.pursue(x, atoms, 8)
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.values, want.values)
+
+
+def test_float32_means_float32():
+    """A caller who allows bfloat16 products elsewhere gets float32 here, and keeps the setting."""
+    x, atoms = case(30, 16, 50)
+    want = itda.pursue(x, atoms, 4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(itda.pursue(x, atoms, 4).values, want.values)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_gram_grows_without_being_rebuilt():
+    _, atoms = case(0, 16, 700)
+    grown = Gram(atoms[:0])
+    for atom in atoms:
+        grown.append(atom)
+    assert torch.equal(grown.atoms, atoms)
+    torch.testing.assert_close(grown.matrix, atoms @ atoms.T)
+    small = Gram(atoms[:0], max_bytes=1e6)
+    for atom in atoms:
+        small.append(atom)
+    assert small.matrix is None  # 700^2 x 4 bytes is too much
+    assert torch.equal(small.atoms, atoms)
+
+
+def test_replay_is_the_reference_to_the_bit():
+    x, atoms = case(20, 33, 50)
+    rows, exact = x.double().numpy(), atoms.double().numpy()
+    runs = [reference.mp(row, exact, 9) for row in rows]
+    indices = np.array([chosen + [0] * (9 - len(chosen)) for chosen, _, _ in runs])
+    coefficients, residual = reference.replay(rows, exact, indices, np.array([len(c) for c, _, _ in runs]))
+    assert all((residual[t] == run[2]).all() and coefficients[t, : len(run[1])].tolist() == run[1]
+               for t, run in enumerate(runs))  # fmt: skip
+
+
+X, D = case(3, 4, 5)
+BAD = [
+    (dict(x=X.int()), "`x` has dtype torch.int32; a floating-point tensor was wanted"),
+    (dict(x=[1.0]), "`x` has type list"),
+    (dict(x=X[:, :3]), "`x` has shape (3, 3) but `atoms` (5, 4)"),
+    (dict(x=torch.tensor(1.0)), "`x` has shape ()"),
+    (dict(x=torch.full((2, 4), torch.nan)), "`x` must be finite; the entry at (0, 0) is nan"),
+    (dict(atoms=D[0]), "`atoms` has shape (4,)"),
+    (dict(atoms=D * torch.tensor([1, 1, 2.31, 1, 1])[:, None]), "row 2 has norm 2.31. Normalise with `itda.normalize"),
+    (dict(atoms=D * torch.nan), "row 0 has norm nan"),
+    (dict(k=-1), "`k` is -1"),
+    (dict(k=2.5), "`k` is 2.5"),
+    (dict(k=True), "`k` is True"),
+    (dict(method="lasso"), "`method` is 'lasso'; choose one of 'mp', 'omp', 'gp'"),
+    (dict(tol=2.0), "`tol` is 2.0"),
+    (dict(backend="tpu"), "`backend` is 'tpu'; choose one of"),
+]
+
+
+@pytest.mark.parametrize(("changed", "sentence"), BAD, ids=[s for _, s in BAD])
+def test_bad_input(changed, sentence):
+    from itda.pursuit import pursue
+
+    # Past the type checker of the tests, as a user would call it.
+    plain = getattr(pursue, "__wrapped__", pursue)
+    while hasattr(plain, "__wrapped__"):
+        plain = plain.__wrapped__
+    with pytest.raises(itda.InputError) as error:
+        plain(**({"x": X, "atoms": D, "k": 3} | changed))
+    assert sentence in str(error.value)
+
+
+def test_numpy_arrays_are_welcome():
+    want = itda.pursue(X, D, 2)
+    assert torch.equal(itda.pursue(X.numpy(), D.numpy(), 2).values, want.values)
+
+
+def test_decode_wants_its_own_dictionary():
+    with pytest.raises(itda.InputError, match="codes are over 5 atoms"):
+        itda.pursue(X, D, 2).decode(D[:4])
