@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def write_file(path: str | os.PathLike, chunks: Iterable) -> None:
         _sync_folder(path.parent)
 
 
-def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, files: dict[str, Iterable]) -> None:
+def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, files: Mapping[str, Iterable]) -> None:
     """Write `files` (name -> buffers) and their manifest as the dictionary at `path`.
 
     A new folder is written beside its place and renamed into it. An old one is written inside the folder, then the old

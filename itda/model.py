@@ -68,7 +68,7 @@ class ITDA:
         return self.n_atoms
 
     def __repr__(self) -> str:
-        model = self.cfg.get("model") if isinstance(self.cfg.get("model"), dict) else {}
+        model = _source(self)
         words = [f"{self.n_atoms} atoms", f"d={self.d}", f"k={self.k}"] + ["centred"] * (self.mean is not None)
         words += [str(model[key]) for key in ("id", "hook_point") if model.get(key)]
         return f"ITDA({', '.join(words)})"
@@ -133,8 +133,10 @@ class ITDA:
         files = {folder.ATOMS: folder.safetensors_chunks(tensors), folder.LABELS: folder.labels_chunks(self.labels)}
         if self.sample is not None:
             codes = self.sample.codes
-            *pair, losses = (t.detach().cpu().numpy() for t in (codes.indices, codes.values, self.sample.losses))
-            files[folder.SAMPLE] = folder.labels_chunks(self.sample.labels, tuple(pair), losses)
+            indices, values, losses = (
+                t.detach().cpu().numpy() for t in (codes.indices, codes.values, self.sample.losses)
+            )
+            files[folder.SAMPLE] = folder.labels_chunks(self.sample.labels, (indices, values), losses)
         settings = {"k": int(self.k), **{key: _plain(v, f"cfg[{key!r}]") for key, v in self.cfg.items() if key != "k"}}
         folder.write_folder(path, self.n_atoms, self.d, settings, files)
 
@@ -164,7 +166,7 @@ class ITDA:
         repo_or_path: str | os.PathLike,
         *,
         revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> ITDA:
@@ -257,6 +259,12 @@ def _sample_problem(sample: Sample, n_atoms: int) -> tuple[str, str] | None:
     return None
 
 
+def _source(model: ITDA) -> dict:
+    """What `cfg` says about the language model, if anything."""
+    source = model.cfg.get("model")
+    return source if isinstance(source, dict) else {}
+
+
 def _plain(value, name: str):
     """`value` as JSON has it: NumPy scalars as numbers, numbers that are not finite as null."""
     if isinstance(value, np.generic):
@@ -293,7 +301,7 @@ def _hub_errors(what: str) -> Iterator[None]:
 
 def _model_card(model: ITDA, repo_id: str) -> str:
     """README.md of a hub repository: the front matter the hub indexes, the settings, and how to load it."""
-    source = model.cfg.get("model") if isinstance(model.cfg.get("model"), dict) else {}
+    source = _source(model)
     base = source.get("id")
     front = ["library_name: itda", "tags:", "- itda", "- interpretability", "- dictionary-learning"]
     if (

@@ -74,6 +74,7 @@ class Decomposition:
             ),
             style="dim",
         )
+        yield Text()
         table, shown = _table("coefficient", "atom", "share", "cumulative"), self.atoms[:SHOWN]
         width = _room(options, 58)
         for part in shown:
@@ -119,15 +120,17 @@ class Summary:
         yield facts
         table = _table(*self.norms, label="", first="quantiles")
         for name, quantiles in (("norm", self.norms), ("admission loss", self.losses)):
-            table.add_row(name, *(f"{value:.4g}" for value in quantiles.values()))
+            table.add_row(name, *(_number(value) for value in quantiles.values()))
+        yield Text()
         yield table
         for title, rows in (("most used in the sample", self.most_used), ("first atoms", self.first)):
             table, width = _table("atom", "uses", "norm", "loss", label=title), _room(options, 36)
             for row in rows:
                 uses = "" if row["uses"] is None else f"{row['uses']:,}"
-                numbers = (f"{row['atom']}", uses, f"{row['norm']:.4g}", f"{row['loss']:.3g}")
+                numbers = (f"{row['atom']}", uses, _number(row["norm"]), _number(row["loss"]))
                 table.add_row(*numbers, _in_context(row["label"], width))
             if rows:
+                yield Text()
                 yield table
 
 
@@ -159,8 +162,8 @@ class AtomReport:
         yield _in_context(self.label, _room(options, 0, 2 * CONTEXT))
         share = self.uses / max(1, self.sample_tokens)
         yield Text(
-            f"norm {self.norm:.4g} · admission loss {self.loss:.3g} · used for {self.uses:,} of {self.sample_tokens:,} "
-            f"sampled tokens ({share:.1%}), for {self.negative:,} of them with a negative coefficient",
+            f"norm {_number(self.norm)} · admission loss {_number(self.loss)} · used for {self.uses:,} of "
+            f"{self.sample_tokens:,} sampled tokens ({share:.1%}), for {self.negative:,} of them with a negative coefficient",
             style="dim",
         )
         table, edges = _table("from", "to", "tokens", label="coefficients"), self.histogram["edges"]
@@ -168,12 +171,14 @@ class AtomReport:
             bar = _bar(count / max(self.histogram["counts"]), 30, "")
             table.add_row(f"{low:+.4g}", f"{high:+.4g}", f"{count:,}", bar)
         if edges:
+            yield Text()
             yield table
         for title, rows in (("largest", self.positive_tokens), ("most negative", self.negative_tokens)):
             table = _table("coefficient", label=f"{title}, in context")
             for row in rows:
                 table.add_row(f"{row['coefficient']:+.4g}", _in_context(row["label"], _room(options, 14)))
             if rows:
+                yield Text()
                 yield table
 
 
@@ -474,6 +479,10 @@ def _room(options: ConsoleOptions, used: int, most: int = CONTEXT) -> int:
 def _bar(share: float, width: int, empty: str = "░") -> str:
     full = round(max(0.0, min(1.0, share)) * width)
     return "█" * full + empty * (width - full)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
 def _marked(token: str) -> list[tuple[str, str]]:

@@ -124,6 +124,7 @@ def train(
     grow = dict(k=k, threshold=threshold, n_atoms=n_atoms, center=center, max_atoms=max_atoms, chunk_size=chunk_size)
     began = time.monotonic()
     single = _is_one(layer) and _is_one(hook)
+    shown = Path(out)
     out = _checked_out(out, single, overwrite)
     stream = activations(model, data, tokens=tokens, revision=revision, trust_remote_code=trust_remote_code, **read)
     folders = {"": out} if single else {name: out / name for name in stream.hook_points}
@@ -153,7 +154,7 @@ def train(
         # Only now: a run that is killed between two saves goes on from its checkpoints.
         for target in folders.values():
             (target / folder.CHECKPOINT).unlink(missing_ok=True)
-    return [_trained(models[name], folders[name], watch, began) for name in folders]
+    return [_trained(models[name], shown / name, watch, began) for name in folders]
 
 
 def _preset(name: str | None, given: dict[str, Any], truncate: bool, special_tokens: bool, padding: bool) -> dict:
@@ -265,10 +266,10 @@ def _kept(target: Path) -> int:
         return 0
 
 
-def _trained(model: ITDA, target: Path, watch: _Watch, began: float) -> Trained:
+def _trained(model: ITDA, path: Path, watch: _Watch, began: float) -> Trained:
     cfg = model.cfg
     return Trained(
-        path=str(target),
+        path=str(path),
         hook_point=cfg["model"]["hook_point"],
         n_atoms=model.n_atoms,
         tokens=cfg["tokens"],

@@ -453,6 +453,13 @@ def test_the_fingerprint_is_that_of_the_weights_that_are_read(family, folders, t
             p.view(-1)[0] -= 1
 
 
+def test_the_fingerprint_of_a_part_is_that_of_its_block(gpt2):
+    """One value per depth, wherever in the block a hook point is."""
+    hooks = ["transformer.h.1.attn", "transformer.h.1.mlp.c_fc", "transformer.h.1"]
+    found = {load(gpt2, hooks=[hook]).provenance(hook)["fingerprint"] for hook in hooks}
+    assert len(found | {load(gpt2, hooks=hooks).provenance(hooks[0])["fingerprint"]}) == 1
+
+
 def test_precision(gpt2):
     assert read(gpt2, layer=1, dtype="float16")[0].dtype == torch.float16
     assert read(gpt2, layer=1, dtype=torch.bfloat16)[0].dtype == torch.bfloat16

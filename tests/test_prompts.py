@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from itda import documents as documents_module
 from itda import prompts
 from itda.errors import InputError
 from itda.prompts import Row, StreamHash, TokenStream, hash_rows, tokenizer_hash, valid
@@ -325,10 +326,10 @@ def test_pieces_are_the_same_for_file_and_list(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     whole = rows_of([text])
     monkeypatch.setattr(prompts, "PIECE", 64)
-    monkeypatch.setattr(prompts, "BLOCK", 10**6)
+    monkeypatch.setattr(documents_module, "BLOCK", 10**6)
     reference = rows_of([text])
     for block in (1, 2, 7, 100):
-        monkeypatch.setattr(prompts, "BLOCK", block)
+        monkeypatch.setattr(documents_module, "BLOCK", block)
         assert plain(rows_of(tmp_path / "a.txt")) == plain(reference)
     starts, pieces = zip(*prompts._cut_text([text]), strict=True)
     assert "".join(pieces) == text and starts == tuple(np.cumsum([0, *map(len, pieces)])[:-1])
@@ -355,6 +356,8 @@ def test_seed_permutes_the_rows(monkeypatch, held):
     assert plain(one) == plain(again)
     assert sorted(without_prompt[0]) == sorted(without_prompt[1]) == sorted(without_prompt[2])
     assert [row.prompt for row in one] == list(range(len(one)))
+    for rows in without_prompt[1:]:  # no row comes before the buffer can have reached it
+        assert all(without_prompt[0].index(row) <= i + held // 16 for i, row in enumerate(rows))
     if held > 16:  # a buffer of one row shuffles nothing
         assert len({str(order) for order in without_prompt}) == 3
 
@@ -526,7 +529,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("block", [8, 1 << 18])
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files(tmp_path, monkeypatch, name, block):
-    monkeypatch.setattr(prompts, "BLOCK", block)
+    monkeypatch.setattr(documents_module, "BLOCK", block)
     monkeypatch.chdir(tmp_path)
     content, parts = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
@@ -632,7 +635,8 @@ def test_hub(hub):
     }
     refusal("user/data", "split='test'", "train", split="test")
     refusal("user/data", "user/data", "no column 'body'", "'id', 'text'", column="body")
-    refusal("user/data", "'id' of row 0", "type int", column="id")
+    with pytest.raises(InputError, match=r"^`data`: 'id' of row 0 .* type int"):
+        rows_of("user/data", column="id")
 
 
 def test_hub_that_breaks_off(hub):
