@@ -57,8 +57,9 @@ class Dictionary:
         self.k, self.loss = k, loss
         self.norms: list[float] = []
         self.losses: list[float] = []
+        self.choices = 0  # choices of an atom, one a step and token
+        self.settled = 0  # of them, those that were settled in float64
         self.replayed = 0  # tokens whose loss was taken in float64
-        self.settled = 0  # tokens with a choice of atom settled in float64
 
     def __len__(self) -> int:
         return self.gram.n
@@ -80,6 +81,7 @@ class Dictionary:
         """Pursue tokens with the dictionary as it stands."""
         parts = list(encode(x, self.gram, self.k))
         steps = Steps(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        self.choices += int(steps.count.sum())
         self.settled += int(steps.settled.sum())
         x_hat = torch.zeros_like(x)
         if len(self):

@@ -100,7 +100,7 @@ class Builder:
             "thresholds": [list(pair) for pair in self.schedule.history],
             "n_atoms_wanted": self.settings["n_atoms"],
             "tokens": self.seen,
-            "settled_share": round((self.dictionary.settled + self.dictionary.replayed) / self.seen, 6),
+            "settled_share": self._settled_share(),
             "itda_version": __version__,
         }
         cfg.pop("n_atoms")
@@ -109,6 +109,11 @@ class Builder:
         model = ITDA(atoms, labels, self.settings["k"], self.mean, norms, losses, cfg | dict(provenance or {}))
         self._measure(model)
         return model
+
+    def _settled_share(self) -> float:
+        """Share of all decisions, which atom and whether to admit, that was taken in float64."""
+        counts = self.dictionary
+        return round((counts.settled + counts.replayed) / (counts.choices + self.seen), 6)
 
     def _measure(self, model: ITDA) -> None:
         """Put the sample and its FVU into the finished dictionary."""

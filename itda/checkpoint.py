@@ -42,7 +42,7 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
         "identity": identity,
         "seen": builder.seen,
         "schedule": builder.schedule.state() | {"losses": []},
-        "counts": [dictionary.settled, dictionary.replayed],
+        "counts": [dictionary.choices, dictionary.settled, dictionary.replayed],
         "stride": builder.sample.stride,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor], device: tor
     builder.mean = tensors.get("mean")
     builder.prepare(tensors["atoms"].shape[1], device)
     builder.dictionary.load(tensors["atoms"], tensors["norms"].tolist(), tensors["losses"].tolist())
-    builder.dictionary.settled, builder.dictionary.replayed = state["counts"]
+    builder.dictionary.choices, builder.dictionary.settled, builder.dictionary.replayed = state["counts"]
     history = [tuple(pair) for pair in state["schedule"]["history"]]
     losses, last = tensors["watched"].tolist(), tuple(state["schedule"]["last"])
     builder.schedule = Schedule(**state["schedule"] | {"losses": losses, "history": history, "last": last})

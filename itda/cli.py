@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -25,7 +26,8 @@ from itda._version import __version__
 from itda.errors import InputError
 
 PIPED_WIDTH = 400  # columns where no terminal says how many there are: no label is cut
-DEMO_TOKENS = 120_000
+# Few steps make few, telling atoms; shuffled rows are of all of the library, not of the first modules in the alphabet.
+DEMO: dict[str, Any] = {"k": 10, "threshold": 0.15, "tokens": 100_000, "seed": 0}
 DEMO_TEXTS = [  # text and token
     ("Return the number of elements in the list.", " list"),
     ("If the file does not exist, an OSError is raised.", " raised"),
@@ -245,8 +247,10 @@ def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")
         model = load(packaged.model_path(), hooks=-1)
         layer = model.n_layers // 2
         name = out or "DIR"
-        _say(f"$ itda train MODEL TEXTS --layer {layer} --tokens {DEMO_TOKENS} --out {name}")
-        (trained,) = _train(model=model, data=packaged.corpus(), out=folder, layer=layer, tokens=DEMO_TOKENS)
+        flags = " ".join(f"--{flag} {value}" for flag, value in {"layer": layer, **DEMO}.items())
+        _say(f"$ itda train MODEL TEXTS {flags} --out {name}")
+        (trained,) = _train(model=model, data=packaged.corpus(), out=folder, layer=layer, **DEMO)
+        trained = dataclasses.replace(trained, path=name)
         _say(str(trained))
         dictionary = ITDA.load(folder)
     done = []
@@ -298,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("ITDA_DEBUG", "0") not in ("", "0") or "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if sys.stdout is None:
+        return _fail("standard output is closed, and there is something to say on it: leave it open.", debug)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # whatever the text, and the encoding of the terminal
@@ -455,8 +461,9 @@ def _say(text: str) -> None:
     """One line on standard error."""
     from itda.labels import _one_line as one_line
 
-    with contextlib.suppress(OSError):
-        print(one_line(text), file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # `print` would take None for standard output
+        with contextlib.suppress(OSError):
+            print(one_line(text), file=sys.stderr, flush=True)
 
 
 def _fail(sentence: str, debug: bool) -> int:

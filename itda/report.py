@@ -50,6 +50,8 @@ class Decomposition:
     tokens: list[str]  # all but the special ones
     token: int  # which of them
     position: int  # its place in the row, special tokens counted
+    start: int  # its first character in the text
+    end: int  # and the one after its last
     norm: float  # |x|
     k: int
     method: str
@@ -63,14 +65,13 @@ class Decomposition:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        words = [one_line(token) for token in self.tokens]
-        yield Text.assemble(
-            "".join(words[: self.token]), *_marked(words[self.token]), "".join(words[self.token + 1 :]), overflow="fold"
-        )
+        cuts = (self.text[: self.start], self.text[self.start : self.end], self.text[self.end :])
+        before, token, after = map(one_line, cuts)
+        yield Text.assemble(before, *_marked(token), after, overflow="fold")
         yield Text(
             one_line(
-                f"token {self.token} of 0 to {len(words) - 1} · {self.model} · {self.hook_point} · norm {self.norm:.4g}"
-                f" · k = {self.k} · relative error {self.relative_error:.3f}"
+                f"token {self.token} of 0 to {len(self.tokens) - 1} · {self.model} · {self.hook_point} · "
+                f"norm {self.norm:.4g} · k = {self.k} · relative error {self.relative_error:.3f}"
             ),
             style="dim",
         )
@@ -163,7 +164,7 @@ class AtomReport:
         share = self.uses / max(1, self.sample_tokens)
         yield Text(
             f"norm {_number(self.norm)} · admission loss {_number(self.loss)} · used for {self.uses:,} of "
-            f"{self.sample_tokens:,} sampled tokens ({share:.1%}), for {self.negative:,} of them with a negative coefficient",
+            f"{self.sample_tokens:,} sampled tokens ({share:.1%}), for {self.negative:,} with a negative coefficient",
             style="dim",
         )
         table, edges = _table("from", "to", "tokens", label="coefficients"), self.histogram["edges"]
@@ -214,7 +215,7 @@ def decompose(
     row = _row(text, hooked)
     places = np.flatnonzero(~row.special)
     spans = np.stack([row.starts, row.ends], axis=1)[places] - row.text_start
-    tokens = [row.text[max(0, start) : max(0, end)] for start, end in spans]
+    tokens = [row.text[start:end] for start, end in spans.clip(0)]
     which = _which(tokens, token)
     x = hooked.read(row.ids[None], np.ones_like(row.ids[None]))[hook][0, places[which]].double().cpu()
     if not bool(torch.isfinite(x).all()):
@@ -230,6 +231,8 @@ def decompose(
         tokens=tokens,
         token=which,
         position=int(places[which]),
+        start=int(row.starts[places[which]]),
+        end=int(row.ends[places[which]]),
         norm=float(x.norm()),
         k=k,
         method=method,
@@ -270,7 +273,7 @@ def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
         sample=sample,
         norms=_quantiles(dictionary.norms.numpy()),
         losses=_quantiles(dictionary.losses.numpy()),
-        most_used=[row(i) for i in most],
+        most_used=[row(i) for i in most.tolist()],
         first=[row(i) for i in range(min(n, SHOWN))],
     )
 
@@ -289,7 +292,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
     counts, edges = np.histogram(values, bins) if len(values) and bins else (np.zeros(0, int), np.zeros(0))
 
     def tokens(places: ndarray) -> list[dict[str, Any]]:
-        return [{"coefficient": float(values[i]), "label": _label(sample.labels, rows[i])} for i in places]
+        return [{"coefficient": float(values[i]), "label": _label(sample.labels, int(rows[i]))} for i in places]
 
     return AtomReport(
         atom=atom,
@@ -332,7 +335,7 @@ def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[li
         raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 1 or more, was wanted.")
     if method not in METHODS:
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
-    gram = Gram(dictionary.atoms, 0, with_matrix=False)
+    gram = Gram(dictionary.atoms, with_matrix=False)
     (steps,) = encode(x.float()[None], gram, k, method, dictionary.cfg.get("nonneg", False))
     taken = steps.coefficients[0] != 0
     chosen, coefficients = steps.indices[0][taken], steps.coefficients[0][taken].double()

@@ -43,7 +43,7 @@ class Trained:
     threshold: float  # the last one, where it was corrected on the way
     k: int
     fvu: float  # on a sample of the tokens
-    settled_share: float  # of the tokens, those with a decision that was taken in float64
+    settled_share: float  # of all decisions (which atom, admit or not), those taken in float64
     seconds: float  # of this call: loading, reading, building and saving
     tokens_per_second: float | None  # reading and building; None if nothing was left to read
 

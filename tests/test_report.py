@@ -1,4 +1,4 @@
-"""Reports: laws of a decomposition, what a summary counts, and that no text of a model or a file commands a terminal."""
+"""Reports: laws of a decomposition, what a summary counts, and that no text commands the terminal."""
 
 import io
 import json
@@ -28,7 +28,7 @@ HOSTILE = [
 
 def labels(texts):
     """Labels of one token per text: its middle character."""
-    n, middle = len(texts), np.array([len(text) // 2 for text in texts])
+    n, middle = len(texts), np.array([len(text) // 2 for text in texts], np.int64)
     return Labels(
         prompt=np.arange(n),
         position=np.full(n, 3),
@@ -113,14 +113,12 @@ def test_steps_of_one_atom_are_put_together():
 
 def test_an_atom_is_itself(tiny):
     hooked, built = tiny
-    prompts = np.flatnonzero(built.labels.prompt == 0)  # the first row of the first document: its text is at hand
-    text = models.DOCUMENTS[0]
-    atom = int(prompts[-1])
-    found = report.decompose(built, text, int(built.labels.position[atom]) - 1, model=hooked)
+    atom = int(np.flatnonzero(built.labels.prompt == 0)[-1])  # of the first row of the first document
+    found = report.decompose(built, models.DOCUMENTS[0][: built.labels.end[atom]], model=hooked)
     assert [part["atom"] for part in found.atoms] == [atom]
     assert found.atoms[0]["share"] == pytest.approx(1)
     assert found.norm == pytest.approx(float(built.norms[atom]), rel=1e-5)
-    assert found.tokens[found.token] == found.atoms[0]["label"]["token"]
+    assert found.tokens[found.token] == found.atoms[0]["label"]["token"] == found.text[found.start : found.end]
 
 
 def test_a_centred_dictionary_decomposes_what_is_left_of_the_mean(tiny):
@@ -264,8 +262,8 @@ def hostile_reports(tiny):
     yield from (report.summary(built), *(report.atom_report(built, i) for i in range(7)))
     spoiled = itda.ITDA(**{name: getattr(tiny[1], name) for name in ("atoms", "k", "mean", "norms", "losses", "cfg")},
                         labels=labels([HOSTILE[i % len(HOSTILE)] for i in range(len(tiny[1]))]))  # fmt: skip
-    for i in range(3):
-        yield report.decompose(spoiled, " ".join(HOSTILE), i, model=tiny[0])
+    for text in HOSTILE:
+        yield report.decompose(spoiled, text, model=tiny[0])
 
 
 def test_no_text_commands_the_terminal_or_is_markup(tiny):

@@ -63,7 +63,7 @@ def modules() -> dict[str, Path]:
 
 def docstring_nodes(tree: ast.Module) -> list[ast.AST]:
     """Return the module, classes and functions of ``tree`` that have a docstring, in the order of the source."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED) and ast.get_docstring(node)]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False)]
     return sorted(nodes, key=lambda node: getattr(node, "lineno", 0))
 
 

@@ -28,7 +28,7 @@ class Steps(NamedTuple):
     indices: Int[Tensor, "tokens k"]  # the atom chosen, int64
     coefficients: Float[Tensor, "tokens k"]  # its coefficient, float64
     count: Int[Tensor, " tokens"]  # steps taken, int64
-    settled: Bool[Tensor, " tokens"]  # whether a choice had to be settled in float64
+    settled: Int[Tensor, " tokens"]  # of them, those whose choice was settled in float64
 
 
 def error_bound(d: int, norm: Tensor, spent: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +63,7 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
         steps.indices[:, s] = torch.where(active, j, 0)
         steps.coefficients[:, s] = c
         steps.count.add_(active)
-        steps.settled.logical_or_(close)
+        steps.settled.add_(close)
         if gram.matrix is not None:
             corr.addcmul_(gram.matrix[j], c.to(x.dtype)[:, None], value=-1)
     return steps
@@ -109,5 +109,5 @@ def no_steps(tokens: int, k: int, device: torch.device) -> Steps:
         torch.zeros(tokens, k, dtype=torch.long, device=device),
         torch.zeros(tokens, k, dtype=torch.float64, device=device),
         torch.zeros(tokens, dtype=torch.long, device=device),
-        torch.zeros(tokens, dtype=torch.bool, device=device),
+        torch.zeros(tokens, dtype=torch.long, device=device),
     )

@@ -88,7 +88,7 @@ class _Support:
         self.coefficients = self.exact.new_zeros(len(x), k)
         self.indices = torch.zeros(len(x), k, dtype=torch.long, device=x.device)
         self.used = torch.zeros(len(x), k, dtype=torch.bool, device=x.device)
-        self.settled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.settled = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
     def next(self, nonneg: bool, tol: float, excluded: Bool[Tensor, "tokens n"] | None = None) -> Tensor | None:
         """The atom that each token takes next, and `active` brought up to date; None when no token goes on."""
@@ -100,7 +100,7 @@ class _Support:
             corr = corr.masked_fill(excluded, 0.0)
         bound = error_bound(self.exact.shape[1], self.norm, 0.0, self.dtype)
         j, self.active, close = choose(corr, self.residual, self.norm, bound, self.active, self.gram.atoms, nonneg)
-        self.settled |= close
+        self.settled += close
         return j
 
     def take(self, s: int, j: Tensor, atom: Tensor, taken: Bool[Tensor, " tokens"]) -> None:
