@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class Dictionary:
         """Pursue tokens with the dictionary as it stands."""
         parts = list(encode(x, self.gram, self.k))
         steps = Steps(*(torch.cat(field) for field in zip(*parts, strict=True)))
-        self.choices += int(steps.count.sum())
+        self.choices += int(steps.length.sum())
         self.settled += int(steps.settled.sum())
         x_hat = torch.zeros_like(x)
         if len(self):
@@ -95,8 +96,8 @@ class Dictionary:
     def suspects(self, trace: Trace, threshold: float) -> ndarray:
         """Tokens that are not below the threshold beyond doubt."""
         d = trace.x.shape[1]
-        scale = {"relative": 1.0, "cosine": 4 / d, "squared": trace.norm.square().cpu().numpy()}[self.loss]
-        return ~(trace.loss <= threshold - LOSS_MARGIN * scale)
+        scales: dict[str, Any] = {"relative": 1.0, "cosine": 4 / d, "squared": trace.norm.square().cpu().numpy()}
+        return ~(trace.loss <= threshold - LOSS_MARGIN * scales[self.loss])
 
     def exact(self, trace: Trace, rows: Int[ndarray, " rows"]) -> tuple[Float[ndarray, " rows"], ndarray]:
         """Loss of the given tokens in float64, and whether each repeats an atom, from the choices of their traces."""
@@ -107,7 +108,7 @@ class Dictionary:
             return LOSSES[self.loss](x, np.zeros_like(x)), np.zeros(len(rows), bool)
         used, indices = np.unique(trace.steps.indices[where].cpu().numpy(), return_inverse=True)
         atoms = self.gram.atoms[torch.from_numpy(used).to(trace.x.device)].double().cpu().numpy()
-        indices, count = indices.reshape(len(rows), self.k), trace.steps.count[where].cpu().numpy()
+        indices, count = indices.reshape(len(rows), self.k), trace.steps.length[where].cpu().numpy()
         coefficients, residual = reference.replay(x, atoms, indices, count)
         norm = np.sqrt((x * x).sum(-1))
         repeats = np.abs(coefficients[:, 0]) >= DUPLICATE * norm if self.k else np.zeros(len(rows), bool)
@@ -179,7 +180,7 @@ class Sequential(Dictionary):
             return
         atom, n = self.gram.atoms[-1], len(self)
         x, steps, norm = trace.x[start:], trace.steps, trace.norm[start:]
-        c, j, count = steps.coefficients[start:], steps.indices[start:], steps.count[start:]
+        c, j, count = steps.coefficients[start:], steps.indices[start:], steps.length[start:]
         row = self.gram.matrix[n - 1] if self.gram.matrix is not None else self.gram.atoms @ atom
         removed = c * row.double()[j]
         p = (x @ atom).double()[:, None] - (removed.cumsum(1) - removed)
@@ -203,9 +204,9 @@ class Batched(Dictionary):
         self.paper = paper
 
     def judge(
-        self, x: Float[Tensor, "tokens d"], threshold: float, room: int | float = math.inf, watch: None = None
+        self, x: Float[Tensor, "tokens d"], threshold: float, room: int | float = math.inf, watch: ndarray | None = None
     ) -> tuple[list[int], Float[ndarray, " 0"]]:
-        """Judge one batch; the rows admitted, in order (seeds first), at most `room`."""
+        """Judge one batch; the rows admitted, in order (seeds first), at most `room`. Nothing can be watched."""
         admitted = self._seed(x, room) if self.paper and len(self) < x.shape[1] else []
         trace = self.trace(x)
         rows = self.suspects(trace, threshold).nonzero()[0]
@@ -238,7 +239,7 @@ def _first_of_each(x: Float[Tensor, "rows d"]) -> list[int]:
     for start in range(0, len(x), 1024):
         chunk = unit[start : start + 1024]
         cosines = (chunk.float() @ unit[: start + len(chunk)].float().T).abs()
-        near = {i: set() for i in range(len(chunk))}
+        near: dict[int, set[int]] = {i: set() for i in range(len(chunk))}
         for i, j in (cosines >= DUPLICATE - 1e-4).nonzero().tolist():
             near[i].add(j)
         for i in range(len(chunk)):

@@ -59,7 +59,7 @@ def build(
     The result is a function of the activations, their order and the settings alone. Raises `InputError` for settings
     out of range, activations that are not finite (naming prompt and position), and streams without tokens.
     """
-    settings = dict(k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center)
+    settings: dict[str, Any] = dict(k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center)
     settings |= dict(max_atoms=max_atoms, chunk_size=chunk_size)
     if n_atoms is not None:
         settings["total"] = _length(stream, tokens)
@@ -70,7 +70,7 @@ def build(
     start = _resume(builders, folders, stream)
     if start and hasattr(stream, "skip"):
         stream = stream.skip(start)
-        items = iter(stream)
+        items = _checked_rest(stream, builders)
     else:
         items, start = items if items is not None else iter(stream), 0
     report = progress if callable(progress) else bar() if progress else None
@@ -109,11 +109,13 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
             raise KeyboardInterrupt
         if position == tokens or all(builder.full for builder in builders.values()):
             break
+    if len(folders) > 1:  # they are saved one after another, and a kill in between must find all of them
+        _save(stream, builders, folders)
     if report:
         report(None)
 
 
-def _peek(stream: Iterable) -> tuple[list[str], Iterator | None]:
+def _peek(stream: Any) -> tuple[list[str], Iterator | None]:
     """The names of the dictionaries to build ("" for the only one); and the iterator, if it had to be started."""
     if hasattr(stream, "hook_points"):
         return [""] if stream.single else list(stream.hook_points), None
@@ -132,7 +134,7 @@ def _batches(item, position: int) -> dict[str, Batch]:
     return {"": Batch(item, Labels.counted(position, len(item)))}
 
 
-def _length(stream: Iterable, tokens: int | None) -> int | None:
+def _length(stream: Any, tokens: int | None) -> int | None:
     """How many tokens will be read, as far as it can be known before reading."""
     if hasattr(stream, "count_tokens"):
         known = stream.count_tokens(tokens)
@@ -143,7 +145,7 @@ def _length(stream: Iterable, tokens: int | None) -> int | None:
     return min((n for n in (known, tokens) if n is not None), default=None)
 
 
-def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Iterable) -> int:
+def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Any) -> int:
     """Restore what checkpoints there are; how many tokens every builder has seen."""
     identity = _identity(stream, builders)
     for name, folder in folders.items():
@@ -151,13 +153,26 @@ def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Iter
     return min(builder.seen for builder in builders.values())
 
 
-def _save(stream: Iterable, builders: dict[str, Builder], folders: dict[str, Path]) -> None:
+def _checked_rest(stream: Any, builders: dict[str, Builder]) -> Iterator:
+    """The items of a stream that skips what was read before; an `InputError` if that is no longer what it was."""
+    hashes = {builder.stream_hash for builder in builders.values() if builder.seen == stream.skipped}
+    for item in stream:
+        if hashes - {None, stream.skipped_hash}:
+            raise InputError(
+                f"The text has changed in its first {stream.skipped:,} tokens since this training began: restore it to "
+                "go on, or give another folder to start anew."
+            )
+        yield item
+
+
+def _save(stream: Any, builders: dict[str, Builder], folders: dict[str, Path]) -> None:
     identity = _identity(stream, builders)
     for name, folder in folders.items():
+        builders[name].stream_hash = getattr(stream, "hash", None)
         checkpoints.save(builders[name], folder, identity[name])
 
 
-def _identity(stream: Iterable, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _identity(stream: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What must be equal for a build to go on: provenance, less what changes on the way and between versions."""
     out = {}
     for name, provenance in _provenance(stream, names).items():
@@ -168,7 +183,7 @@ def _identity(stream: Iterable, names: Iterable[str]) -> dict[str, dict[str, Any
     return out
 
 
-def _provenance(stream: Iterable, names: Iterable[str]) -> dict[str, dict]:
+def _provenance(stream: Any, names: Iterable[str]) -> dict[str, dict]:
     """What the stream says of itself, per dictionary."""
     provenance = getattr(stream, "provenance", {})
     return {name: provenance.get(name, {}) if name else provenance for name in names}

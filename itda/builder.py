@@ -49,20 +49,31 @@ class Builder:
         _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size)
         if n_atoms is not None and total is None:
             raise InputError("`n_atoms` needs to know how long the stream is: give `tokens`, or a `threshold` instead.")
-        self.settings = dict(k=k, loss=loss, admission=admission, center=bool(center), max_atoms=max_atoms)
+        self.settings: dict[str, Any] = dict(k=k, loss=loss, admission=admission, center=bool(center), max_atoms=max_atoms)
         self.settings |= dict(threshold=threshold, n_atoms=n_atoms)
         self.chunk_size, self.max_gram_bytes = chunk_size, max_gram_bytes
-        self.total = total
+        self.total = total or 0
         self.seen = 0  # tokens judged
+        self.stream_hash: str | None = None  # of the rows they came from, when a checkpoint was last written
         self.labels: list[Labels] = []
         self.mean: Tensor | None = None
-        self.dictionary: Sequential | Batched | None = None
-        self.schedule: Schedule | None = None
+        self._dictionary: Sequential | Batched | None = None
         self.sample = SpacedSample()
         self._head: list[Batch] = []
         self._head_tokens = 0
-        if n_atoms is None:
-            self.schedule = Schedule([(0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold)])
+        # Without a threshold, `_start` chooses one.
+        self.schedule = Schedule([(0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold)])
+
+    @property
+    def dictionary(self) -> Sequential | Batched:
+        """The dictionary, once `started`."""
+        assert self._dictionary is not None, "not started"
+        return self._dictionary
+
+    @property
+    def started(self) -> bool:
+        """Whether all that must be known before the first token is judged is known."""
+        return self._dictionary is not None
 
     @property
     def full(self) -> bool:
@@ -70,7 +81,7 @@ class Builder:
         return len(self) >= (self.settings["max_atoms"] or math.inf)
 
     def __len__(self) -> int:
-        return len(self.dictionary) if self.dictionary is not None else 0
+        return len(self.dictionary) if self.started else 0
 
     @property
     def read(self) -> int:
@@ -92,7 +103,7 @@ class Builder:
         """The dictionary of all tokens seen. `provenance` goes into its `cfg` ("model", "stream")."""
         if self._head:
             self._start()
-        if self.dictionary is None or not self.seen:
+        if not self.started or not self.seen:
             raise InputError("The stream held no valid token, so there is nothing to build on: give it more text.")
         atoms = self.dictionary.gram.atoms.clone()
         cfg = self.settings | {
@@ -127,13 +138,13 @@ class Builder:
         model.sample = Sample(labels, codes, loss.float())
 
     def _d(self) -> int | None:
-        if self.dictionary is not None:
+        if self.started:
             return self.dictionary.gram.atoms.shape[1]
         return self._head[0].activations.shape[1] if self._head else None
 
     def _head_wanted(self) -> int:
         """How many tokens must be at hand before the first can be judged; 0 once they were."""
-        if self.dictionary is not None:
+        if self.started:
             return 0
         wanted = MEAN_TOKENS if self.settings["center"] else 1
         return max(wanted, pilot_tokens(self.total)) if self.settings["n_atoms"] else wanted
@@ -159,9 +170,9 @@ class Builder:
         shared = dict(max_gram_bytes=self.max_gram_bytes)
         args = (d, self.settings["k"], self.settings["loss"], device)
         if self.settings["admission"] == "sequential":
-            self.dictionary = Sequential(*args, chunk_size=self.chunk_size, **shared)
+            self._dictionary = Sequential(*args, chunk_size=self.chunk_size, **shared)
         else:
-            self.dictionary = Batched(*args, paper=self.settings["admission"] == "paper", **shared)
+            self._dictionary = Batched(*args, paper=self.settings["admission"] == "paper", **shared)
 
     def _centred(self, x: Tensor) -> Tensor:
         x = x.float()

@@ -21,7 +21,7 @@ VERSION = "1"
 
 def save(builder: Builder, folder: Path, identity: dict) -> None:
     """Write the state of `builder` to `folder`. `identity` says what it is built from (`restore` compares it)."""
-    if builder.dictionary is None:  # nothing judged yet: starting again costs little
+    if not builder.started:  # nothing judged yet: starting again costs little
         return
     dictionary = builder.dictionary
     sample, sample_labels = builder.sample.tokens()
@@ -41,6 +41,7 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
         "settings": builder.settings,
         "identity": identity,
         "seen": builder.seen,
+        "stream_hash": builder.stream_hash,
         "schedule": builder.schedule.state() | {"losses": []},
         "counts": [dictionary.choices, dictionary.settled, dictionary.replayed],
         "stride": builder.sample.stride,
@@ -84,7 +85,7 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor], device: tor
     builder.labels = [_labels("labels", tensors)]
     builder.sample.stride = state["stride"]
     builder.sample.activations, builder.sample.labels = [tensors["sample"]], [_labels("sample_labels", tensors)]
-    builder.seen = state["seen"]
+    builder.seen, builder.stream_hash = state["seen"], state["stream_hash"]
 
 
 def _compare(was: dict, wanted: dict, path: Path) -> None:

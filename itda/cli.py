@@ -267,8 +267,8 @@ def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")
         _print(None, f"\n$ itda show {name} --atom {atom.atom}")
         _print(None, atom)
     if json:
-        parts = {"decompositions": done, "atoms": atoms}
-        _print({"trained": trained.to_json()} | {key: [r.to_json() for r in v] for key, v in parts.items()})
+        texts = [decomposition.to_json() for decomposition in done]
+        _print({"trained": trained.to_json(), "decompositions": texts, "atoms": [atom.to_json() for atom in atoms]})
 
 
 COMMANDS = {command.__name__: command for command in (train, decompose, show, demo)}
@@ -445,10 +445,14 @@ def _print(document: Any, drawn: Any = None) -> None:
         return
     from rich.console import Console
 
+    from itda.labels import _one_line as one_line
+
+    if isinstance(drawn, str):
+        drawn = "\n".join(map(one_line, drawn.split("\n")))
     width = None if sys.stdout.isatty() else PIPED_WIDTH
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
-        console.print(drawn)
+        console.print(drawn, soft_wrap=isinstance(drawn, str))
     _write(captured.get() if width is None else re.sub(r"[ \t]+\n", "\n", captured.get()))
 
 

@@ -56,6 +56,15 @@ class Codes:
         """The codes of a part of the batch."""
         return Codes(self.indices[index], self.values[index], self.n_atoms)
 
+    def reshape(self, *batch: int) -> Codes:
+        """The same codes with other batch axes."""
+        k = self.indices.shape[-1]
+        return Codes(self.indices.reshape(*batch, k), self.values.reshape(*batch, k), self.n_atoms)
+
+    def to(self, device: torch.device | str) -> Codes:
+        """The same codes on `device`."""
+        return Codes(self.indices.to(device), self.values.to(device), self.n_atoms)
+
     @classmethod
     def concat(cls, parts: list[Codes]) -> Codes:
         """Codes over one dictionary, joined along the first batch axis."""

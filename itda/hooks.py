@@ -43,7 +43,7 @@ def load(
     hooks = [hooks] if isinstance(hooks, int | str) else list(hooks)
     if not hooks:
         raise InputError("No hook point is given: pass at least one layer or module path.")
-    settings = {"revision": revision, "dtype": dtype, "device": device}
+    settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     if not isinstance(model, nn.Module | HookedModel):
         settings |= {"trust_remote_code": trust_remote_code, **kwargs}
         base, tokenizer, layout, missing = pretrained(model, hooks, tokenizer=tokenizer, **settings)
@@ -103,16 +103,16 @@ def activations(
     """
     if (layer is None) == (hook is None):
         raise InputError("Give either `layer` or `hook`: a layer's number, or the path of a module.")
-    given = hook if layer is None else layer
+    given: Any = hook if layer is None else layer
     single = isinstance(given, str) or not isinstance(given, Iterable)
     hooks = [given] if single else list(given)
     for name, value, least in (("batch_rows", batch_rows, 1), ("tokens", tokens, 1)):
         if value is not None and value < least:
             raise InputError(f"`{name}` is {value}: pass {least} or more.")
-    settings = {"revision": revision, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     hooked = load(model, tokenizer, hooks=hooks, **settings, **model_kwargs)
     if not isinstance(data, TokenStream):
-        stream = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}
+        stream: dict[str, Any] = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}
         stream |= {"context_length": context_length, "config": config, "revision": data_revision}
         data = TokenStream(data, hooked.tokenizer, **stream)
     return Activations(
@@ -143,11 +143,22 @@ class Activations:
         self._stream, self._batch_rows, self._budget, self._skipped = stream, batch_rows, tokens, 0
         self._special_tokens, self._padding, self.single = special_tokens, padding, single
         self._hash = StreamHash()
+        self.skipped_hash: str | None = self._hash.hexdigest()
 
     @property
     def tokens(self) -> int | None:
         """How many valid tokens an iteration yields at most; None if that is as many as the data has."""
         return None if self._budget is None else max(0, self._budget - self._skipped)
+
+    @property
+    def skipped(self) -> int:
+        """How many valid tokens an iteration leaves out at the beginning."""
+        return self._skipped
+
+    @property
+    def hash(self) -> str:
+        """The stream's hash over the rows that the latest iteration has read so far."""
+        return self._hash.hexdigest()
 
     def count_tokens(self, limit: int | None = None) -> int:
         """How many valid tokens an iteration yields, or `limit` if that is fewer; runs no model."""
@@ -167,6 +178,7 @@ class Activations:
             raise InputError(f"`tokens` is {tokens}, and no fewer than 0 can be skipped: pass how many were read.")
         rest = copy.copy(self)
         rest._skipped, rest._hash = self._skipped + tokens, StreamHash()
+        rest.skipped_hash = None  # that of the rows skipped, once iteration has passed them
         return rest
 
     @property
@@ -176,7 +188,7 @@ class Activations:
         The stream's hash is that of the rows read so far by the latest iteration.
         """
         rest = {
-            "stream": {**self._stream.provenance, "hash": self._hash.hexdigest()},
+            "stream": {**self._stream.provenance, "hash": self.hash},
             "batch_rows": self._batch_rows,
             "special_tokens": self._special_tokens,
             "padding": self._padding,
@@ -195,6 +207,8 @@ class Activations:
             end = len(labels) if self._budget is None else min(len(labels), self._budget - done)
             start = min(max(0, self._skipped - done), end)
             done += end
+            if done == self._skipped:
+                self.skipped_hash = stream_hash.hexdigest()
             if start < end:
                 # The whole group runs whatever is taken of it. Row-major: row by row, as the labels.
                 where = torch.from_numpy(valid.reshape(-1).nonzero()[0][start:end])
@@ -215,10 +229,10 @@ class Activations:
         ids = np.full((len(group), width), self._filler(), np.int64)
         starts, ends = np.full_like(ids, -1), np.full_like(ids, -1)
         mask, valid = np.zeros_like(ids), np.full(ids.shape, self._padding)
-        for i, row in enumerate(group):
-            n = len(row.ids)
-            valid[i, :n] = valid_tokens(row, self._special_tokens)
-            ids[i, :n], starts[i, :n], ends[i, :n], mask[i, :n] = row.ids, row.starts, row.ends, 1
+        for i, r in enumerate(group):
+            n = len(r.ids)
+            valid[i, :n] = valid_tokens(r, self._special_tokens)
+            ids[i, :n], starts[i, :n], ends[i, :n], mask[i, :n] = r.ids, r.starts, r.ends, 1
         if self._padding:
             mask[:] = 1  # the published code gives no mask
         row, position = valid.nonzero()

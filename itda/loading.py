@@ -35,9 +35,9 @@ class Layout:
     paths: frozenset[str]  # of every module
 
     @classmethod
-    def of(cls, base: nn.Module, model: str) -> Layout:
+    def of(cls, base: Any, model: str) -> Layout:
         """The layout of `base`: its blocks are the one `ModuleList` as long as its config has hidden layers."""
-        n_layers = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+        n_layers = getattr(base.config.get_text_config(), "num_hidden_layers", -1)
         lists = [name for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
         outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
         if len(outer) != 1:
@@ -142,7 +142,8 @@ def pretrained(
         if skeleton is not None:
             layout = Layout.of(skeleton, model)
             layers = [layout.layer(layout.path(hook)) for hook in hooks]
-            keep = None if None in layers else max(layers) + 1  # a module outside the blocks may come after them
+            inside = [layer for layer in layers if layer is not None]
+            keep = max(inside) + 1 if inside == layers else None  # a module outside the blocks may come after them
         tokenizer = load_tokenizer(model, **hub) if tokenizer is None else load_tokenizer(tokenizer)
         base, missing = _load(model, config, skeleton, layout, keep, **hub, **_dtype_argument(dtype), **kwargs)
         if layout is None:
@@ -167,7 +168,7 @@ def _load(model, config, skeleton, layout, keep, **kwargs) -> tuple[nn.Module, f
     """The base model with its first `keep` blocks (all with None), and the names of the parameters it lacks."""
     from transformers import AutoModel
 
-    loaders = [AutoModel]
+    loaders: list[Any] = [AutoModel]
     if keep is not None and keep < layout.n_layers:
         loaders.insert(0, _cut(type(skeleton), layout.blocks, keep))
     for loader in loaders:
@@ -188,7 +189,7 @@ def _load(model, config, skeleton, layout, keep, **kwargs) -> tuple[nn.Module, f
     raise AssertionError("unreachable")
 
 
-def _cut(cls: type, blocks: str, keep: int) -> type:
+def _cut(cls: Any, blocks: str, keep: int) -> type:
     """`cls` with the first `keep` blocks only, so that the weights of the others are never read.
 
     The config stays whole: setting its `num_hidden_layers` would change the lower blocks of the families that
@@ -207,10 +208,8 @@ def load_tokenizer(tokenizer: Any, **hub) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     with _quiet():
-        from transformers import AutoTokenizer
-
         try:
-            found = AutoTokenizer.from_pretrained(str(tokenizer), **hub)
+            found = _auto_tokenizer(str(tokenizer), **hub)
             if len(found) <= len(found.all_special_ids):  # what transformers 5 makes up where there are no files
                 raise OSError("it has no vocabulary")
         except Exception as error:
@@ -221,6 +220,18 @@ def load_tokenizer(tokenizer: Any, **hub) -> Any:
                 "pass one with `tokenizer=`, loaded or as an id or folder."
             ) from error
         return found
+
+
+def _auto_tokenizer(tokenizer: str, **hub) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer, **hub)
+    except ValueError as error:
+        if "TokenizersBackend" not in str(error):
+            raise
+        # What transformers 5 calls a fast tokenizer of no model's own; 4 does not know the name.
+        return PreTrainedTokenizerFast.from_pretrained(tokenizer, **hub)
 
 
 def _dtype_argument(dtype) -> dict:

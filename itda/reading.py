@@ -30,7 +30,7 @@ class HookedModel:
     def __init__(
         self,
         module: nn.Module,
-        base: nn.Module,
+        base: Any,
         tokenizer: Any,
         layout: Layout,
         hooks: Iterable[int | str],
@@ -45,7 +45,7 @@ class HookedModel:
         self._vocabulary = base.get_input_embeddings().weight.shape[0]
         weight = next(p for p in base.parameters() if p.is_floating_point())
         self.device, self.dtype = weight.device, weight.dtype
-        self._paths = dict.fromkeys(layout.path(hook) for hook in hooks)
+        self._paths: dict[str, Any] = dict.fromkeys(layout.path(hook) for hook in hooks)
         here = {name for name, _ in base.named_modules()}
         for path in self._paths:
             if path not in here:

@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -285,6 +285,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
     if not 0 <= atom < n:
         raise InputError(f"`atom` is {atom}, but this ITDA has the atoms 0 to {n - 1}: choose one of them.")
     rows, values = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    sampled = Labels.counted(0, 0) if sample is None else sample.labels
     if sample is not None:
         used = (sample.codes.indices == atom) & (sample.codes.values != 0)
         rows, values = used.nonzero()[:, 0].numpy(), sample.codes.values[used].numpy()
@@ -292,7 +293,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
     counts, edges = np.histogram(values, bins) if len(values) and bins else (np.zeros(0, int), np.zeros(0))
 
     def tokens(places: ndarray) -> list[dict[str, Any]]:
-        return [{"coefficient": float(values[i]), "label": _label(sample.labels, int(rows[i]))} for i in places]
+        return [{"coefficient": float(values[i]), "label": _label(sampled, int(rows[i]))} for i in places]
 
     return AtomReport(
         atom=atom,
@@ -300,7 +301,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
         label=_label(dictionary.labels, atom),
         norm=float(dictionary.norms[atom]),
         loss=float(dictionary.losses[atom]),
-        sample_tokens=0 if sample is None else len(sample.labels),
+        sample_tokens=len(sampled),
         uses=len(values),
         negative=int((values < 0).sum()),
         histogram={"edges": edges.tolist(), "counts": counts.tolist()},
@@ -359,8 +360,8 @@ def _hooked(dictionary: ITDA, model, tokenizer, force, dtype, device, trust_remo
     """The model to read, and the name of its hook point, after comparing it with the one the dictionary knows."""
     from itda import hooks
 
-    was = dictionary.cfg.get("model")
-    if not isinstance(was, dict) or not was.get("hook_point"):
+    was = _dict(dictionary.cfg, "model")
+    if not was.get("hook_point"):
         raise InputError(f"{dictionary!r} does not say which model it was built on: encode activations with `encode`.")
     by_name = model is None or isinstance(model, str | os.PathLike)
     settings: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
@@ -430,6 +431,12 @@ def _quantiles(values: ndarray) -> dict[str, float]:
     return {name: float(np.quantile(known, q)) if len(known) else math.nan for name, q in names.items()}
 
 
+def _dict(cfg: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a dictionary from elsewhere has there, if that is a dict as it should be."""
+    value = cfg.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def _short(value: Any) -> str:
     return str(value)[:12]
 
@@ -440,7 +447,7 @@ def _short(value: Any) -> str:
 def _facts(report: Summary) -> list[tuple[str, str]]:
     """What stands at the head of a summary, as names and values."""
     cfg = report.cfg
-    model, stream = (cfg.get(part) if isinstance(cfg.get(part), dict) else {} for part in ("model", "stream"))
+    model, stream = (_dict(cfg, part) for part in ("model", "stream"))
     facts = [
         ("model", f"{model.get('id', 'not known')}" + (f" @ {model['revision']}" if model.get("revision") else ""))
     ]
@@ -468,8 +475,9 @@ def _table(*numbers: str, label: str = "label in context", first: str = "") -> T
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name, justify in [(first, "left"), *((n, "right") for n in numbers), (label, "left")]:
+    for name in (first, *numbers, label):
         if name:
+            justify: Literal["left", "right"] = "right" if name in numbers else "left"
             table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")
     return table
 

@@ -118,10 +118,14 @@ def train(
     chosen = _preset(
         preset, dict(loss=loss, admission=admission, batch_rows=batch_rows), truncate, special_tokens, padding
     )
-    read = dict(layer=layer, hook=hook, context_length=context_length, pack=pack, seed=seed, column=column, split=split)
+    read: dict[str, Any] = dict(
+        layer=layer, hook=hook, context_length=context_length, pack=pack, seed=seed, column=column, split=split
+    )
     read |= dict(config=config, data_revision=data_revision, tokenizer=tokenizer, dtype=dtype, device=device)
     read |= {name: chosen.pop(name) for name in ("batch_rows", "truncate", "special_tokens", "padding")}
-    grow = dict(k=k, threshold=threshold, n_atoms=n_atoms, center=center, max_atoms=max_atoms, chunk_size=chunk_size)
+    grow: dict[str, Any] = dict(
+        k=k, threshold=threshold, n_atoms=n_atoms, center=center, max_atoms=max_atoms, chunk_size=chunk_size
+    )
     began = time.monotonic()
     single = _is_one(layer) and _is_one(hook)
     shown = Path(out)

@@ -370,8 +370,10 @@ def test_file_names_that_are_hostile(capfd, tmp_path):
     assert "[bold]b" in said.out
     bytes_name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.txt")
     shutil.copy("text.txt", bytes_name)
-    assert document(capfd, "train", "model", bytes_name, *SMALL, "--out", bytes_name + ".d")[0]["tokens"] == 600
-    assert document(capfd, "show", bytes_name + ".d")["cfg"]["stream"]["data"] == bytes_name
+    out = str(tmp_path / "d")
+    assert document(capfd, "train", "model", bytes_name, *SMALL, "--out", out)[0]["tokens"] == 600
+    assert document(capfd, "show", out)["cfg"]["stream"]["data"] == bytes_name
+    assert cli.main(["show", out]) == 0
 
 
 def test_a_fault_of_ours_is_one_sentence_and_a_traceback_only_on_demand(capfd, monkeypatch):
@@ -408,6 +410,14 @@ def test_output_that_cannot_be_written(trained):
         err = run.stderr.read()
     assert (run.returncode, len(err.splitlines())) == (2, 1)
     assert "No space left" in err
+
+
+def test_a_terminal_that_knows_ascii_only(trained, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with process("show", trained, "--atom", "0") as run:
+        out, err = run.communicate()
+    assert (run.returncode, err) == (0, "")
+    assert "?C?all me Ishmael" in out
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

@@ -617,6 +617,15 @@ def test_bad_folders(gpt2, tmp_path):
     refused("could not be loaded.*no_such_type", tokenizer=tokenizer())
 
 
+@pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_tokenizers_of_either_transformers(name, gpt2, tmp_path):
+    """The class that transformers 5 writes is unknown to 4, and the other way round it has another name."""
+    folder = shutil.copytree(gpt2, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+    assert same(read(folder, layer=0), read(gpt2, layer=0))
+
+
 def test_weights_of_another_model(folders, tmp_path):
     folder = shutil.copytree(folders("gpt2"), tmp_path / "model")
     shutil.copy(f"{folders('llama')}/model.safetensors", folder)

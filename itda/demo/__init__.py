@@ -11,6 +11,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 MIN_CHARACTERS = 500  # documents shorter than this are left out
 _SKIPPED = {"site-packages", "dist-packages", "lib-dynload", "idlelib", "lib2to3", "pydoc_data"}
@@ -38,7 +39,7 @@ def documents() -> dict[str, str]:
     for name, path in modules().items():
         tree = _parse(path)
         if tree is not None:
-            texts[name] = "\n\n".join(ast.get_docstring(node) for node in docstring_nodes(tree))
+            texts[name] = "\n\n".join(ast.get_docstring(node) or "" for node in docstring_nodes(tree))
     seen: set[str] = set()
     kept = {name: "\n\n".join(_unseen_paragraphs(texts[name], seen)) for name in sorted(texts)}
     return {name: text for name, text in kept.items() if len(text) >= MIN_CHARACTERS}
@@ -61,7 +62,7 @@ def modules() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def docstring_nodes(tree: ast.Module) -> list[ast.AST]:
+def docstring_nodes(tree: ast.Module) -> list[Any]:
     """Return the module, classes and functions of ``tree`` that have a docstring, in the order of the source."""
     nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False)]
     return sorted(nodes, key=lambda node: getattr(node, "lineno", 0))

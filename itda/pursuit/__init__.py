@@ -59,7 +59,7 @@ def pursue(
     gram = Gram(atoms, max_gram_bytes, with_matrix=method == "mp" and len(flat) * k >= len(atoms))
     parts = [_pack(steps, gram.n, x.dtype) for steps in encode(flat, gram, k, method, nonneg, tol)]
     codes = Codes.concat(parts) if parts else _pack(dense.no_steps(0, k, x.device), gram.n, x.dtype)
-    return Codes(*(t.reshape(*x.shape[:-1], k) for t in (codes.indices, codes.values)), gram.n)
+    return codes.reshape(*x.shape[:-1])
 
 
 def encode(x: Float[Tensor, "tokens d"], gram: Gram, k: int, method: str = "mp", nonneg: bool = False, tol: float = 0.0):
@@ -105,7 +105,7 @@ def _pursue_reference(x: Tensor, atoms: Tensor, k: int, method: str, nonneg: boo
     steps = dense.no_steps(len(rows), k, torch.device("cpu"))
     steps = steps._replace(indices=torch.from_numpy(indices), coefficients=torch.from_numpy(values))
     codes = _pack(steps, len(atoms), x.dtype)
-    return Codes(*(t.reshape(*x.shape[:-1], k).to(x.device) for t in (codes.indices, codes.values)), len(atoms))
+    return codes.reshape(*x.shape[:-1]).to(x.device)
 
 
 def _checked(x, atoms) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ from itda.pursuit.gram import Gram, full_float32
 
 
 class Steps(NamedTuple):
-    """One pursuit of each token, step by step; steps after `count` have index 0 and coefficient 0."""
+    """One pursuit of each token, step by step; steps after `length` have index 0 and coefficient 0."""
 
     indices: Int[Tensor, "tokens k"]  # the atom chosen, int64
     coefficients: Float[Tensor, "tokens k"]  # its coefficient, float64
-    count: Int[Tensor, " tokens"]  # steps taken, int64
+    length: Int[Tensor, " tokens"]  # steps taken, int64
     settled: Int[Tensor, " tokens"]  # of them, those whose choice was settled in float64
 
 
@@ -62,7 +62,7 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
         spent += c.abs()
         steps.indices[:, s] = torch.where(active, j, 0)
         steps.coefficients[:, s] = c
-        steps.count.add_(active)
+        steps.length.add_(active)
         steps.settled.add_(close)
         if gram.matrix is not None:
             corr.addcmul_(gram.matrix[j], c.to(x.dtype)[:, None], value=-1)
