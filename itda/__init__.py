@@ -1,24 +1,50 @@
 """itda: dictionaries of real activations (Inference-Time Decomposition of Activations, arXiv 2505.17769)."""
 
-from itda._version import __version__
-from itda.build import PAPER, build
-from itda.codes import Codes
-from itda.errors import InputError
-from itda.hooks import activations
-from itda.labels import Batch, Labels
-from itda.model import ITDA
-from itda.pursuit import normalize, pursue
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
-__all__ = [
-    "ITDA",
-    "PAPER",
-    "Batch",
-    "Codes",
-    "InputError",
-    "Labels",
-    "__version__",
-    "activations",
-    "build",
-    "normalize",
-    "pursue",
-]
+from itda._version import __version__
+
+# Where each public name lives. It is imported when first used: `import itda` alone loads neither torch nor anything.
+_HOMES = {
+    "Batch": "labels",
+    "Codes": "codes",
+    "ITDA": "model",
+    "InputError": "errors",
+    "Labels": "labels",
+    "PAPER": "build",
+    "activations": "hooks",
+    "build": "build",
+    "decompose": "report",
+    "normalize": "pursuit",
+    "pursue": "pursuit",
+    "train": "runs",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'itda' has no attribute {name!r}")
+    value = getattr(import_module(f"itda.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `itda.build` the function when the import system binds the module of that name to the package."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -92,7 +92,7 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
             size = min(size, tokens - position)
         atoms = sum(map(len, builders.values()))
         for name, (activations, labels) in batches.items():
-            skipped = max(0, builders[name].read - position)  # a checkpoint of this one may be ahead of the others
+            skipped = max(0, builders[name].position - position)  # a checkpoint of this one may be ahead of the others
             if skipped < size:
                 builders[name].update(activations[skipped:size], labels[skipped:size])
         position += size
@@ -146,16 +146,16 @@ def _length(stream: Any, tokens: int | None) -> int | None:
 
 
 def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Any) -> int:
-    """Restore what checkpoints there are; how many tokens every builder has seen."""
+    """Restore what checkpoints there are; how many tokens of the stream every builder has had."""
     identity = _identity(stream, builders)
     for name, folder in folders.items():
         checkpoints.restore(builders[name], folder, identity[name])
-    return min(builder.seen for builder in builders.values())
+    return min(builder.position for builder in builders.values())
 
 
 def _checked_rest(stream: Any, builders: dict[str, Builder]) -> Iterator:
     """The items of a stream that skips what was read before; an `InputError` if that is no longer what it was."""
-    hashes = {builder.stream_hash for builder in builders.values() if builder.seen == stream.skipped}
+    hashes = {builder.stream_hash for builder in builders.values() if builder.position == stream.skipped}
     for item in stream:
         if hashes - {None, stream.skipped_hash}:
             raise InputError(

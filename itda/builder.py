@@ -53,8 +53,9 @@ class Builder:
         self.settings |= dict(threshold=threshold, n_atoms=n_atoms)
         self.chunk_size, self.max_gram_bytes = chunk_size, max_gram_bytes
         self.total = total or 0
-        self.seen = 0  # tokens judged
-        self.stream_hash: str | None = None  # of the rows they came from, when a checkpoint was last written
+        self.position = 0  # tokens of the stream that were given to `update`
+        self.seen = 0  # of them, those judged: not those that came when it was full
+        self.stream_hash: str | None = None  # of the rows up to `position`, when a checkpoint was last written
         self.labels: list[Labels] = []
         self.mean: Tensor | None = None
         self._dictionary: Sequential | Batched | None = None
@@ -83,14 +84,10 @@ class Builder:
     def __len__(self) -> int:
         return len(self.dictionary) if self.started else 0
 
-    @property
-    def read(self) -> int:
-        """Tokens taken in: judged, or waiting for the mean or the threshold to be known."""
-        return self.seen + self._head_tokens
-
     def update(self, activations: Tensor, labels: Labels) -> None:
         """Take the next batch: activations (tokens, d) and one label each."""
         activations = _checked(activations, labels, self._d())
+        self.position += len(activations)
         if self._head_wanted():
             self._head.append(Batch(activations, labels))
             self._head_tokens += len(activations)

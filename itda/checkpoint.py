@@ -40,6 +40,7 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
         "version": VERSION,
         "settings": builder.settings,
         "identity": identity,
+        "position": builder.position,
         "seen": builder.seen,
         "stream_hash": builder.stream_hash,
         "schedule": builder.schedule.state() | {"losses": []},
@@ -85,7 +86,7 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor], device: tor
     builder.labels = [_labels("labels", tensors)]
     builder.sample.stride = state["stride"]
     builder.sample.activations, builder.sample.labels = [tensors["sample"]], [_labels("sample_labels", tensors)]
-    builder.seen, builder.stream_hash = state["seen"], state["stream_hash"]
+    builder.position, builder.seen, builder.stream_hash = state["position"], state["seen"], state["stream_hash"]
 
 
 def _compare(was: dict, wanted: dict, path: Path) -> None:
@@ -94,7 +95,7 @@ def _compare(was: dict, wanted: dict, path: Path) -> None:
         if was.get(name) != wanted.get(name):
             raise InputError(
                 f"The unfinished training in {path.parent} was started with {name} = {was.get(name)!r}, and this one "
-                f"has {wanted.get(name)!r}: give the former settings to go on, or another folder to start anew."
+                f"has {wanted.get(name)!r}: give the former settings to go on, or remove {path} to start anew."
             )
 
 

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from json import dumps
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from itda import terminal
 from itda._version import __version__
 from itda.errors import InputError
 
-PIPED_WIDTH = 400  # columns where no terminal says how many there are: no label is cut
 # Few steps make few, telling atoms; shuffled rows are of all of the library, not of the first modules in the alphabet.
 DEMO: dict[str, Any] = {"k": 10, "threshold": 0.15, "tokens": 100_000, "seed": 0}
 DEMO_TEXTS = [  # text and token
@@ -162,8 +157,8 @@ def train(
         if len(given[name]) < 2:  # with one, `out` is the dictionary's own folder
             given[name] = next(iter(given[name]), None)
     results = _train(**given)
-    _print([result.to_json() for result in results], None if json else "\n".join(map(str, results)))
-    _say(f"look at it with: itda show {shlex.quote(results[0].path)}")
+    terminal.output([result.to_json() for result in results], None if json else "\n".join(map(str, results)))
+    terminal.say(f"look at it with: itda show {shlex.quote(results[0].path)}")
 
 
 def decompose(
@@ -206,7 +201,7 @@ def decompose(
 
     given["token"] = int(token) if re.fullmatch(r"[+-]?\d+", token, re.ASCII) else token
     result = report.decompose(**given)
-    _print(result.to_json(), None if json else result)
+    terminal.output(result.to_json(), None if json else result)
 
 
 def show(dictionary: Dictionary, *, atom: MaybeWhole = None, json: Flag = False) -> None:
@@ -224,7 +219,7 @@ def show(dictionary: Dictionary, *, atom: MaybeWhole = None, json: Flag = False)
     from itda import report
 
     result = report.summary(dictionary) if atom is None else report.atom_report(dictionary, atom)
-    _print(result.to_json(), None if json else result)
+    terminal.output(result.to_json(), None if json else result)
 
 
 def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None, json: Flag = False) -> None:
@@ -248,27 +243,27 @@ def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")
         layer = model.n_layers // 2
         name = out or "DIR"
         flags = " ".join(f"--{flag} {value}" for flag, value in {"layer": layer, **DEMO}.items())
-        _say(f"$ itda train MODEL TEXTS {flags} --out {name}")
+        terminal.say(f"$ itda train MODEL TEXTS {flags} --out {name}")
         (trained,) = _train(model=model, data=packaged.corpus(), out=folder, layer=layer, **DEMO)
         trained = dataclasses.replace(trained, path=name)
-        _say(str(trained))
+        terminal.say(str(trained))
         dictionary = ITDA.load(folder)
     done = []
     for text, token in DEMO_TEXTS:
         done.append(report.decompose(dictionary, text, token, model=model))
         if not json:
-            _print(None, f'\n$ itda decompose {name} "{text}" --token "{token}"')
-            _print(None, done[-1])
+            terminal.output(None, f'\n$ itda decompose {name} "{text}" --token "{token}"')
+            terminal.output(None, done[-1])
     # The strongest atoms of every decomposition in turn.
     ranks = itertools.zip_longest(*(sorted(d.atoms, key=lambda part: -part["share"]) for d in done))
     best = dict.fromkeys(part["atom"] for rank in ranks for part in rank if part)
     atoms = [report.atom_report(dictionary, atom, top=3, bins=0) for atom in itertools.islice(best, 5)]
     for atom in atoms if not json else ():
-        _print(None, f"\n$ itda show {name} --atom {atom.atom}")
-        _print(None, atom)
+        terminal.output(None, f"\n$ itda show {name} --atom {atom.atom}")
+        terminal.output(None, atom)
     if json:
-        texts = [decomposition.to_json() for decomposition in done]
-        _print({"trained": trained.to_json(), "decompositions": texts, "atoms": [atom.to_json() for atom in atoms]})
+        found = {"decompositions": [one.to_json() for one in done], "atoms": [one.to_json() for one in atoms]}
+        terminal.output({"trained": trained.to_json(), **found})
 
 
 COMMANDS = {command.__name__: command for command in (train, decompose, show, demo)}
@@ -303,30 +298,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("ITDA_DEBUG", "0") not in ("", "0") or "--debug" in words
     words = [word for word in words if word != "--debug"]
     if sys.stdout is None:
-        return _fail("standard output is closed, and there is something to say on it: leave it open.", debug)
+        return terminal.fail("standard output is closed, and there is something to say on it: leave it open.", debug)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # whatever the text, and the encoding of the terminal
     try:
-        with _signals.caught():
+        with terminal.signals.caught():
             _run(words)
         return 0
     except SystemExit as end:  # tyro, after its help
         return int(end.code or 0)
     except InputError as error:
-        return _fail(str(error), debug)
+        return terminal.fail(str(error), debug)
     except KeyboardInterrupt as error:
-        return _interrupted(error)
+        return terminal.interrupted(error)
     except BrokenPipeError:
-        _abandon_output()
+        terminal.abandon_output()
         return 128 + 13  # what a shell reports of a process that SIGPIPE ends
     except OSError as error:
-        _abandon_output()
+        terminal.abandon_output()
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}: check the place and its permissions.", debug)
+        return terminal.fail(f"{where}{error.strerror or error}: check the place and its permissions.", debug)
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        _fail(
+        terminal.fail(
             f"this should not have happened ({what}): please report it, with what the same command with --debug says.",
             debug,
         )
@@ -337,147 +332,19 @@ def _run(words: list[str]) -> None:
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):
         lines = (f"  {n:<13} {(c.__doc__ or '').splitlines()[0]}" for n, c in COMMANDS.items())
-        _write(HELP.format(commands="\n".join(lines)))
+        terminal.write(HELP.format(commands="\n".join(lines)))
     elif name == "--version":
-        _write(f"itda {__version__}\n")
+        terminal.write(f"itda {__version__}\n")
     elif name in COMMANDS:
-        _parsed(COMMANDS[name], words[1:])()
+        terminal.parsed(COMMANDS[name], words[1:])()
     else:
         raise InputError(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}, or see `itda --help`.")
-
-
-def _parsed(command: Callable[..., None], words: list[str]) -> Callable[[], None]:
-    """`command` with the arguments that `words` say. tyro's boxes become one sentence."""
-    said, name = io.StringIO(), command.__name__
-
-    @functools.wraps(command)
-    def bound(*args: Any, **given: Any) -> Callable[[], None]:
-        return functools.partial(command, *args, **given)
-
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(bound, args=words, prog=f"itda {name}", config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as end:
-        if not end.code:
-            raise
-    raise InputError(f"{_sentence(said.getvalue(), name)}: see `itda {name} --help`.")
-
-
-def _sentence(box: str, name: str) -> str:
-    """What one of tyro's boxes says: frame, rules and the invitation to read the help left out."""
-    lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in box.splitlines()]
-    inside = [line.removeprefix("│").removesuffix("│")[1:].rstrip() for line in lines if line.startswith("│")]
-    parts = [list(part) for rule, part in itertools.groupby(inside, lambda line: not line.strip(" ─")) if not rule]
-    first, more = (parts[0] if parts else lines), parts[1:-1]
-    if first[0].startswith("Missing from"):
-        missing = [line.strip() for line in first if re.match(r" {4}\S", line)]
-        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} wanted and missing"
-    text = " ".join(line.strip() for line in first)
-    if text.startswith("Unrecognized options: "):
-        meant = [line.split()[0] for part in more for line in part if re.match(r" {4}-", line)]
-        hint = f" (perhaps {' or '.join(dict.fromkeys(meant))} was meant)" if meant else ""
-        return f"`itda {name}` has no use for {text.removeprefix('Unrecognized options: ')}{hint}"
-    if choice := re.fullmatch(r"invalid choice (.*) for argument '(.*)'. Expected one of \((.*)\)\.", text):
-        choices = [word for word in choice[3].replace("'", "").rstrip(",").split(", ") if word != "None"]
-        return f"{choice[2]}: {choice[1]} came, and {' or '.join(sorted(choices))} was wanted"
-    if value := re.match("Missing value for argument '(.*?)'", text):
-        return f"{value[1]} wants a value after it"
-    return text.removeprefix("Error parsing ").rstrip(".")
-
-
-class _Signals:
-    """The first Ctrl-C or SIGTERM of a training waits for its batch to end; a second one, or another's, does not."""
-
-    def __init__(self) -> None:
-        self.number, self.waits = 0, False
-
-    def stop(self) -> bool:
-        """Asked by a training after every batch."""
-        self.waits = True
-        return self.number != 0
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        self.number, self.waits = 0, False
-        before = {}
-        try:
-            with contextlib.suppress(ValueError):  # not the main thread
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    before[number] = signal.signal(number, self._handle)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        again, self.number = self.number != 0, number
-        if again or not self.waits:
-            raise KeyboardInterrupt
-
-
-_signals = _Signals()
 
 
 def _train(**given: Any) -> list[Any]:
     from itda import runs
 
     try:
-        return runs.train(**given, progress=True, stop=_signals.stop)
+        return runs.train(**given, progress=True, stop=terminal.signals.stop)
     finally:
-        _signals.waits = False
-
-
-def _interrupted(error: KeyboardInterrupt) -> int:
-    tokens = getattr(error, "tokens", None)
-    if tokens:
-        _say(f"interrupted after {tokens:,} tokens; the same command goes on from there")
-    else:
-        _say(
-            "interrupted" if tokens is None else "interrupted before any token was kept; the same command starts again"
-        )
-    return 128 + (_signals.number or signal.SIGINT)
-
-
-def _print(document: Any, drawn: Any = None) -> None:
-    """Write a JSON document, or what is drawn for a person, to standard output."""
-    if drawn is None:
-        _write(dumps(document, indent=2, allow_nan=False) + "\n")
-        return
-    from rich.console import Console
-
-    from itda.labels import _one_line as one_line
-
-    if isinstance(drawn, str):
-        drawn = "\n".join(map(one_line, drawn.split("\n")))
-    width = None if sys.stdout.isatty() else PIPED_WIDTH
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    with console.capture() as captured:
-        console.print(drawn, soft_wrap=isinstance(drawn, str))
-    _write(captured.get() if width is None else re.sub(r"[ \t]+\n", "\n", captured.get()))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()  # a closed pipe or a full disk shows here, not at exit
-
-
-def _say(text: str) -> None:
-    """One line on standard error."""
-    from itda.labels import _one_line as one_line
-
-    if sys.stderr is not None:  # `print` would take None for standard output
-        with contextlib.suppress(OSError):
-            print(one_line(text), file=sys.stderr, flush=True)
-
-
-def _fail(sentence: str, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    _say(f"itda: error: {sentence}")
-    return 2
-
-
-def _abandon_output() -> None:
-    """Keep Python from writing what is left of standard output, which would fail again, when it ends."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.signals.waits = False

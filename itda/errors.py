@@ -1,4 +1,4 @@
-"""The one error of the library that a user can mend."""
+"""The one error of the library that a user can mend, and text that is safe to show."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The command line prints the sentence and exits with status 2; library callers can catch it as `ValueError`.
     """
+
+
+def one_line(text: str) -> str:
+    """`text` as it can be shown on one line of a terminal: line breaks as ↵, other control characters as �."""
+    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", " ")
+    return "".join(c if c.isprintable() else "�" for c in text)

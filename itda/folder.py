@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from itda.errors import InputError
-from itda.labels import Labels
 
 FORMAT, VERSION = "itda", 1
 MANIFEST, ATOMS, LABELS, SAMPLE = "cfg.json", "atoms.safetensors", "labels.parquet", "sample.parquet"
@@ -26,7 +25,6 @@ RESERVED = ("format", "version", "sha256", "n_atoms", "d", "files")  # keys of c
 
 _LEFTOVER = re.compile(r"\..*\.tmp-[0-9a-f]{16}")  # what a killed writer leaves behind
 _NO_DIGEST = "0" * 64
-_COLUMNS = ("prompt", "position", "token_id", "document", "start", "end")
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -38,10 +36,16 @@ _DTYPES = {
 def check_writable_target(path: str | os.PathLike) -> Path:
     """The folder (links resolved) that a dictionary may be saved to at `path`; creates and changes nothing.
 
-    Raises `InputError` for a file, for a folder that holds anything but an ITDA or an unfinished training of one, and
-    for a place without permission to write. Call it before a long training, so that the end of it can be saved.
+    Raises `InputError` for a file, for a folder that holds anything but an ITDA or an unfinished training of one, for
+    a path that is not UTF-8 and for a place without permission to write. Call it before a long training, so that the
+    end of it can be saved.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        where = ascii(os.path.abspath(path))
+        raise InputError(f"{where} is not UTF-8, and could not be loaded from: choose another path.") from error
     with _as_input_error(f"{target} could not be used", "choose another place"):
         if target.is_dir():
             above = target
@@ -127,29 +131,6 @@ def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str] | No
 def _bytes_of(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor; its strides may still be odd where it has one entry or none."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
-
-
-def labels_chunks(labels: Labels, codes: tuple[np.ndarray, np.ndarray] | None = None, losses=None) -> list:
-    """The parquet file of `labels`, one row each; of a sample with codes (indices, values), each (n, k), and losses."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    schema = _schema(codes is not None)
-    columns = [pa.array(getattr(labels, name), pa.int64()) for name in _COLUMNS]
-    # A token without text of its own is shown as <token 17>; that is no text, and would be read back as some.
-    own = (labels.row >= 0) & (labels.end > labels.start)
-    texts = [labels.context(i) for i in range(len(labels))]
-    texts = [(before, token if o else "", after) for (before, token, after), o in zip(texts, own, strict=True)]
-    columns += [pa.array([_encodable(t[i]) for t in texts], pa.string()) for i in range(3)]
-    if codes is not None:
-        offsets = pa.array(np.arange(len(labels) + 1) * codes[0].shape[1], pa.int32())
-        for name, array in zip(("indices", "values"), codes, strict=True):
-            kind = schema.field(name).type
-            columns.append(pa.ListArray.from_arrays(offsets, pa.array(array.reshape(-1), kind.value_type), type=kind))
-        columns.append(pa.array(losses, pa.float32()))
-    sink = pa.BufferOutputStream()
-    parquet.write_table(pa.table(columns, schema=schema), sink, compression="zstd", store_schema=False)
-    return [sink.getvalue()]
 
 
 def _manifest_bytes(n_atoms: int, d: int, entries: dict, settings: dict) -> bytes:
@@ -246,11 +227,6 @@ def _as_input_error(what: str, advice: str) -> Iterator[None]:
         raise InputError(f"{what} ({error.strerror or error}): {advice}.") from error
 
 
-def _encodable(text: str) -> str:
-    """`text` as UTF-8 can hold it: half a surrogate pair becomes �, so that lengths stay."""
-    return re.sub("[\ud800-\udfff]", "�", text)
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +251,8 @@ def read_manifest(path: str | os.PathLike) -> dict:
     return manifest
 
 
-def _damaged(path: Path, what: str) -> InputError:
+def damaged(path: Path, what: str) -> InputError:
+    """The error that says `what` is wrong with a file of a dictionary, and what to do."""
     return InputError(f"{path} {what}: copy the whole folder of the ITDA again, or train it again.")
 
 
@@ -284,43 +261,43 @@ def _parse_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, "is not JSON") from error
+        raise damaged(path, "is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f'{path} is not the manifest of an ITDA ("format": "itda"): give the folder of a saved ITDA.')
     version = manifest.get("version")
     if type(version) is int and version > VERSION:
         raise InputError(f"{path} has format version {version}, and this itda reads version {VERSION}: upgrade itda.")
     if type(version) is not int or version != VERSION:
-        raise _damaged(path, f"has format version {version!r}, but {VERSION} was wanted")
+        raise damaged(path, f"has format version {version!r}, but {VERSION} was wanted")
     digest = manifest.get("sha256")
     blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1) if isinstance(digest, str) else b""
     if hashlib.sha256(blank).hexdigest() != digest:
-        raise _damaged(path, "was changed after it was written (its sha256 differs)")
+        raise damaged(path, "was changed after it was written (its sha256 differs)")
     for key in ("n_atoms", "d", "k"):
         if type(manifest.get(key)) is not int or manifest[key] < 0:
-            raise _damaged(path, f"says {key} = {manifest.get(key)!r}, but a count was wanted")
+            raise damaged(path, f"says {key} = {manifest.get(key)!r}, but a count was wanted")
     files = manifest.get("files")  # the names are compared with ours, never used as paths
     if not isinstance(files, dict) or not {ATOMS, LABELS} <= set(files) <= {ATOMS, LABELS, SAMPLE}:
         named = ", ".join(map(repr, files)) if isinstance(files, dict) else repr(files)
-        raise _damaged(path, f"names the files {named}, but {ATOMS}, {LABELS} and perhaps {SAMPLE} were wanted")
+        raise damaged(path, f"names the files {named}, but {ATOMS}, {LABELS} and perhaps {SAMPLE} were wanted")
     for name, entry in files.items():
         if not isinstance(entry, dict) or {key: type(entry[key]) for key in entry} != {"size": int, "sha256": str}:
-            raise _damaged(path, f"must give the size and the sha256 of {name}, but says {entry!r}")
+            raise damaged(path, f"must give the size and the sha256 of {name}, but says {entry!r}")
     return manifest
 
 
 def _check_file(path: Path, entry: dict) -> None:
     if not path.is_file():
-        raise _damaged(path, "is missing")
+        raise damaged(path, "is missing")
     size = path.stat().st_size
     if size != entry["size"]:
-        raise _damaged(path, f"has {size} bytes where {MANIFEST} says {entry['size']}, so it was cut short or replaced")
+        raise damaged(path, f"has {size} bytes where {MANIFEST} says {entry['size']}, so it was cut short or replaced")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != entry["sha256"]:
-        raise _damaged(path, "is damaged or was changed (its sha256 differs)")
+        raise damaged(path, "is damaged or was changed (its sha256 differs)")
 
 
 def read_atoms(path: Path, n_atoms: int, d: int) -> dict[str, Tensor]:
@@ -335,68 +312,12 @@ def read_atoms(path: Path, n_atoms: int, d: int) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             names = sorted(file.keys())
             if set(names) | {"mean"} != set(shapes):
-                raise _damaged(path, f"holds the tensors {names}, but {list(shapes)} (mean if centred) were wanted")
+                raise damaged(path, f"holds the tensors {names}, but {list(shapes)} (mean if centred) were wanted")
             for name in names:
                 part = file.get_slice(name)
                 if part.get_dtype() != "F32" or part.get_shape() != shapes[name]:
                     came = f"{part.get_dtype()} {part.get_shape()}"
-                    raise _damaged(path, f"has `{name}` as {came}, but {MANIFEST} wants F32 {shapes[name]}")
+                    raise damaged(path, f"has `{name}` as {came}, but {MANIFEST} wants F32 {shapes[name]}")
             return {name: file.get_tensor(name).clone() for name in names}  # a copy: not tied to the file
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, f"is not a readable safetensors file ({error})") from error
-
-
-def read_labels(path: Path, n: int | None = None, sample: bool = False) -> tuple[Labels, dict[str, np.ndarray]]:
-    """Labels of `n` rows (any number if None); of a sample also indices (n, k), values (n, k), losses (n,)."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            found, wanted = file.schema_arrow, _schema(sample)
-            if not found.equals(wanted):
-                came, want = (", ".join(f"{field.name}: {field.type}" for field in s) for s in (found, wanted))
-                raise _damaged(path, f"has the columns {came}, but {want}, none nullable, were wanted")
-            if n is not None and file.metadata.num_rows != n:
-                raise _damaged(path, f"has {file.metadata.num_rows} rows where {MANIFEST} says n_atoms = {n}")
-            table = file.read(use_threads=False)
-        return _labels_of(table), _codes_of(path, table) if sample else {}
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise _damaged(path, f"is not a readable parquet file ({error})") from error
-
-
-def _labels_of(table) -> Labels:
-    """The inverse of `labels_chunks`; atoms with the same text share it."""
-    arrays = {name: np.array(table[name].to_numpy(), dtype=np.int64) for name in _COLUMNS}
-    rows: dict[tuple[str, int], int] = {}
-    row = np.full(len(table), -1, np.int64)
-    parts = zip(*(table[name].to_pylist() for name in ("before", "token", "after")), strict=True)
-    for i, (before, token, after) in enumerate(parts):
-        if before or token or after:
-            row[i] = rows.setdefault((before + token + after, int(arrays["start"][i]) - len(before)), len(rows))
-    origins = np.array([origin for _, origin in rows], np.int64)
-    return Labels(**arrays, row=row, texts=tuple(text for text, _ in rows), text_start=origins)
-
-
-def _codes_of(path: Path, table) -> dict[str, np.ndarray]:
-    out = {"losses": np.array(table["loss"].to_numpy(), dtype=np.float32)}
-    k = len(table["indices"][0]) if len(table) else 0
-    for name, dtype in (("indices", np.int64), ("values", np.float32)):
-        lists = table[name].combine_chunks()
-        if (lists.value_lengths().to_numpy() != k).any():
-            raise _damaged(path, f"must have as many `{name}` in every row as `indices` in the first")
-        out[name] = lists.flatten().to_numpy().astype(dtype).reshape(len(table), k)
-    return out
-
-
-def _schema(sample: bool):
-    import pyarrow as pa
-
-    fields = [(name, pa.int64()) for name in _COLUMNS] + [(name, pa.string()) for name in ("before", "token", "after")]
-    if sample:
-        element = {"indices": pa.int32(), "values": pa.float32()}
-        fields += [(name, pa.list_(pa.field("element", kind, nullable=False))) for name, kind in element.items()]
-        fields += [("loss", pa.float32())]
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])
+        raise damaged(path, f"is not a readable safetensors file ({error})") from error

@@ -11,6 +11,8 @@ from jaxtyping import Int
 from numpy import ndarray
 from torch import Tensor
 
+from itda.errors import one_line
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -95,7 +97,7 @@ class Labels:
     def text(self, i: int, before: int = 60, after: int = 30, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
         """Token `i` in its context on one line, marked: `The quick ⟦brown⟧ fox`."""
         left, token, right = self.context(i, before, after)
-        return _one_line(left) + marks[0] + _one_line(token) + marks[1] + _one_line(right)
+        return one_line(left) + marks[0] + one_line(token) + marks[1] + one_line(right)
 
     def _span(self, i: int) -> tuple[int, int]:
         """The token's span in the text of its row."""
@@ -119,9 +121,3 @@ def _isin(a: Labels, b: Labels) -> ndarray:
     kind = [("prompt", np.int64), ("position", np.int64)]
     left, right = (np.ascontiguousarray(labels.pairs()).view(kind).reshape(-1) for labels in (a, b))
     return np.isin(left, right)
-
-
-def _one_line(text: str) -> str:
-    """`text` as it can be shown on one line of a terminal: line breaks as ↵, other control characters as �."""
-    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", " ")
-    return "".join(c if c.isprintable() else "�" for c in text)

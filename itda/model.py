@@ -17,7 +17,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from itda import folder
+from itda import folder, tables
 from itda.codes import Codes
 from itda.errors import InputError
 from itda.labels import Labels
@@ -130,13 +130,13 @@ class ITDA:
         tensors = {"atoms": self.atoms, "norms": self.norms, "losses": self.losses}
         if self.mean is not None:
             tensors["mean"] = self.mean
-        files = {folder.ATOMS: folder.safetensors_chunks(tensors), folder.LABELS: folder.labels_chunks(self.labels)}
+        files = {folder.ATOMS: folder.safetensors_chunks(tensors), folder.LABELS: tables.labels_chunks(self.labels)}
         if self.sample is not None:
             codes = self.sample.codes
             indices, values, losses = (
                 t.detach().cpu().numpy() for t in (codes.indices, codes.values, self.sample.losses)
             )
-            files[folder.SAMPLE] = folder.labels_chunks(self.sample.labels, (indices, values), losses)
+            files[folder.SAMPLE] = tables.labels_chunks(self.sample.labels, (indices, values), losses)
         settings = {"k": int(self.k), **{key: _plain(v, f"cfg[{key!r}]") for key, v in self.cfg.items() if key != "k"}}
         folder.write_folder(path, self.n_atoms, self.d, settings, files)
 
@@ -147,10 +147,10 @@ class ITDA:
         manifest = folder.read_manifest(path)
         n_atoms, d = manifest["n_atoms"], manifest["d"]
         tensors = folder.read_atoms(path / folder.ATOMS, n_atoms, d)
-        labels, _ = folder.read_labels(path / folder.LABELS, n_atoms)
+        labels, _ = tables.read_labels(path / folder.LABELS, n_atoms)
         sample = None
         if folder.SAMPLE in manifest["files"]:
-            sampled, parts = folder.read_labels(path / folder.SAMPLE, sample=True)
+            sampled, parts = tables.read_labels(path / folder.SAMPLE, sample=True)
             indices, values, losses = (torch.from_numpy(parts[name]) for name in ("indices", "values", "losses"))
             sample = Sample(sampled, Codes(indices, values, n_atoms), losses)
         cfg = {key: value for key, value in manifest.items() if key not in folder.RESERVED}

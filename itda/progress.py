@@ -40,8 +40,10 @@ def bar() -> Callable[[Progress | None], None]:
     from rich.live import Live
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+    from rich.text import Text
 
-    live = Live(console=Console(stderr=True), transient=True, refresh_per_second=8)
+    console = Console(stderr=True)
+    live = Live(console=console, transient=True, refresh_per_second=8)
 
     def report(progress: Progress | None) -> None:
         if progress is None:
@@ -49,8 +51,11 @@ def bar() -> Callable[[Progress | None], None]:
             return
         if not live.is_started:
             live.start()
+        words = Text(str(progress), no_wrap=True)
+        words.truncate(max(1, console.width - 7), overflow="ellipsis")
+        room = console.width - 1 - len(words)  # what the words leave, 6 columns or more
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=progress.total, completed=progress.tokens, width=24), str(progress))
+        grid.add_row(ProgressBar(progress.total, progress.tokens, width=min(24, room)), words)
         live.update(grid)
 
     return report

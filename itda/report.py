@@ -11,27 +11,23 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy import ndarray
 
-from itda import folder
+from itda import drawing, folder
+from itda.drawing import SHOWN, section, short
 from itda.errors import InputError
 from itda.labels import Labels
-from itda.labels import _one_line as one_line
 from itda.model import ITDA
 from itda.pursuit import METHODS, encode
 from itda.pursuit.gram import Gram
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
-    from rich.text import Text
 
-SHOWN = 12  # rows of a table in the terminal
-CONTEXT = 100  # columns of a token in its context at most
 BINS = 12
 ENDLESS = 1 << 20  # tokens in a row of a model without a limit
 
@@ -63,33 +59,7 @@ class Decomposition:
         return finite(asdict(self))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.text import Text
-
-        cuts = (self.text[: self.start], self.text[self.start : self.end], self.text[self.end :])
-        before, token, after = map(one_line, cuts)
-        yield Text.assemble(before, *_marked(token), after, overflow="fold")
-        yield Text(
-            one_line(
-                f"token {self.token} of 0 to {len(self.tokens) - 1} · {self.model} · {self.hook_point} · "
-                f"norm {self.norm:.4g} · k = {self.k} · relative error {self.relative_error:.3f}"
-            ),
-            style="dim",
-        )
-        yield Text()
-        table, shown = _table("coefficient", "atom", "share", "cumulative"), self.atoms[:SHOWN]
-        width = _room(options, 58)
-        for part in shown:
-            bar = _bar(part["cumulative"], 10)
-            table.add_row(
-                f"{part['coefficient']:+.4g}",
-                f"{part['atom']}",
-                f"{part['share']:.1%}",
-                f"{bar} {part['cumulative']:6.1%}",
-                _in_context(part["label"], width),
-            )
-        yield table
-        if rest := self.atoms[SHOWN:]:
-            yield Text(f"and {len(rest)} more atoms with {sum(p['share'] for p in rest):.1%} together", style="dim")
+        return drawing.decomposition(self, options)
 
 
 @dataclass(frozen=True)
@@ -111,28 +81,7 @@ class Summary:
         return finite(asdict(self))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-        from rich.text import Text
-
-        yield Text(f"{self.n_atoms:,} atoms, d = {self.d}, k = {self.k}", style="bold")
-        facts = Table.grid(padding=(0, 2))
-        for name, value in _facts(self):
-            facts.add_row(Text(name, style="dim"), Text(one_line(value), overflow="fold"))
-        yield facts
-        table = _table(*self.norms, label="", first="quantiles")
-        for name, quantiles in (("norm", self.norms), ("admission loss", self.losses)):
-            table.add_row(name, *(_number(value) for value in quantiles.values()))
-        yield Text()
-        yield table
-        for title, rows in (("most used in the sample", self.most_used), ("first atoms", self.first)):
-            table, width = _table("atom", "uses", "norm", "loss", label=title), _room(options, 36)
-            for row in rows:
-                uses = "" if row["uses"] is None else f"{row['uses']:,}"
-                numbers = (f"{row['atom']}", uses, _number(row["norm"]), _number(row["loss"]))
-                table.add_row(*numbers, _in_context(row["label"], width))
-            if rows:
-                yield Text()
-                yield table
+        return drawing.summary(self, options)
 
 
 @dataclass(frozen=True)
@@ -156,31 +105,7 @@ class AtomReport:
         return finite(asdict(self))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.text import Text
-
-        where = ", ".join(f"{name} {self.label[name]}" for name in ("prompt", "position", "token_id"))
-        yield Text(f"atom {self.atom} of 0 to {self.n_atoms - 1}: {where}", style="bold")
-        yield _in_context(self.label, _room(options, 0, 2 * CONTEXT))
-        share = self.uses / max(1, self.sample_tokens)
-        yield Text(
-            f"norm {_number(self.norm)} · admission loss {_number(self.loss)} · used for {self.uses:,} of "
-            f"{self.sample_tokens:,} sampled tokens ({share:.1%}), for {self.negative:,} with a negative coefficient",
-            style="dim",
-        )
-        table, edges = _table("from", "to", "tokens", label="coefficients"), self.histogram["edges"]
-        for low, high, count in zip(edges, edges[1:], self.histogram["counts"], strict=False):
-            bar = _bar(count / max(self.histogram["counts"]), 30, "")
-            table.add_row(f"{low:+.4g}", f"{high:+.4g}", f"{count:,}", bar)
-        if edges:
-            yield Text()
-            yield table
-        for title, rows in (("largest", self.positive_tokens), ("most negative", self.negative_tokens)):
-            table = _table("coefficient", label=f"{title}, in context")
-            for row in rows:
-                table.add_row(f"{row['coefficient']:+.4g}", _in_context(row["label"], _room(options, 14)))
-            if rows:
-                yield Text()
-                yield table
+        return drawing.atom_report(self, options)
 
 
 # -- making them ------------------------------------------------------------------------------------------------------
@@ -257,12 +182,7 @@ def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
 
     def row(i: int) -> dict[str, Any]:
         used = None if uses is None else int(uses[i])
-        numbers = {
-            "atom": int(i),
-            "uses": used,
-            "norm": float(dictionary.norms[i]),
-            "loss": float(dictionary.losses[i]),
-        }
+        numbers = {"atom": i, "uses": used, "norm": float(dictionary.norms[i]), "loss": float(dictionary.losses[i])}
         return numbers | {"label": _label(dictionary.labels, i)}
 
     return Summary(
@@ -345,10 +265,8 @@ def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[li
     shares = -energy.diff() / energy[0] if len(chosen) else energy[:0]
     parts: dict[int, dict[str, Any]] = {}
     for atom, coefficient, share in zip(chosen.tolist(), coefficients.tolist(), shares.tolist(), strict=True):
-        label = _label(dictionary.labels, atom)
-        part = parts.setdefault(
-            atom, {"atom": atom, "coefficient": 0.0, "share": 0.0, "cumulative": 0.0, "label": label}
-        )
+        new = {"atom": atom, "coefficient": 0.0, "share": 0.0, "cumulative": 0.0}
+        part = parts.setdefault(atom, new | {"label": _label(dictionary.labels, atom)})
         part["coefficient"] += coefficient
         part["share"] += share
     for part, total in zip(parts.values(), itertools.accumulate(p["share"] for p in parts.values()), strict=True):
@@ -360,7 +278,7 @@ def _hooked(dictionary: ITDA, model, tokenizer, force, dtype, device, trust_remo
     """The model to read, and the name of its hook point, after comparing it with the one the dictionary knows."""
     from itda import hooks
 
-    was = _dict(dictionary.cfg, "model")
+    was = section(dictionary.cfg, "model")
     if not was.get("hook_point"):
         raise InputError(f"{dictionary!r} does not say which model it was built on: encode activations with `encode`.")
     by_name = model is None or isinstance(model, str | os.PathLike)
@@ -379,7 +297,7 @@ def _hooked(dictionary: ITDA, model, tokenizer, force, dtype, device, trust_remo
     now = hooked.provenance(hook)
     named = {"fingerprint": "weights", "tokenizer_hash": "tokenizer", "d": "width d"}
     differ = [
-        f"{what} ({_short(was.get(key))}, not {_short(now[key])})"
+        f"{what} ({short(was.get(key))}, not {short(now[key])})"
         for key, what in named.items()
         if was.get(key) != now[key]
     ]
@@ -429,90 +347,3 @@ def _quantiles(values: ndarray) -> dict[str, float]:
     names = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
     known = values[np.isfinite(values)]
     return {name: float(np.quantile(known, q)) if len(known) else math.nan for name, q in names.items()}
-
-
-def _dict(cfg: dict[str, Any], key: str) -> dict[str, Any]:
-    """What a dictionary from elsewhere has there, if that is a dict as it should be."""
-    value = cfg.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _short(value: Any) -> str:
-    return str(value)[:12]
-
-
-# -- drawing them -----------------------------------------------------------------------------------------------------
-
-
-def _facts(report: Summary) -> list[tuple[str, str]]:
-    """What stands at the head of a summary, as names and values."""
-    cfg = report.cfg
-    model, stream = (_dict(cfg, part) for part in ("model", "stream"))
-    facts = [
-        ("model", f"{model.get('id', 'not known')}" + (f" @ {model['revision']}" if model.get("revision") else ""))
-    ]
-    facts += [("hook point", f"{model['hook_point']}")] if model.get("hook_point") else []
-    data = stream.get("data") or stream.get("kind") or "plain activations"
-    facts += [("data", f"{data}, {cfg.get('tokens', 0):,} tokens")]
-    if stream.get("hash"):
-        rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
-        facts += [("stream", f"{_short(stream['hash'])}, {rows}")]
-    threshold = cfg.get("threshold")
-    if isinstance(threshold, float | int):
-        centred = ", centred" if cfg.get("center") else ""
-        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold:.4g}{centred}")]
-    if report.sample is not None:
-        fvu = cfg.get("fvu")
-        quality = f"FVU {fvu:.4f}, " if isinstance(fvu, float) else ""
-        facts += [("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {report.sample['tokens']:,} tokens")]
-        facts += [("atoms in use", f"{report.sample['share_alive']:.1%} in the sample")]
-    return facts
-
-
-def _table(*numbers: str, label: str = "label in context", first: str = "") -> Table:
-    """A table of right-aligned columns, after one of names if `first` and before one of text if `label`."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in (first, *numbers, label):
-        if name:
-            justify: Literal["left", "right"] = "right" if name in numbers else "left"
-            table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")
-    return table
-
-
-def _room(options: ConsoleOptions, used: int, most: int = CONTEXT) -> int:
-    """Columns for text beside `used` others."""
-    return max(24, min(most, options.max_width - used))
-
-
-def _bar(share: float, width: int, empty: str = "░") -> str:
-    full = round(max(0.0, min(1.0, share)) * width)
-    return "█" * full + empty * (width - full)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
-
-
-def _marked(token: str) -> list[tuple[str, str]]:
-    return [("⟦", "dim"), (token, "bold"), ("⟧", "dim")]
-
-
-def _in_context(label: dict[str, Any], width: int) -> Text:
-    """A token, marked, on one line with as much of its context as `width` columns hold."""
-    from rich.cells import cell_len, set_cell_size
-    from rich.text import Text
-
-    before, token, after = (one_line(label[name]) for name in ("before", "token", "after"))
-    if cell_len(token) > width - 2:
-        token = set_cell_size(token, width - 3).rstrip() + "…"
-    room = width - 2 - cell_len(token)
-    right = min(cell_len(after), max(room // 3, room - cell_len(before)))
-    if cell_len(before) > room - right:
-        kept = max(0, room - right - 1)
-        before = "…" * (room > right) + set_cell_size(before[::-1], kept)[::-1]
-    if cell_len(after) > right:
-        after = set_cell_size(after, max(0, right - 1)) + "…" * (right > 0)
-    return Text.assemble(before, *_marked(token), after, no_wrap=True)

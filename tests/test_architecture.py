@@ -16,10 +16,10 @@ ROOT = Path(itda.__file__).parent
 FLOORS = {
     "values": ["_version", "errors", "labels", "codes", "progress"],
     "kernels": ["pursuit", "metrics"],
-    "objects": ["folder", "model", "admission", "threshold", "builder", "checkpoint", "build"],
+    "objects": ["folder", "tables", "model", "admission", "threshold", "builder", "checkpoint", "build"],
     "world": ["documents", "prompts", "loading", "reading", "hooks", "demo"],
-    "work": ["runs", "report"],
-    "cli": ["cli", "__main__", "__init__"],
+    "work": ["runs", "report", "drawing"],
+    "cli": ["cli", "terminal", "__main__", "__init__"],
 }
 BELOW = {
     "values": {"values"},

@@ -313,8 +313,9 @@ def saved(model, path):
 
 
 @pytest.mark.parametrize("settings", [dict(threshold=0.02), dict(threshold=0.02, center=True), dict(n_atoms=300)])
-def test_resumed_equals_uninterrupted(tmp_path, settings):
+def test_resumed_equals_uninterrupted(tmp_path, settings, monkeypatch):
     """Stopped after every few batches and started again, to the same bytes."""
+    monkeypatch.setattr(builder, "MEAN_TOKENS", 1000)
     x = low_rank(6_000)
     batches = x.split(200)
     want = saved(itda.build(batches, k=4, **settings), tmp_path / "whole")
@@ -322,13 +323,13 @@ def test_resumed_equals_uninterrupted(tmp_path, settings):
     while True:
         asked = iter(range(10_000))
         try:
-            model = itda.build(batches, k=4, checkpoint=tmp_path / "parts", stop=lambda: next(asked) == 12, **settings)
+            stop = lambda: next(asked) == 12 + 7 * stops  # noqa: B023, E731 (batches judged before are asked about too)
+            model = itda.build(batches, k=4, checkpoint=tmp_path / "parts", stop=stop, **settings)
             break
         except KeyboardInterrupt:
             stops += 1
             assert (tmp_path / "parts" / folder.CHECKPOINT).is_file()
-            batches = x.split(200)
-    assert stops >= 1
+    assert stops == 3
     assert saved(model, tmp_path / "parts") == want
     cfg = itda.build(x.split(200), k=4, **settings).cfg
     cfg["settled_share"] = model.cfg["settled_share"]  # what was pursued again after the stop counts too
@@ -343,6 +344,19 @@ def test_resume_skips_what_was_judged(tmp_path):
     poisoned = [torch.full_like(part, 7.0) for part in x[:5]] + list(x[5:])
     model = itda.build(poisoned, k=3, threshold=0.2, checkpoint=tmp_path)
     assert rows_of(model) == rows_of(itda.build(x, k=3, threshold=0.2))
+
+
+def test_resume_when_one_of_several_is_full(tmp_path):
+    """A dictionary that is full judges no more, but its stream goes on."""
+    x = gaussian(600)
+    stream = [{"a": part, "b": 0 * part + part[0]} for part in x.split(50)]
+    whole = itda.build(stream, k=3, threshold=0.2, max_atoms=40)
+    asked = iter(range(99))
+    with pytest.raises(KeyboardInterrupt):
+        itda.build(stream, k=3, threshold=0.2, max_atoms=40, checkpoint=tmp_path, stop=lambda: next(asked) == 6)
+    model = itda.build(stream, k=3, threshold=0.2, max_atoms=40, checkpoint=tmp_path)
+    assert {name: rows_of(part) for name, part in model.items()} == {n: rows_of(part) for n, part in whole.items()}
+    assert len(model["a"]) == 40 > len(model["b"])
 
 
 def test_resume_refuses_other_settings(tmp_path):

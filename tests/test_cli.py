@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import itda
-from itda import cli, runs
+from itda import cli, runs, terminal
 from itda.labels import Batch, Labels
 from tests import models
 
@@ -212,6 +212,14 @@ def test_help(capfd, words):
     assert ("itda 0" if words == ["--version"] else "usage: itda") in out
     if words[1:]:
         assert f"itda {words[0]} " in out.split("options")[0].replace("\n", " \n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--k", "ten"]], ids=" ".join)
+def test_help_and_usage_errors_load_no_library_of_models(words):
+    heavy = ["torch", "transformers", "datasets", "pyarrow", "numpy"]
+    code = f"import sys; from itda import cli; cli.main({words}); print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
 
 
 # -- what does not ----------------------------------------------------------------------------------------------------
@@ -495,7 +503,7 @@ def test_a_signal_before_any_batch_ends_at_once(capfd, monkeypatch):
 
 
 def test_the_second_signal_does_not_wait():
-    signals = cli._Signals()
+    signals = terminal.Signals()
     with signals.caught():
         assert not signals.stop()
         signal.raise_signal(signal.SIGINT)

@@ -24,7 +24,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from itda import folder
+from itda import folder, tables
 from itda.codes import Codes
 from itda.errors import InputError
 from itda.labels import Labels
@@ -79,7 +79,7 @@ def same(a: ITDA, b: ITDA) -> bool:
         if m.sample is not None:
             tensors += [m.sample.codes.indices, m.sample.codes.values, m.sample.losses]
             labels.append(m.sample.labels)
-        arrays = [getattr(x, name) for x in labels for name in folder._COLUMNS]
+        arrays = [getattr(x, name) for x in labels for name in tables.COLUMNS]
         texts = [x.context(i) for x in labels for i in range(len(x))]
         return [(x.dtype, *x.shape, x.numpy().tobytes()) for x in tensors], [x.tolist() for x in arrays], texts
 
@@ -545,6 +545,17 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         folder.check_writable_target(tmp_path / "new" / "x")
     with pytest.raises(InputError, match=r"gone.x could not be written \(No such file or directory\): choose another"):
         folder.write_file(tmp_path / "gone" / "x", [b""])
+
+
+def test_a_path_that_safetensors_cannot_open_is_refused(tmp_path):
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    (tmp_path / "link").symlink_to(tmp_path / "\udcff")
+    for path in ("\udcff/d", "link/d", "\ud800"):
+        for action in (golden().save, folder.check_writable_target):
+            with pytest.raises(InputError, match=r"' is not UTF-8.*: choose another path\.$") as refused:
+                action(tmp_path / path)
+            assert str(refused.value).isascii()  # it can be printed
+    assert os.listdir(tmp_path / "\udcff") == []
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import itda
-from itda import report
+from itda import drawing, report
 from itda.hooks import load
 from itda.labels import Batch, Labels
 from tests import models
@@ -290,16 +290,16 @@ def test_no_line_is_wider_than_the_terminal(decomposition):
 def test_the_token_stays_in_sight_in_a_narrow_terminal():
     label = {"before": "before " * 40, "token": " mouse", "after": " after" * 40}
     for width in (24, 40, 100):
-        text = report._in_context(label, width).plain
+        text = drawing._in_context(label, width).plain
         assert "⟦ mouse⟧" in text
         assert len(text) <= width
         assert text[0] == text[-1] == "…"
-    whole = report._in_context({"before": "a ", "token": "b", "after": " c"}, 24).plain
+    whole = drawing._in_context({"before": "a ", "token": "b", "after": " c"}, 24).plain
     assert whole == "a ⟦b⟧ c"
 
 
 def test_rows_that_are_not_shown_are_counted(tiny):
     found = report.decompose(tiny[1], "The mouse sat on the carpet.", model=tiny[0], k=40)
     text = drawn(found, 120)
-    assert f"and {len(found.atoms) - report.SHOWN} more atoms" in text
+    assert f"and {len(found.atoms) - drawing.SHOWN} more atoms" in text
     assert "⟦.⟧" in text

@@ -1,0 +1,189 @@
+"""Reports as rich draws them. Each function takes a report of `itda.report` and yields what is printed of it.
+
+The reports are of type Any here: they know how they are drawn, and imports go one way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from itda.errors import one_line
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleOptions, RenderResult
+    from rich.table import Table
+    from rich.text import Text
+
+SHOWN = 12  # rows of a table in the terminal
+CONTEXT = 100  # columns of a token in its context at most
+
+
+def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
+    """The text with its token marked, the figures of the pursuit, and its atoms."""
+    from rich.text import Text
+
+    cuts = (report.text[: report.start], report.text[report.start : report.end], report.text[report.end :])
+    before, token, after = map(one_line, cuts)
+    yield Text.assemble(before, *_marked(token), after, overflow="fold")
+    yield Text(
+        one_line(
+            f"token {report.token} of 0 to {len(report.tokens) - 1} · {report.model} · {report.hook_point} · "
+            f"norm {report.norm:.4g} · k = {report.k} · relative error {report.relative_error:.3f}"
+        ),
+        style="dim",
+    )
+    yield Text()
+    table, shown = _table("coefficient", "atom", "share", "cumulative"), report.atoms[:SHOWN]
+    width = _room(options, 58)
+    for part in shown:
+        bar = _bar(part["cumulative"], 10)
+        table.add_row(
+            f"{part['coefficient']:+.4g}",
+            f"{part['atom']}",
+            f"{part['share']:.1%}",
+            f"{bar} {part['cumulative']:6.1%}",
+            _in_context(part["label"], width),
+        )
+    yield table
+    if rest := report.atoms[SHOWN:]:
+        yield Text(f"and {len(rest)} more atoms with {sum(p['share'] for p in rest):.1%} together", style="dim")
+
+
+def summary(report: Any, options: ConsoleOptions) -> RenderResult:
+    """What a dictionary is, the quantiles of its atoms' norms and losses, and some of the atoms."""
+    from rich.table import Table
+    from rich.text import Text
+
+    yield Text(f"{report.n_atoms:,} atoms, d = {report.d}, k = {report.k}", style="bold")
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(report):
+        facts.add_row(Text(name, style="dim"), Text(one_line(value), overflow="fold"))
+    yield facts
+    table = _table(*report.norms, label="", first="quantiles")
+    for name, quantiles in (("norm", report.norms), ("admission loss", report.losses)):
+        table.add_row(name, *(_number(value) for value in quantiles.values()))
+    yield Text()
+    yield table
+    for title, rows in (("most used in the sample", report.most_used), ("first atoms", report.first)):
+        table, width = _table("atom", "uses", "norm", "loss", label=title), _room(options, 36)
+        for row in rows:
+            uses = "" if row["uses"] is None else f"{row['uses']:,}"
+            numbers = (f"{row['atom']}", uses, _number(row["norm"]), _number(row["loss"]))
+            table.add_row(*numbers, _in_context(row["label"], width))
+        if rows:
+            yield Text()
+            yield table
+
+
+def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
+    """What an atom is, the histogram of its coefficients, and its strongest tokens in context."""
+    from rich.text import Text
+
+    where = ", ".join(f"{name} {report.label[name]}" for name in ("prompt", "position", "token_id"))
+    yield Text(f"atom {report.atom} of 0 to {report.n_atoms - 1}: {where}", style="bold")
+    yield _in_context(report.label, _room(options, 0, 2 * CONTEXT))
+    share = report.uses / max(1, report.sample_tokens)
+    yield Text(
+        f"norm {_number(report.norm)} · admission loss {_number(report.loss)} · used for {report.uses:,} of "
+        f"{report.sample_tokens:,} sampled tokens ({share:.1%}), for {report.negative:,} with a negative coefficient",
+        style="dim",
+    )
+    table, edges = _table("from", "to", "tokens", label="coefficients"), report.histogram["edges"]
+    for low, high, count in zip(edges, edges[1:], report.histogram["counts"], strict=False):
+        bar = _bar(count / max(report.histogram["counts"]), 30, "")
+        table.add_row(f"{low:+.4g}", f"{high:+.4g}", f"{count:,}", bar)
+    if edges:
+        yield Text()
+        yield table
+    for title, rows in (("largest", report.positive_tokens), ("most negative", report.negative_tokens)):
+        table = _table("coefficient", label=f"{title}, in context")
+        for row in rows:
+            table.add_row(f"{row['coefficient']:+.4g}", _in_context(row["label"], _room(options, 14)))
+        if rows:
+            yield Text()
+            yield table
+
+
+def section(cfg: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a dictionary from elsewhere has there, if that is a dict as it should be."""
+    value = cfg.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def short(value: Any) -> str:
+    """A digest as it is shown."""
+    return str(value)[:12]
+
+
+def _facts(report: Any) -> list[tuple[str, str]]:
+    """What stands at the head of a summary, as names and values."""
+    cfg = report.cfg
+    model, stream = (section(cfg, part) for part in ("model", "stream"))
+    revision = f" @ {model['revision']}" if model.get("revision") else ""
+    facts = [("model", f"{model.get('id', 'not known')}{revision}")]
+    facts += [("hook point", f"{model['hook_point']}")] if model.get("hook_point") else []
+    data = stream.get("data") or stream.get("kind") or "plain activations"
+    facts += [("data", f"{data}, {cfg.get('tokens', 0):,} tokens")]
+    if stream.get("hash"):
+        rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
+        facts += [("stream", f"{short(stream['hash'])}, {rows}")]
+    threshold = cfg.get("threshold")
+    if isinstance(threshold, float | int):
+        centred = ", centred" if cfg.get("center") else ""
+        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold:.4g}{centred}")]
+    if report.sample is not None:
+        fvu = cfg.get("fvu")
+        quality = f"FVU {fvu:.4f}, " if isinstance(fvu, float) else ""
+        facts += [("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {report.sample['tokens']:,} tokens")]
+        facts += [("atoms in use", f"{report.sample['share_alive']:.1%} in the sample")]
+    return facts
+
+
+def _table(*numbers: str, label: str = "label in context", first: str = "") -> Table:
+    """A table of right-aligned columns, after one of names if `first` and before one of text if `label`."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in (first, *numbers, label):
+        if name:
+            justify: Literal["left", "right"] = "right" if name in numbers else "left"
+            table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def _room(options: ConsoleOptions, used: int, most: int = CONTEXT) -> int:
+    """Columns for text beside `used` others."""
+    return max(24, min(most, options.max_width - used))
+
+
+def _bar(share: float, width: int, empty: str = "░") -> str:
+    full = round(max(0.0, min(1.0, share)) * width)
+    return "█" * full + empty * (width - full)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _marked(token: str) -> list[tuple[str, str]]:
+    return [("⟦", "dim"), (token, "bold"), ("⟧", "dim")]
+
+
+def _in_context(label: dict[str, Any], width: int) -> Text:
+    """A token, marked, on one line with as much of its context as `width` columns hold."""
+    from rich.cells import cell_len, set_cell_size
+    from rich.text import Text
+
+    before, token, after = (one_line(label[name]) for name in ("before", "token", "after"))
+    if cell_len(token) > width - 2:
+        token = set_cell_size(token, width - 3).rstrip() + "…"
+    room = width - 2 - cell_len(token)
+    right = min(cell_len(after), max(room // 3, room - cell_len(before)))
+    if cell_len(before) > room - right:
+        kept = max(0, room - right - 1)
+        before = "…" * (room > right) + set_cell_size(before[::-1], kept)[::-1]
+    if cell_len(after) > right:
+        after = set_cell_size(after, max(0, right - 1)) + "…" * (right > 0)
+    return Text.assemble(before, *_marked(token), after, no_wrap=True)
