@@ -40,12 +40,13 @@ def check_writable_target(path: str | os.PathLike) -> Path:
     a path that is not UTF-8 and for a place without permission to write. Call it before a long training, so that the
     end of it can be saved.
     """
+    place = os.fspath(path)
     try:
-        target = Path(os.path.realpath(path))
-        str(target).encode()
+        place = os.path.realpath(place)
+        place.encode()
     except UnicodeEncodeError as error:
-        where = ascii(os.path.abspath(path))
-        raise InputError(f"{where} is not UTF-8, and could not be loaded from: choose another path.") from error
+        raise InputError(f"{place!a} is not UTF-8, and no ITDA can be read there: choose another path.") from error
+    target = Path(place)
     with _as_input_error(f"{target} could not be used", "choose another place"):
         if target.is_dir():
             above = target

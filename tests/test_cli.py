@@ -215,11 +215,13 @@ def test_help(capfd, words):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--k", "ten"]], ids=" ".join)
-def test_help_and_usage_errors_load_no_library_of_models(words):
-    heavy = ["torch", "transformers", "datasets", "pyarrow", "numpy"]
-    code = f"import sys; from itda import cli; cli.main({words}); print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "[]"
+def test_help_and_usage_errors_load_no_library_of_models(words, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    with process(*words) as run:
+        _, err = run.communicate()
+    loaded = {line.split("|")[-1].strip() for line in err.splitlines()}
+    assert "itda.cli" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "pyarrow", "numpy"}
 
 
 # -- what does not ----------------------------------------------------------------------------------------------------
