@@ -51,7 +51,9 @@ def main():
         rows, _ = train(model, args.data, args.layers, args.tokens, flags)
         for row in rows:
             cells = f"{row['tokens']:,} | {row['n_atoms']:,} | {row['fvu']:.4f} | {row['settled_share']:.2%}"
-            print(f"| {Path(model).name} | {row['hook_point']} | {cells} | {row['tokens_per_second']:,.0f} |", flush=True)
+            print(
+                f"| {Path(model).name} | {row['hook_point']} | {cells} | {row['tokens_per_second']:,.0f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def build(
     max_atoms   stop when there are so many
     tokens      read so many tokens at most
     chunk_size  tokens pursued together at most; changes memory and speed, never the result
-    progress    True for a bar on the terminal, or a function called with a `Progress` after every batch, None at the end
+    progress    True for a bar on the terminal, or a function called with a `Progress` per batch and None at the end
     checkpoint  the folder the dictionary will be saved to (with several, the folder of their folders): progress is
                 kept there every `checkpoint_seconds`, and a build that finds some goes on from it, to the same result
     stop        asked after every batch; when it says True, the checkpoint is written and `KeyboardInterrupt` raised
@@ -59,7 +59,9 @@ def build(
     The result is a function of the activations, their order and the settings alone. Raises `InputError` for settings
     out of range, activations that are not finite (naming prompt and position), and streams without tokens.
     """
-    settings: dict[str, Any] = dict(k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center)
+    settings: dict[str, Any] = dict(
+        k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center
+    )
     settings |= dict(max_atoms=max_atoms, chunk_size=chunk_size)
     if n_atoms is not None:
         settings["total"] = _length(stream, tokens)

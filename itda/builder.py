@@ -49,7 +49,9 @@ class Builder:
         _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size)
         if n_atoms is not None and total is None:
             raise InputError("`n_atoms` needs to know how long the stream is: give `tokens`, or a `threshold` instead.")
-        self.settings: dict[str, Any] = dict(k=k, loss=loss, admission=admission, center=bool(center), max_atoms=max_atoms)
+        self.settings: dict[str, Any] = dict(
+            k=k, loss=loss, admission=admission, center=bool(center), max_atoms=max_atoms
+        )
         self.settings |= dict(threshold=threshold, n_atoms=n_atoms)
         self.chunk_size, self.max_gram_bytes = chunk_size, max_gram_bytes
         self.total = total or 0

@@ -114,7 +114,7 @@ def close_choices(tokens=400, d=24):
 
 @pytest.mark.parametrize(("make", "given", "threshold"), [(close_calls, 8, 0.2), (close_choices, 40, 0.6)])
 def test_rounding_never_decides(make, given, threshold, monkeypatch):
-    """With engineered near-ties the result is the definition's, on one thread and on two; in float32 alone it is not."""
+    """Engineered near-ties: the result is the definition's, on one thread and on two; in float32 alone it is not."""
     x, k = make(), 3
     want = one_at_a_time(x, k, threshold, given=given)
     assert 10 < len(want) < len(x) - given
@@ -278,7 +278,8 @@ def test_batch_admission_is_what_it_says():
             _, steps, residual = reference.mp(row, atoms, 4)
             norm = math.sqrt(reference.energy(row))
             failed = norm and reference.energy(residual) / norm**2 > 0.05
-            repeats = (steps and abs(steps[0]) >= (1 - 1e-6) * norm) or any(abs(row @ a) >= (1 - 1e-6) * norm for a in new)
+            earlier = [abs(row @ a) for a in new] + [abs(c) for c in steps[:1]]
+            repeats = any(cosine >= (1 - 1e-6) * norm for cosine in earlier)
             if failed and not repeats:
                 new.append(row / norm)
                 rows.append(t)

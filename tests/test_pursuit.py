@@ -174,7 +174,7 @@ def test_orthonormal_atoms_leave_nothing():
     torch.testing.assert_close(codes.dense(), x, rtol=0, atol=2e-5 * float(norms(x).max()))
 
 
-# Spec A.11: x = (1, 2, 3) and the atoms e1, e2, (0, 1, 1)/sqrt 2. Columns: k, codes, sum c^2, |r|^2, sum a^2, |x_hat|^2.
+# x = (1, 2, 3) and the atoms e1, e2, (0, 1, 1)/sqrt 2, by hand. Columns: k, codes, sum c^2, |r|^2, sum a^2, |x_hat|^2.
 A11 = [
     (1, [0, 0, 3.535534], 12.5, 1.5, 12.5, 12.5),
     (2, [1, 0, 3.535534], 13.5, 0.5, 13.5, 13.5),
@@ -256,7 +256,9 @@ def test_nonneg_mp_equals_saelens():
     torch.testing.assert_close(codes.dense(), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("d", "n", "k", "kind"), [(64, 600, 40, "gauss"), (256, 900, 64, "mean"), (24, 400, 200, "mean")])
+@pytest.mark.parametrize(
+    ("d", "n", "k", "kind"), [(64, 600, 40, "gauss"), (256, 900, 64, "mean"), (24, 400, 200, "mean")]
+)
 def test_error_bound_holds_with_room(d, n, k, kind):
     """The stated bound on float32 correlations, against float64, after every step; observed errors are far below."""
     x, atoms = case(64, d, n, kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -62,7 +64,9 @@ def pursue(
     return codes.reshape(*x.shape[:-1])
 
 
-def encode(x: Float[Tensor, "tokens d"], gram: Gram, k: int, method: str = "mp", nonneg: bool = False, tol: float = 0.0):
+def encode(
+    x: Float[Tensor, "tokens d"], gram: Gram, k: int, method: str = "mp", nonneg: bool = False, tol: float = 0.0
+) -> Iterator[dense.Steps]:
     """Yield the `Steps` of `x` chunk by chunk, so that memory beside the result stays within a fixed workspace.
 
     A chunk is at least one token, whose row of correlations is smaller than the atoms themselves.
