@@ -195,7 +195,7 @@ class Sequential(Dictionary):
 class Batched(Dictionary):
     """The paper's practice: a whole batch judged by the dictionary before it, every failure added.
 
-    `paper=True` is the published code (spec A.4.2): while there are fewer than d atoms, the batch's most frequent
+    `paper=True` is the published code: while there are fewer than d atoms, the batch's most frequent
     distinct activations are taken first, and duplicates are kept.
     """
 

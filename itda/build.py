@@ -15,7 +15,7 @@ from itda.labels import Batch, Labels
 from itda.model import ITDA
 from itda.progress import Progress, bar
 
-# The settings of the published code (spec A.4.2), for `build(stream, **PAPER)`; its stream has padding and BOS.
+# The settings of the published code, for `build(stream, **PAPER)`; its stream has padding and BOS.
 PAPER = {"k": 40, "loss": "cosine", "threshold": 4e-4, "admission": "paper"}
 
 

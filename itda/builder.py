@@ -104,7 +104,7 @@ class Builder:
             self._start()
         if not self.started or not self.seen:
             raise InputError("The stream held no valid token, so there is nothing to build on: give it more text.")
-        atoms = self.dictionary.gram.atoms.clone()
+        atoms = self.dictionary.gram.atoms.clone().cpu()
         cfg = self.settings | {
             "threshold": self.schedule.threshold,
             "thresholds": [list(pair) for pair in self.schedule.history],
@@ -155,7 +155,8 @@ class Builder:
         if not len(x):
             return
         if self.settings["center"]:
-            self.mean = x[:MEAN_TOKENS].double().mean(0).float()
+            # NumPy adds row after row, in one order on every machine and for any number of threads.
+            self.mean = torch.from_numpy(x[:MEAN_TOKENS].double().cpu().numpy().mean(axis=0)).float()
         if self.settings["n_atoms"]:
             x = x[: pilot_tokens(self.total)]
             wish, k, loss = (self.settings[name] for name in ("n_atoms", "k", "loss"))
@@ -235,7 +236,7 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
             f"The activation at prompt {labels.prompt[t]}, position {labels.position[t]} is not finite (entry {i} is "
             f"{x[t, i].item()}): read the model in a wider dtype (`dtype='float32'`), or leave that text out."
         )
-    return x.detach()
+    return x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has no float64
 
 
 def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size) -> None:

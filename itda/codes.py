@@ -49,7 +49,7 @@ class Codes:
         return (self.values != 0).sum(-1)
 
     def energy(self) -> Float[Tensor, "*batch"]:
-        """Sum of squared coefficients, float64; |x|^2 - |r|^2 where no atom was chosen twice (spec of `pursue`)."""
+        """Sum of squared coefficients, float64; |x|^2 - |r|^2 where matching pursuit chose no atom twice."""
         return self.values.double().square().sum(-1)
 
     def __getitem__(self, index) -> Codes:

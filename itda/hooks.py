@@ -109,13 +109,8 @@ def activations(
     for name, value, least in (("batch_rows", batch_rows, 1), ("tokens", tokens, 1)):
         if value is not None and value < least:
             raise InputError(f"`{name}` is {value}: pass {least} or more.")
-    settings: dict[str, Any] = {
-        "revision": revision,
-        "dtype": dtype,
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-    }
-    hooked = load(model, tokenizer, hooks=hooks, **settings, **model_kwargs)
+    settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
+    hooked = load(model, tokenizer, hooks=hooks, trust_remote_code=trust_remote_code, **settings, **model_kwargs)
     if not isinstance(data, TokenStream):
         stream: dict[str, Any] = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}
         stream |= {"context_length": context_length, "config": config, "revision": data_revision}

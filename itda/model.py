@@ -85,14 +85,13 @@ class ITDA:
     ) -> Codes:
         """Codes of the activations `x` (..., d), less the mean, by `itda.pursue`; settings default to the dictionary's.
 
-        The laws of `pursue` hold for `x - mean`; an atom's own activation encodes to itself. Raises `InputError`.
+        `x` is moved to the device of the dictionary, where its codes are too (`model.to("cuda")` moves that). The laws
+        of `pursue` hold for `x - mean`; an atom's own activation encodes to itself. Raises `InputError`.
         """
-        x = torch.as_tensor(x)
+        x = torch.as_tensor(x).to(self.atoms.device)
         if x.ndim < 1 or x.shape[-1] != self.d:
             raise InputError(f"`x` has shape {tuple(x.shape)}, but {self!r} encodes activations (..., {self.d}).")
         if self.mean is not None:
-            if x.device != self.mean.device:
-                raise InputError(f"`x` is on {x.device}, the ITDA on {self.mean.device}: use `model.to({x.device!s})`.")
             x = x - self.mean  # float16 and bfloat16 become float32 here
         return pursue(
             x,
@@ -304,9 +303,8 @@ def _model_card(model: ITDA, repo_id: str) -> str:
     source = _source(model)
     base = source.get("id")
     front = ["library_name: itda", "tags:", "- itda", "- interpretability", "- dictionary-learning"]
-    if (
-        isinstance(base, str) and _HUB_ID.fullmatch(base) and not os.path.exists(base)
-    ):  # a local folder is no use to anybody else
+    # A local folder is no use to anybody else.
+    if isinstance(base, str) and _HUB_ID.fullmatch(base) and not os.path.exists(base):
         front.append(f'base_model: "{base}"')
     settings = {"n_atoms": model.n_atoms, "d": model.d, "k": model.k, **model.cfg}
     settings |= {f"model.{key}": source.get(key) for key in ("id", "revision", "hook_point")}

@@ -151,9 +151,10 @@ class HookedModel:
                 f"`ids` has shape {tuple(ids.shape)} and `mask` {tuple(mask.shape)}: "
                 "pass two of one shape (rows, length)."
             )
-        if ids.numel() and (ids.min() < 0 or ids.max() >= self._vocabulary):
+        wrong = ids[(ids < 0) | (ids >= self._vocabulary)]
+        if len(wrong):
             raise InputError(
-                f"Token id {int(ids.max())} came, and `{self._layout.model}` has {self._vocabulary} token embeddings: "
+                f"Token id {int(wrong[0])} came, and `{self._layout.model}` has {self._vocabulary} token embeddings: "
                 "pass the tokenizer that belongs to the model."
             )
         return {self._layout.name(path): x for path, x in self._forward(ids, mask.long()).items()}

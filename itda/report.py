@@ -33,7 +33,16 @@ ENDLESS = 1 << 20  # tokens in a row of a model without a limit
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Report:
+    """What the reports have in common."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return finite(asdict(self))
+
+
+@dataclass(frozen=True)
+class Decomposition(Report):
     """One activation as a sparse sum of atoms; made by `decompose`.
 
     `atoms` are dicts, one per atom in the order of first choice: atom, coefficient (its steps added up), share (of the
@@ -54,16 +63,12 @@ class Decomposition:
     relative_error: float  # |x - x_hat|^2 / |x - mean|^2
     atoms: list[dict[str, Any]]
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
-        return finite(asdict(self))
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return drawing.decomposition(self, options)
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Report):
     """What is in a dictionary; made by `summary`."""
 
     n_atoms: int
@@ -76,16 +81,12 @@ class Summary:
     most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
     first: list[dict[str, Any]]
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
-        return finite(asdict(self))
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return drawing.summary(self, options)
 
 
 @dataclass(frozen=True)
-class AtomReport:
+class AtomReport(Report):
     """One atom: what it is and where the sample uses it; made by `atom_report`."""
 
     atom: int
@@ -99,10 +100,6 @@ class AtomReport:
     histogram: dict[str, list]  # edges (bins + 1) and counts (bins) of its coefficients
     positive_tokens: list[dict[str, Any]]  # coefficient and label, the largest first
     negative_tokens: list[dict[str, Any]]  # the most negative first
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
-        return finite(asdict(self))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return drawing.atom_report(self, options)
@@ -231,9 +228,9 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
 
 
 def load(dictionary: ITDA | str | os.PathLike) -> ITDA:
-    """The dictionary itself, or that of a folder or a hub repository."""
+    """The dictionary itself, or that of a folder or a hub repository; on the CPU, where reports are made."""
     if isinstance(dictionary, ITDA):
-        return dictionary
+        return dictionary.to("cpu")
     path = Path(dictionary)
     inside = sorted(child.name for child in path.glob("*") if (child / folder.MANIFEST).is_file())
     if inside and not (path / folder.MANIFEST).exists():

@@ -18,7 +18,7 @@ from itda.hooks import activations
 from itda.model import ITDA
 from itda.progress import Progress, bar
 
-# What the published code does (spec A.4.2). Its threshold, 4e-4, is the default of the cosine loss.
+# What the published code does. Its threshold, 4e-4, is the default of the cosine loss.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "loss": PAPER["loss"],

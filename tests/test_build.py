@@ -224,7 +224,7 @@ def test_atoms_are_activations():
     torch.testing.assert_close(model.reconstruct(model.atoms), model.atoms)
 
 
-# Spec A.11, batch admission with seeds: per batch the rows given, and the (prompt, position) of the atoms after it.
+# Worked by hand: batch admission with seeds: per batch the rows given, and the (prompt, position) of the atoms after it.
 A11 = [
     [(3, 0, 0), (0, 2, 0), (3, 0, 0), (0, 2, 2)],
     [(1, 2, 3), (4, 4, 0), (-3, 0, 0), (0, 0, 5)],

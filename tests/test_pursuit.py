@@ -288,9 +288,11 @@ def test_close_choices_are_settled_in_float64():
 
 def test_chunks_change_nothing(monkeypatch):
     x, atoms = case(300, 16, 50, "mean")
+    x[::5] = atoms[7] * 3  # tokens that end at once, at the floor
     want = itda.pursue(x, atoms, 8)
-    for workspace in (1, 20_000):
+    for workspace, at_once in [(1, 1 << 24), (20_000, 1 << 24), (8_000_000, 1)]:
         monkeypatch.setitem(itda.pursuit.WORKSPACE_BYTES, "cpu", workspace)
+        monkeypatch.setattr(dense, "SETTLED_AT_ONCE", at_once)
         got = itda.pursue(x, atoms, 8)
         assert torch.equal(got.indices, want.indices)
         assert torch.equal(got.values, want.values)

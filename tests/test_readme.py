@@ -15,7 +15,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
     """As printed, with the packaged model in the place of gpt2 and a shorter text."""
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text("\n".join(demo.corpus()[:30])[:40_000], "utf-8")
+    Path("book.txt").write_text("\n".join(demo.corpus()[:30])[:15_000], "utf-8")
     code = code.replace('"gpt2"', repr(str(demo.model_path()))).replace("layer=8", "layer=2")
     code = code.replace("threshold=0.2", "threshold=0.05")
     assert len([line for line in code.splitlines() if line.strip()]) <= 9

@@ -54,6 +54,9 @@ def pursue(
     """
     x, atoms = _checked(x, atoms)
     _check_settings(k, method, tol, backend)
+    if x.device.type == "mps":  # which has no float64
+        codes = pursue(x.cpu(), atoms.cpu(), k, method=method, nonneg=nonneg, tol=tol, backend=backend)
+        return codes.to(x.device)
     if backend == "reference":
         return _pursue_reference(x, atoms, k, method, nonneg, tol)
     flat = x.reshape(-1, x.shape[-1])

@@ -22,6 +22,10 @@ from itda.pursuit import reference
 from itda.pursuit.gram import Gram, full_float32
 
 
+# Entries of float64 atoms that are gathered at once to settle close choices: 128 MB.
+SETTLED_AT_ONCE = 1 << 24
+
+
 class Steps(NamedTuple):
     """One pursuit of each token, step by step; steps after `length` have index 0 and coefficient 0."""
 
@@ -89,12 +93,18 @@ def choose(
     best, rest, floor = best.double(), rest.double(), reference.FLOOR * norm
     close = active & (best > floor - bound) & ((best - rest <= 2 * bound) | (best <= floor + bound))
     active = active & (best > floor)
-    for t in close.nonzero()[:, 0].tolist():
-        options = (size[t] >= best[t] - 2 * bound[t]).nonzero()[:, 0]
-        exact = (atoms[options].double() * residual[t]).sum(1)
+    rows = close.nonzero()[:, 0]
+    option, atom = (size[rows] >= (best - 2 * bound)[rows, None]).nonzero(as_tuple=True)
+    # Two or three atoms a row, as a rule; near the floor it can be all of them, and then one row at a time.
+    for part in rows.split(len(rows) if len(atom) * atoms.shape[1] <= SETTLED_AT_ONCE else 1) if len(rows) else ():
+        if len(part) < len(rows):
+            option, atom = (size[part] >= (best - 2 * bound)[part, None]).nonzero(as_tuple=True)
+        exact = (atoms[atom].double() * residual[part[option]]).sum(1)
         exact = exact if nonneg else exact.abs()
-        j[t] = options[exact >= exact.max() - reference.TIE * norm[t]][0]
-        active[t] = exact.max() > floor[t]
+        top = exact.new_full((len(part),), -torch.inf).scatter_reduce_(0, option, exact, "amax")
+        tied = exact >= (top - reference.TIE * norm[part])[option]
+        first = torch.full_like(part, len(atoms)).scatter_reduce_(0, option[tied], atom[tied], "amin")
+        j[part], active[part] = first, top > floor[part]
     return j, active, close
 
 
