@@ -25,8 +25,12 @@ _HOMES = {
 
 __all__ = [*_HOMES, "__version__"]
 
+_MODULES = ("metrics", "report")
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"itda.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'itda' has no attribute {name!r}")
     value = getattr(import_module(f"itda.{_HOMES[name]}"), name)

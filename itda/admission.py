@@ -29,7 +29,7 @@ from torch import Tensor
 
 from itda.metrics import LOSSES
 from itda.pursuit import encode, reference
-from itda.pursuit.dense import Steps, error_bound
+from itda.pursuit.dense import Steps, error_bound, product
 from itda.pursuit.gram import Gram
 
 # A token whose |cosine| with an atom is at least this is that atom again.
@@ -38,10 +38,13 @@ DUPLICATE = 1 - 1e-6
 # Float32 losses (whose pursuit is exact) are trusted to this share of their scale: 1, 4/d or |x|^2.
 LOSS_MARGIN = 2e-5
 
+# Between these norms no square that matters to a loss leaves the range of float32; beyond them losses are taken exactly.
+SQUARABLE = (1e-12, 1e18)
+
 
 @dataclass
 class Trace:
-    """The pursuits of a window of tokens, on the device; `loss` float32-accurate, `stale` and `suspect` in NumPy."""
+    """The pursuits of a window of tokens, on the device; `loss` float32-accurate, it and `stale` in NumPy."""
 
     x: Float[Tensor, "tokens d"]
     steps: Steps
@@ -75,8 +78,12 @@ class Dictionary:
 
     def load(self, atoms: Float[Tensor, "n d"], norms: list[float], losses: list[float]) -> None:
         """Take over the atoms of an earlier process, in place of none."""
-        self.gram = Gram(atoms.to(self.gram.atoms.device), self.gram.max_bytes)
+        self.gram = Gram(atoms, self.gram.max_bytes)
         self.norms, self.losses = norms, losses
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the atoms to `device`."""
+        self.gram = Gram(self.gram.atoms.to(device), self.gram.max_bytes)
 
     def trace(self, x: Float[Tensor, "tokens d"]) -> Trace:
         """Pursue tokens with the dictionary as it stands."""
@@ -95,9 +102,12 @@ class Dictionary:
 
     def suspects(self, trace: Trace, threshold: float) -> ndarray:
         """Tokens that are not below the threshold beyond doubt."""
-        d = trace.x.shape[1]
-        scales: dict[str, Any] = {"relative": 1.0, "cosine": 4 / d, "squared": trace.norm.square().cpu().numpy()}
-        return ~(trace.loss <= threshold - LOSS_MARGIN * scales[self.loss])
+        if not len(self):
+            return trace.norm.cpu().numpy() > 0
+        d, norm = trace.x.shape[1], trace.norm.cpu().numpy()
+        scales: dict[str, Any] = {"relative": 1.0, "cosine": 4 / d, "squared": norm**2}
+        resolved = (norm == 0) | ((norm > SQUARABLE[0]) & (norm < SQUARABLE[1]))
+        return ~(resolved & (trace.loss <= threshold - LOSS_MARGIN * scales[self.loss]))
 
     def exact(self, trace: Trace, rows: Int[ndarray, " rows"]) -> tuple[Float[ndarray, " rows"], ndarray]:
         """Loss of the given tokens in float64, and whether each repeats an atom, from the choices of their traces."""
@@ -157,7 +167,7 @@ class Sequential(Dictionary):
                 self._refresh(trace, suspect, t, threshold)
                 continue
             loss, repeats = self.exact(trace, np.array([t]))
-            if loss[0] > threshold and not repeats[0]:
+            if (loss[0] > threshold or not len(self)) and not repeats[0]:  # the first token is the first atom
                 self.add(x[t], float(loss[0]) if len(self) else math.nan)
                 admitted.append(t)
                 self._mark_stale(trace, t + 1)
@@ -181,9 +191,9 @@ class Sequential(Dictionary):
         atom, n = self.gram.atoms[-1], len(self)
         x, steps, norm = trace.x[start:], trace.steps, trace.norm[start:]
         c, j, count = steps.coefficients[start:], steps.indices[start:], steps.length[start:]
-        row = self.gram.matrix[n - 1] if self.gram.matrix is not None else self.gram.atoms @ atom
+        row = self.gram.matrix[n - 1] if self.gram.matrix is not None else product(atom[None], self.gram.atoms)[0]
         removed = c * row.double()[j]
-        p = (x @ atom).double()[:, None] - (removed.cumsum(1) - removed)
+        p = product(x, atom[None]).double() - (removed.cumsum(1) - removed)
         # A pursuit that ended early at step s would take the atom there if it cleared the floor.
         step = torch.arange(self.k, device=x.device)
         limit = torch.where(step < count[:, None], c.abs(), reference.FLOOR * norm[:, None])
@@ -212,6 +222,8 @@ class Batched(Dictionary):
         rows = self.suspects(trace, threshold).nonzero()[0]
         loss, repeats = self.exact(trace, rows)
         keep = (loss > threshold) & (self.paper | ~repeats)
+        if not len(self) and not keep.any():
+            keep[:1] = True  # the first token is the first atom, whatever its loss
         rows, loss = rows[keep], loss[keep]
         if not self.paper:
             first = _first_of_each(x[torch.from_numpy(rows).to(x.device)])
@@ -235,15 +247,14 @@ class Batched(Dictionary):
 def _first_of_each(x: Float[Tensor, "rows d"]) -> list[int]:
     """The rows that are no duplicate of an earlier kept row, in order."""
     unit = (x.double() / torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)).cpu()
-    kept: list[int] = []
+    kept: set[int] = set()
     for start in range(0, len(x), 1024):
         chunk = unit[start : start + 1024]
-        cosines = (chunk.float() @ unit[: start + len(chunk)].float().T).abs()
+        cosines = product(chunk.float(), unit[: start + len(chunk)].float()).abs()
         near: dict[int, set[int]] = {i: set() for i in range(len(chunk))}
         for i, j in (cosines >= DUPLICATE - 1e-4).nonzero().tolist():
             near[i].add(j)
         for i in range(len(chunk)):
-            rivals = [j for j in kept if j in near[i]]
-            if not any(abs(float((unit[start + i] * unit[j]).sum())) >= DUPLICATE for j in rivals):
-                kept.append(start + i)
-    return kept
+            if not any(abs(float((unit[start + i] * unit[j]).sum())) >= DUPLICATE for j in near[i] & kept):
+                kept.add(start + i)
+    return sorted(kept)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from itda import checkpoint as checkpoints
 from itda.builder import Builder
@@ -38,8 +42,8 @@ def build(
 ) -> ITDA | dict[str, ITDA]:
     """Build a dictionary from a stream of activations in one pass (Algorithm 1).
 
-    stream      iterable of `Batch` or (activations, labels), or of activations (tokens, d) alone; or of dicts of them
-                by hook point, which builds several dictionaries at once. `itda.activations` makes one
+    stream      iterable of `Batch` or (activations, labels), or of activations (tokens, d) alone, or one such array; or
+                of dicts by hook point, which builds several dictionaries at once. `itda.activations` makes one
     k           pursuit steps
     threshold   admit a token whose loss exceeds this; 0.2 for "relative", 4e-4 for "cosine" if nothing is given
     n_atoms     in place of a threshold: the size wished for at the end of the stream, met to 10 % by a threshold that
@@ -56,13 +60,18 @@ def build(
                 kept there every `checkpoint_seconds`, and a build that finds some goes on from it, to the same result
     stop        asked after every batch; when it says True, the checkpoint is written and `KeyboardInterrupt` raised
 
-    The result is a function of the activations, their order and the settings alone. Raises `InputError` for settings
-    out of range, activations that are not finite (naming prompt and position), and streams without tokens.
+    Returns an `ITDA`; from a stream of dicts, a dict of them by hook point. The result is a function of the
+    activations, their order and the settings alone. Raises `InputError` for settings out of range, activations that are
+    not finite (naming prompt and position), and streams without tokens.
     """
+    if isinstance(stream, Tensor | np.ndarray) and stream.ndim == 2:
+        stream = [stream]
     settings: dict[str, Any] = dict(
         k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center
     )
     settings |= dict(max_atoms=max_atoms, chunk_size=chunk_size)
+    if tokens is not None and (not isinstance(tokens, Integral) or isinstance(tokens, bool) or tokens < 1):
+        raise InputError(f"`tokens` is {tokens!r}; a whole number, 1 or more, was wanted.")
     if n_atoms is not None:
         settings["total"] = _length(stream, tokens)
     Builder(**settings)  # bad settings are refused before anything is read
@@ -70,9 +79,14 @@ def build(
     builders = {name: Builder(**settings) for name in names}
     folders = {} if checkpoint is None else {name: Path(checkpoint) / name for name in names}
     start = _resume(builders, folders, stream)
+    if tokens is not None and start > tokens:
+        raise InputError(
+            f"The unfinished training in {checkpoint} has read {start:,} tokens, more than the `tokens` = {tokens:,} "
+            "given: give as many or more to go on, or another folder to start anew."
+        )
     if start and hasattr(stream, "skip"):
         stream = stream.skip(start)
-        items = _checked_rest(stream, builders)
+        items = _checked_rest(stream, builders, tokens)
     else:
         items, start = items if items is not None else iter(stream), 0
     report = progress if callable(progress) else bar() if progress else None
@@ -89,7 +103,7 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     position = start
     for item in items:
         batches = _batches(item, position)
-        size = len(next(iter(batches.values())).activations)
+        size = _size(batches, builders)
         if tokens is not None:
             size = min(size, tokens - position)
         atoms = sum(map(len, builders.values()))
@@ -102,7 +116,8 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
         if report:
             after = sum(map(len, builders.values()))
             share = (after - atoms) / max(1, size * len(builders))
-            report(Progress(position, total, after, share, now - began, start))
+            settled = max(builder.settled for builder in builders.values())
+            report(Progress(position, total, after, share, now - began, start, settled))
         stopping = stop()
         if folders and (stopping or now - saved > checkpoint_seconds):
             _save(stream, builders, folders)
@@ -121,9 +136,11 @@ def _peek(stream: Any) -> tuple[list[str], Iterator | None]:
     """The names of the dictionaries to build ("" for the only one); and the iterator, if it had to be started."""
     if hasattr(stream, "hook_points"):
         return [""] if stream.single else list(stream.hook_points), None
+    if not isinstance(stream, Iterable):
+        raise InputError(f"The stream is of type {type(stream).__name__}; an iterable of activations was wanted.")
     items = iter(stream)
     first = next(items, None)
-    if first is None:
+    if first is None or (isinstance(first, Mapping) and not first):
         raise InputError("The stream is empty, so there is nothing to build on: give it some activations.")
     return list(first) if isinstance(first, Mapping) else [""], itertools.chain([first], items)
 
@@ -131,9 +148,25 @@ def _peek(stream: Any) -> tuple[list[str], Iterator | None]:
 def _batches(item, position: int) -> dict[str, Batch]:
     if isinstance(item, Mapping):
         return {name: _batches(part, position)[""] for name, part in item.items()}
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Labels):
-        return {"": Batch(*item)}
-    return {"": Batch(item, Labels.counted(position, len(item)))}
+    pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Labels)
+    shape = getattr(item[0] if pair else item, "shape", ())
+    if not len(shape):
+        raise InputError(
+            f"An item of the stream is of type {type(item).__name__}; activations (tokens, d), a pair of them and their "
+            "labels, or a dict of these by hook point was wanted."
+        )
+    return {"": Batch(*item) if pair else Batch(item, Labels.counted(position, shape[0]))}
+
+
+def _size(batches: dict[str, Batch], names: Iterable[str]) -> int:
+    """How many tokens an item of the stream has, the same at every one of the hook points `names`."""
+    sizes = {name: len(batch.activations) for name, batch in batches.items()}
+    if sizes.keys() != set(names) or len(set(sizes.values())) != 1:
+        raise InputError(
+            f"An item of the stream has {sizes or 'no'} tokens by hook point; as many at each of {list(names)} were "
+            "wanted."
+        )
+    return next(iter(sizes.values()))
 
 
 def _length(stream: Any, tokens: int | None) -> int | None:
@@ -155,11 +188,12 @@ def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Any)
     return min(builder.position for builder in builders.values())
 
 
-def _checked_rest(stream: Any, builders: dict[str, Builder]) -> Iterator:
+def _checked_rest(stream: Any, builders: dict[str, Builder], tokens: int | None) -> Iterator:
     """The items of a stream that skips what was read before; an `InputError` if that is no longer what it was."""
     hashes = {builder.stream_hash for builder in builders.values() if builder.position == stream.skipped}
     for item in stream:
-        if hashes - {None, stream.skipped_hash}:
+        # A build ends after its `tokens`, wherever that is in a group of rows; checkpoints end with one.
+        if stream.skipped != tokens and hashes - {None, stream.skipped_hash}:
             raise InputError(
                 f"The text has changed in its first {stream.skipped:,} tokens since this training began: restore it to "
                 "go on, or give another folder to start anew."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from itda.errors import InputError
 from itda.labels import Batch, Labels
 from itda.metrics import LOSSES, fvu
 from itda.model import ITDA, Sample
+from itda.pursuit import MOST_STEPS, as_tensor, too_large
 from itda.threshold import Schedule, pilot, pilot_tokens
 
 MEAN_TOKENS = 8192  # the fixed prefix of the stream on which `center=True` estimates the mean
@@ -49,10 +51,16 @@ class Builder:
         _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size)
         if n_atoms is not None and total is None:
             raise InputError("`n_atoms` needs to know how long the stream is: give `tokens`, or a `threshold` instead.")
+        if n_atoms is not None and n_atoms > (total or 0):
+            raise InputError(
+                f"`n_atoms` is {n_atoms:,} but the stream has {total:,} tokens, and an atom is one token: "
+                "ask for fewer atoms or give more text."
+            )
         self.settings: dict[str, Any] = dict(
             k=k, loss=loss, admission=admission, center=bool(center), max_atoms=max_atoms
         )
-        self.settings |= dict(threshold=threshold, n_atoms=n_atoms)
+        threshold = None if threshold is None else float(threshold)
+        self.settings |= dict(threshold=threshold, n_atoms=n_atoms, total=total)
         self.chunk_size, self.max_gram_bytes = chunk_size, max_gram_bytes
         self.total = total or 0
         self.position = 0  # tokens of the stream that were given to `update`
@@ -65,7 +73,7 @@ class Builder:
         self._head: list[Batch] = []
         self._head_tokens = 0
         # Without a threshold, `_start` chooses one.
-        self.schedule = Schedule([(0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold)])
+        self.schedule = Schedule([[0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold]])
 
     @property
     def dictionary(self) -> Sequential | Batched:
@@ -107,23 +115,28 @@ class Builder:
         atoms = self.dictionary.gram.atoms.clone().cpu()
         cfg = self.settings | {
             "threshold": self.schedule.threshold,
-            "thresholds": [list(pair) for pair in self.schedule.history],
+            "thresholds": self.schedule.history,
             "n_atoms_wanted": self.settings["n_atoms"],
             "tokens": self.seen,
-            "settled_share": self._settled_share(),
             "itda_version": __version__,
         }
-        cfg.pop("n_atoms")
+        del cfg["n_atoms"], cfg["total"]
         labels = Labels.concat(self.labels)
         norms, losses = (torch.tensor(v, dtype=torch.float32) for v in (self.dictionary.norms, self.dictionary.losses))
         model = ITDA(atoms, labels, self.settings["k"], self.mean, norms, losses, cfg | dict(provenance or {}))
         self._measure(model)
         return model
 
-    def _settled_share(self) -> float:
-        """Share of all decisions, which atom and whether to admit, that was taken in float64."""
+    @property
+    def settled(self) -> float:
+        """Share of all decisions, which atom and whether to admit, that was taken in float64.
+
+        It varies a little with chunks, threads and interruptions, as the dictionary does not, so it is no part of it.
+        """
+        if not self.seen:
+            return 0.0
         counts = self.dictionary
-        return round((counts.settled + counts.replayed) / (counts.choices + self.seen), 6)
+        return (counts.settled + counts.replayed) / (counts.choices + self.seen)
 
     def _measure(self, model: ITDA) -> None:
         """Put the sample and its FVU into the finished dictionary."""
@@ -133,7 +146,7 @@ class Builder:
         model.cfg["fvu"] = fvu(x.double(), x_hat.double())
         model.cfg["sample_tokens"] = len(x)
         centred = x.float() if model.mean is None else x.float() - model.mean
-        loss = LOSSES[self.settings["loss"]](centred, codes.decode(model.atoms))
+        loss = LOSSES[self.settings["loss"]](centred.double(), codes.decode(model.atoms).double())
         model.sample = Sample(labels, codes, loss.float())
 
     def _d(self) -> int | None:
@@ -180,6 +193,8 @@ class Builder:
 
     def _judge(self, batch: Batch) -> None:
         x, seen, admitted = self._centred(batch.activations), self.seen, []
+        if self.dictionary.gram.atoms.device != x.device:  # a checkpoint is read on the CPU
+            self.dictionary.to(x.device)
         start = 0
         while start < len(x) and not self.full:
             ahead = self.schedule.until(seen + start)
@@ -187,6 +202,8 @@ class Builder:
             room = (self.settings["max_atoms"] or math.inf) - len(self)
             watch = self.schedule.watch(seen + start, stop - start)
             rows, losses = self.dictionary.judge(x[start:stop], self.schedule.threshold, room, watch)
+            if self.full:  # what comes after the last admission was not judged, however long the batch
+                stop = start + max(rows) + 1
             admitted += [start + row for row in rows]
             self.schedule.losses += losses.tolist()
             self.schedule.advance(seen + stop, len(self))
@@ -222,19 +239,24 @@ class SpacedSample:
 
 def _checked(activations, labels: Labels, d: int | None) -> Tensor:
     """One batch as a float tensor (tokens, d), or an `InputError` that says what is wrong with it."""
-    x = torch.from_numpy(activations) if isinstance(activations, np.ndarray) else activations
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 2:
-        shape = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    x = as_tensor(activations)
+    if x is None or x.ndim != 2 or (len(x) and not x.shape[1]):
+        kind = type(activations).__name__
+        shape = f"{activations.dtype} of shape {tuple(activations.shape)}" if hasattr(activations, "shape") else kind
         raise InputError(f"A batch of activations is {shape}; a floating-point tensor (tokens, d) was wanted.")
     if d is not None and x.shape[1] != d:
         raise InputError(f"A batch of activations has shape {tuple(x.shape)}, but those before it had d = {d}.")
     if len(labels) != len(x):
         raise InputError(f"A batch has {len(x)} activations but {len(labels)} labels: one for each was wanted.")
-    if x.numel() and not bool(torch.isfinite(x).all()):
-        t, i = (~torch.isfinite(x)).nonzero()[0].tolist()
+    where = too_large(x) or too_large(x.float())
+    if where is not None:
+        t, i = where
+        kind, advice = "not finite", "read the model in a wider dtype (`dtype='float32'`)"
+        if math.isfinite(x[where]):
+            kind, advice = "too large", "scale all activations down"
         raise InputError(
-            f"The activation at prompt {labels.prompt[t]}, position {labels.position[t]} is not finite (entry {i} is "
-            f"{x[t, i].item()}): read the model in a wider dtype (`dtype='float32'`), or leave that text out."
+            f"The activation at prompt {labels.prompt[t]}, position {labels.position[t]} is {kind} (entry {i} is "
+            f"{x[where].item()}): {advice}, or leave that text out."
         )
     return x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has no float64
 
@@ -243,6 +265,8 @@ def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_siz
     for name, value in (("k", k), ("n_atoms", n_atoms), ("max_atoms", max_atoms), ("chunk_size", chunk_size)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise InputError(f"`{name}` is {value!r}; a whole number, 1 or more, was wanted.")
+    if k > MOST_STEPS:
+        raise InputError(f"`k` is {k!r}; at most {MOST_STEPS:,} pursuit steps were wanted.")
     for name, value, choices in (("loss", loss, tuple(LOSSES)), ("admission", admission, ADMISSIONS)):
         if value not in choices:
             raise InputError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
@@ -255,5 +279,5 @@ def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_siz
     if threshold is None and n_atoms is None and loss not in DEFAULT_THRESHOLD:
         raise InputError(f"Loss {loss!r} has the units of the activations and no default: give a `threshold`.")
     most = {"relative": 1.0, "cosine": 4.0, "squared": math.inf}[loss]
-    if threshold is not None and not 0 <= threshold < most:
+    if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold < most):
         raise InputError(f"`threshold` is {threshold!r}; loss {loss!r} needs one from 0 to below {most:g}.")

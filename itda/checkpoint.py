@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
         "position": builder.position,
         "seen": builder.seen,
         "stream_hash": builder.stream_hash,
-        "schedule": builder.schedule.state() | {"losses": []},
+        "schedule": asdict(builder.schedule) | {"losses": []},
         "counts": [dictionary.choices, dictionary.settled, dictionary.replayed],
         "stride": builder.sample.stride,
     }
@@ -52,7 +53,7 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
     write_file(folder / CHECKPOINT, safetensors_chunks(tensors, {"state": json.dumps(state)}))
 
 
-def restore(builder: Builder, folder: Path, identity: dict, device: torch.device | str = "cpu") -> bool:
+def restore(builder: Builder, folder: Path, identity: dict) -> bool:
     """Bring `builder` to the state in `folder`, if there is one; False if there is none.
 
     Raises `InputError` if that state belongs to other settings, another model or another stream.
@@ -67,22 +68,20 @@ def restore(builder: Builder, folder: Path, identity: dict, device: torch.device
         if state["version"] != VERSION:
             raise KeyError("version")
         _compare(state["settings"] | state["identity"], builder.settings | identity, path)
-        _fill(builder, state, tensors, device)
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        _fill(builder, state, tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}): remove it to start again."
         ) from error
     return True
 
 
-def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor], device: torch.device | str) -> None:
+def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
     builder.mean = tensors.get("mean")
-    builder.prepare(tensors["atoms"].shape[1], device)
+    builder.prepare(tensors["atoms"].shape[1], "cpu")
     builder.dictionary.load(tensors["atoms"], tensors["norms"].tolist(), tensors["losses"].tolist())
     builder.dictionary.choices, builder.dictionary.settled, builder.dictionary.replayed = state["counts"]
-    history = [tuple(pair) for pair in state["schedule"]["history"]]
-    losses, last = tensors["watched"].tolist(), tuple(state["schedule"]["last"])
-    builder.schedule = Schedule(**state["schedule"] | {"losses": losses, "history": history, "last": last})
+    builder.schedule = Schedule(**state["schedule"] | {"losses": tensors["watched"].tolist()})
     builder.labels = [_labels("labels", tensors)]
     builder.sample.stride = state["stride"]
     builder.sample.activations, builder.sample.labels = [tensors["sample"]], [_labels("sample_labels", tensors)]

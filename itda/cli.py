@@ -133,7 +133,7 @@ def train(
         max_atoms: stop at so many atoms
         context_length: tokens in a row
         batch_rows: rows that go through the model together
-        truncate: use the first row of each document only
+        truncate: use the first row of each document only; a .txt file is one document
         pack: join the documents
         seed: shuffle the rows
         column: where the text of a record is
@@ -157,7 +157,10 @@ def train(
         if len(given[name]) < 2:  # with one, `out` is the dictionary's own folder
             given[name] = next(iter(given[name]), None)
     results = _train(**given)
-    terminal.output([result.to_json() for result in results], None if json else "\n".join(map(str, results)))
+    documents = [result.to_json() for result in results]
+    terminal.output(documents if len(results) > 1 else documents[0], None if json else "\n".join(map(str, results)))
+    if any(result.n_atoms < 2 * result.k for result in results):
+        terminal.say(f"few atoms for k = {k}: a lower --threshold or --n-atoms gives more, --seed 0 more varied ones")
     terminal.say(f"look at it with: itda show {shlex.quote(results[0].path)}")
 
 

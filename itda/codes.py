@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag
 from itda.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Codes:
     """Sparse codes of a batch of activations over a dictionary of `n_atoms`.
 
@@ -23,6 +23,10 @@ class Codes:
     indices: Int[Tensor, "*batch k"]
     values: Float[Tensor, "*batch k"]
     n_atoms: int
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.indices.shape[:-1])) or "one"
+        return f"Codes({shape} activation(s), k={self.indices.shape[-1]}, {self.n_atoms} atoms)"
 
     def dense(self) -> Float[Tensor, "*batch n_atoms"]:
         """The codes with their zeros, (..., n_atoms). Costs the memory that the sparse form saves."""

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # rows of a table in the terminal
 CONTEXT = 100  # columns of a token in its context at most
+PLAIN_WIDTH = 120  # columns where there is no terminal
+
+
+def text(report: Any) -> str:
+    """What a terminal shows of `report`, without colours."""
+    from rich.console import Console
+
+    console = Console(width=PLAIN_WIDTH, color_system=None, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(report)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:

@@ -9,6 +9,6 @@ class InputError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """`text` as it can be shown on one line of a terminal: line breaks as ↵, other control characters as �."""
-    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", " ")
+    """`text` as it can be shown on one line of a terminal: line breaks as ↵ (a lone CR as ␍), other controls as �."""
+    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "␍").replace("\t", " ")
     return "".join(c if c.isprintable() else "�" for c in text)

@@ -14,7 +14,7 @@ from torch import Tensor
 from itda.errors import one_line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Labels:
     """Labels of `n` tokens of one token stream, in stream order; every array has shape (n,) and dtype int64.
 
@@ -42,6 +42,9 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def __repr__(self) -> str:
+        return f"Labels({len(self)} tokens of {len(np.unique(self.prompt))} prompts)"
 
     def __getitem__(self, index) -> Labels:
         """The labels at `index` (a slice, an integer array or a mask), with only the texts that they need."""

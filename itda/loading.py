@@ -129,7 +129,7 @@ def pretrained(
     that can be checked on the config (the layers, the hook points) is checked before any weight is read.
     """
     model = _checked(str(model), kwargs.get("subfolder", ""))
-    device = torch.device(device if device is not None else _best_device())
+    device = _device(device)
     dtype = _dtype(dtype, device)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     hub |= {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
@@ -252,10 +252,17 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
     return found
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(device: str | torch.device | None) -> torch.device:
+    """`device`, after trying it; without one the fastest there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(name for name, is_there in there.items() if is_there))
+    try:
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        names = " or ".join(repr(name) for name, is_there in there.items() if is_there)
+        raise InputError(f"`device` is {str(device)!r}, which cannot be used here: pass {names}.") from error
 
 
 def _checked(model: str, subfolder: str) -> str:

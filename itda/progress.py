@@ -17,6 +17,7 @@ class Progress(NamedTuple):
     admitted: float
     seconds: float
     start: int = 0  # tokens that an earlier process had done
+    settled: float = 0.0  # share of all decisions (which atom, admit or not) taken in float64
 
     @property
     def tokens_per_second(self) -> float:

@@ -34,14 +34,19 @@ ENDLESS = 1 << 20  # tokens in a row of a model without a limit
 
 @dataclass(frozen=True)
 class Report:
-    """What the reports have in common."""
+    """What the reports have in common: `print` shows what the command line does, `to_json` holds all of it."""
+
+    def __str__(self) -> str:
+        return drawing.text(self)
+
+    __repr__ = __str__
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
         return finite(asdict(self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Decomposition(Report):
     """One activation as a sparse sum of atoms; made by `decompose`.
 
@@ -67,7 +72,7 @@ class Decomposition(Report):
         return drawing.decomposition(self, options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary(Report):
     """What is in a dictionary; made by `summary`."""
 
@@ -85,7 +90,7 @@ class Summary(Report):
         return drawing.summary(self, options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AtomReport(Report):
     """One atom: what it is and where the sample uses it; made by `atom_report`."""
 

@@ -43,7 +43,7 @@ class Trained:
     threshold: float  # the last one, where it was corrected on the way
     k: int
     fvu: float  # on a sample of the tokens
-    settled_share: float  # of all decisions (which atom, admit or not), those taken in float64
+    settled_share: float | None  # of all decisions (which atom, admit or not), those taken in float64
     seconds: float  # of this call: loading, reading, building and saving
     tokens_per_second: float | None  # reading and building; None if nothing was left to read
 
@@ -52,7 +52,7 @@ class Trained:
         return asdict(self)
 
     def __str__(self) -> str:
-        speed = f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
+        speed = f", reading and building at {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
         return (
             f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} (threshold "
             f"{self.threshold:.4g}, k = {self.k}, FVU {self.fvu:.4f}) in {self.seconds:.1f} s{speed}"
@@ -130,6 +130,11 @@ def train(
     single = _is_one(layer) and _is_one(hook)
     shown = Path(out)
     out = _checked_out(out, single, overwrite)
+    if read["truncate"] and str(data).lower().endswith(".txt"):
+        raise InputError(
+            f"`truncate` keeps the first row of each document, and {data} is one document: give a .jsonl, a .parquet "
+            "or a folder of files, or leave out `truncate` (which preset 'paper' sets)."
+        )
     stream = activations(model, data, tokens=tokens, revision=revision, trust_remote_code=trust_remote_code, **read)
     folders = {"": out} if single else {name: out / name for name in stream.hook_points}
     watch = _Watch(progress)
@@ -280,7 +285,7 @@ def _trained(model: ITDA, path: Path, watch: _Watch, began: float) -> Trained:
         threshold=cfg["threshold"],
         k=model.k,
         fvu=cfg["fvu"],
-        settled_share=cfg["settled_share"],
+        settled_share=round(watch.last.settled, 6) if watch.last else None,
         seconds=round(time.monotonic() - began, 3),
         tokens_per_second=round(watch.last.tokens_per_second, 1) if watch.last else None,
     )

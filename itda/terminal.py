@@ -42,8 +42,10 @@ def parsed(command: Callable[..., None], words: list[str]) -> Callable[[], None]
 def _sentence(box: str, name: str) -> str:
     """What one of tyro's boxes says: frame, rules and the invitation to read the help left out."""
     lines = [re.sub("\x1b\\[[0-9;]*m", "", line) for line in box.splitlines()]
-    inside = [line.removeprefix("│").removesuffix("│")[1:].rstrip() for line in lines if line.startswith("│")]
-    parts = [list(part) for rule, part in itertools.groupby(inside, lambda line: not line.strip(" ─")) if not rule]
+    framed = [line.removeprefix("│").removesuffix("│") for line in lines if line.startswith("│")]
+    # Where standard output is not UTF-8 there is no frame, but a title, a rule, and the rest one further to the right.
+    inside = [line[1:].rstrip() for line in framed or [line[1:] for line in lines if line.strip()][2:]]
+    parts = [list(part) for rule, part in itertools.groupby(inside, lambda line: not line.strip(" ─-")) if not rule]
     first, more = (parts[0] if parts else lines), parts[1:-1]
     if first[0].startswith("Missing from"):
         missing = [line.strip() for line in first if re.match(r" {4}\S", line)]
@@ -58,6 +60,8 @@ def _sentence(box: str, name: str) -> str:
         return f"{choice[2]}: {choice[1]} came, and {' or '.join(sorted(choices))} was wanted"
     if value := re.match("Missing value for argument '(.*?)'", text):
         return f"{value[1]} wants a value after it"
+    if values := re.fullmatch(r"Error parsing (.*): Could not find valid parse for arguments: \[(.*)\]", text):
+        return f"{values[1]}: {values[2]} came, and whole numbers were wanted"
     return text.removeprefix("Error parsing ").rstrip(".")
 
 
@@ -90,6 +94,7 @@ class Signals:
         again, self.number = self.number != 0, number
         if again or not self.waits:
             raise KeyboardInterrupt
+        say("stopping when this batch is done; once more stops at once")
 
 
 signals = Signals()

@@ -2,15 +2,15 @@
 
 A pilot on the head of the stream finds the threshold whose dictionary, its growth extrapolated as n ~ tokens^beta,
 would have the wished size at the end. Extrapolating by a factor of 30 misses by more than 10 %, so at milestones
-(every fifth more tokens) the threshold is set anew from the losses of the tokens since the last one: to the quantile
-at which the admissions still wanted will be made. Milestones are token counts and the losses are float64-exact, so a
-schedule depends on the token stream alone, like everything else.
+(whenever the tokens have grown by a fifth) the threshold is set anew from the losses of the tokens since the last one:
+to the quantile at which the admissions still wanted will be made. Milestones are token counts and the losses are exact,
+so a schedule depends on the token stream alone, like everything else.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -34,11 +34,11 @@ def pilot_tokens(total: int) -> int:
 class Schedule:
     """The thresholds of one run: `history` holds (tokens judged before, threshold), the last is in force."""
 
-    history: list[tuple[int, float]]
+    history: list  # of pairs
     wish: int | None = None
     total: int = 0
     milestone: int = 0  # tokens at which the threshold is looked at again
-    last: tuple[int, int] = (0, 0)  # (tokens, atoms) at the last milestone
+    last: list = field(default_factory=lambda: [0, 0])  # tokens and atoms at the last milestone
     losses: list[float] = field(default_factory=list)
 
     @property
@@ -71,21 +71,16 @@ class Schedule:
         if self.losses:
             target = float(np.quantile(self.losses, min(max(1 - share, 0.0), 1.0)))
             now = self.threshold
-            self.history.append((seen, min(max(target, now / 2), now * 2)))
-        self.last, self.losses = (seen, n_atoms), []
+            self.history.append([seen, min(max(target, now / 2), now * 2)])
+        self.last, self.losses = [seen, n_atoms], []
         self.milestone = math.ceil(seen * MILESTONE)
-
-    def state(self) -> dict:
-        """Everything, JSON-able; `Schedule(**state)` brings it back."""
-        return asdict(self)
 
 
 def pilot(x: Float[Tensor, "tokens d"], wish: int, total: int, k: int, loss: str) -> Schedule:
     """The schedule for `wish` atoms from `total` tokens, of which `x` are the first (valid, centred) ones."""
-    if wish > total:
+    if not bool(x.any()):
         raise InputError(
-            f"`n_atoms` is {wish:,} but the stream has {total:,} tokens, and an atom is one token: "
-            "ask for fewer atoms or give more text."
+            f"The first {len(x):,} activations are all zero: no threshold can be chosen; give `threshold`."
         )
     zero = LOSSES[loss](x.double().cpu().numpy(), np.zeros(tuple(x.shape)))
     high, low = math.log(float(zero.max())), math.log(float(zero.max()) * 1e-7)  # too few atoms, too many
@@ -98,7 +93,7 @@ def pilot(x: Float[Tensor, "tokens d"], wish: int, total: int, k: int, loss: str
         if abs(math.log(n / wish)) < 0.05:
             break
         high, few, low, many = (high, few, middle, n) if n > wish else (middle, n, low, many)
-    return Schedule([(0, math.exp(middle))], wish, total, len(x))
+    return Schedule([[0, math.exp(middle)]], wish, total, len(x))
 
 
 def _extrapolated(x: Tensor, threshold: float, wish: int, total: int, k: int, loss: str) -> float:

@@ -85,7 +85,7 @@ def same_files(a, b, names=FILES):
     for name in names:
         one, other = ((Path(folder) / name).read_bytes() for folder in (a, b))
         if name == "cfg.json":
-            one, other = (json.loads(cfg) | {"sha256": 0, "settled_share": 0} for cfg in (one, other))
+            one, other = (json.loads(cfg) for cfg in (one, other))
         assert one == other, name
     return True
 
@@ -98,7 +98,7 @@ def test_train_in_a_process_and_by_the_library_give_the_same_bytes(trained, tmp_
     with process("train", "model", "text.txt", "--out", str(out), *SMALL, "--json") as run:
         said, err = run.communicate()
     assert run.returncode == 0, err
-    (result,) = json.loads(said)
+    result = json.loads(said)
     assert result["path"] == str(out)
     assert (result["k"], result["threshold"], result["hook_point"]) == (4, 0.2, "transformer.h.1")
     assert {"n_atoms", "tokens", "fvu", "seconds", "tokens_per_second", "settled_share"} <= set(result)

@@ -286,6 +286,36 @@ def test_close_choices_are_settled_in_float64():
     assert not torch.equal((x @ atoms.T).abs().argmax(1), want)
 
 
+def test_near_ties_in_float64_are_those_of_the_reference():
+    x = torch.tensor([[1.0, 1 + 5e-13]], dtype=torch.float64)
+    for order in ([0, 1], [1, 0]):
+        atoms = torch.eye(2, dtype=torch.float64)[order]
+        codes = [itda.pursue(x, atoms, 1, backend=backend).indices.item() for backend in ("dense", "reference")]
+        assert codes == [0, 0]
+
+
+def test_float32_means_float32_in_the_settings_of_torch_2_9():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("older torch has the older setting only, tested below")
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        itda.pursue(*case(5, 6, 7), 2)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_the_gram_matrix_is_kept_up_to_its_limit():
+    """Doubling stops at the limit, not before it."""
+    _, atoms = case(0, 8, 600)
+    grown = Gram(atoms[:0], max_bytes=4.0 * 600 * 600)
+    for atom in atoms:
+        grown.append(atom)
+    torch.testing.assert_close(grown.matrix, atoms @ atoms.T)
+
+
 def test_chunks_change_nothing(monkeypatch):
     x, atoms = case(300, 16, 50, "mean")
     x[::5] = atoms[7] * 3  # tokens that end at once, at the floor

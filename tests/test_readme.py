@@ -24,7 +24,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
     assert len(names["model"]) > 17
     assert names["x_hat"].shape[1] == names["model"].d
     printed = capsys.readouterr().out
-    assert "'coefficient'" in printed
+    assert "coefficient" in printed
     assert "⟦" in printed
 
 
@@ -39,6 +39,10 @@ def test_the_file_map_is_the_package():
     named = set(re.findall(r"\b(\w+\.py)\b", tree)) - {"__init__.py"}
     there = {path.name for path in (ROOT / "itda").rglob("*.py")} - {"__init__.py", "__main__.py", "_version.py"}
     assert named == there
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"^(EXAMPLE|COSTS|TODO)", TEXT, re.MULTILINE)
 
 
 def test_links_lead_somewhere():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ from itda.pursuit.gram import Gram
 
 METHODS = {"mp": dense.mp, "omp": orthogonal.omp, "gp": orthogonal.gp}
 BACKENDS = ("auto", "dense", "reference")
+
+# The largest entry that is computed with: norms and correlations, of up to 100,000 entries, stay finite in this dtype.
+LARGEST = {torch.float16: 65504.0, torch.bfloat16: 1e36, torch.float32: 1e36, torch.float64: 1e150}
+
+MOST_STEPS = 1 << 16  # of a pursuit
 
 # What one chunk of tokens may take beside atoms and Gram matrix; on a CPU small enough to stay in cache.
 WORKSPACE_BYTES = {"cpu": 8e6, "gpu": 1e9}
@@ -74,7 +80,8 @@ def encode(
 
     A chunk is at least one token, whose row of correlations is smaller than the atoms themselves.
     """
-    per_token = 4 * gram.n * x.element_size() if method == "mp" else 4 * gram.n * x.element_size() + 24 * k * x.shape[1]
+    refits = 1 if method == "mp" else k  # which hold their support, and OMP its basis, in float64
+    per_token = 4 * gram.n * x.element_size() + 24 * refits * x.shape[1] + 16 * k * k
     rows = max(1, int(WORKSPACE_BYTES["cpu" if x.device.type == "cpu" else "gpu"] // max(per_token, 1)))
     for chunk in x.split(rows) if len(x) else ():
         yield METHODS[method](chunk, gram, k, nonneg, tol)
@@ -115,11 +122,25 @@ def _pursue_reference(x: Tensor, atoms: Tensor, k: int, method: str, nonneg: boo
     return codes.reshape(*x.shape[:-1]).to(x.device)
 
 
+def as_tensor(a) -> Tensor | None:
+    """An array or tensor of float16, bfloat16, float32 or float64 as a tensor, whatever its strides; None for others."""
+    if isinstance(a, ndarray) and a.dtype.kind == "f" and a.dtype.itemsize <= 8:
+        a = torch.from_numpy(np.asarray(a, a.dtype.newbyteorder("="), order="C"))
+    return a if isinstance(a, Tensor) and a.dtype in LARGEST else None
+
+
+def too_large(x: Tensor) -> tuple[int, ...] | None:
+    """Where the first entry of `x` is that is not finite or beyond `LARGEST`, or None."""
+    if not x.numel() or bool((x.abs().amax() <= LARGEST[x.dtype]).all()):  # NaN compares false
+        return None
+    return tuple((~(x.abs() <= LARGEST[x.dtype])).nonzero()[0].tolist())
+
+
 def _checked(x, atoms) -> tuple[Tensor, Tensor]:
-    x, atoms = (torch.from_numpy(a) if isinstance(a, ndarray) else a for a in (x, atoms))
-    for name, a in (("x", x), ("atoms", atoms)):
-        if not isinstance(a, Tensor) or not a.is_floating_point():
-            kind = f"dtype {a.dtype}" if isinstance(a, Tensor) else f"type {type(a).__name__}"
+    given, (x, atoms) = (x, atoms), (as_tensor(x), as_tensor(atoms))
+    for name, a, came in (("x", x, given[0]), ("atoms", atoms, given[1])):
+        if a is None:
+            kind = f"dtype {came.dtype}" if isinstance(came, Tensor | ndarray) else f"type {type(came).__name__}"
             raise InputError(f"`{name}` has {kind}; a floating-point tensor was wanted: pass `{name}.float()`.")
     if atoms.ndim != 2:
         raise InputError(f"`atoms` has shape {tuple(atoms.shape)}; a dictionary has shape (n_atoms, d).")
@@ -129,9 +150,10 @@ def _checked(x, atoms) -> tuple[Tensor, Tensor]:
         )
     if x.device != atoms.device:
         raise InputError(f"`x` is on {x.device} but `atoms` on {atoms.device}: move one of them with `.to(device)`.")
-    if not bool(torch.isfinite(x).all()):
-        where = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
-        raise InputError(f"`x` must be finite; the entry at {where} is {x[where].item()}. Drop or repair that token.")
+    where = too_large(x)
+    if where is not None:
+        limit = f"finite, and at most {LARGEST[x.dtype]:g} in {str(x.dtype).removeprefix('torch.')}"
+        raise InputError(f"`x` must be {limit}; the entry at {where} is {x[where].item()}. Drop or repair that token.")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     check_unit_norm(atoms)
     return x.detach().to(dtype), atoms.detach().to(dtype)
@@ -151,11 +173,11 @@ def check_unit_norm(atoms: Float[Tensor, "n d"]) -> None:
 
 
 def _check_settings(k, method, tol, backend) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 0 or more, was wanted.")
-    if method not in METHODS:
+    if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MOST_STEPS:
+        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 0 to {MOST_STEPS:,}, was wanted.")
+    if method not in tuple(METHODS):
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
-    if not 0 <= tol <= 1:
+    if not isinstance(tol, Real) or not 0 <= tol <= 1:
         raise InputError(f"`tol` is {tol!r}; a share of the energy between 0 and 1 was wanted.")
     if backend not in BACKENDS:
         raise InputError(f"`backend` is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}.")

@@ -7,7 +7,8 @@ in float64. Choices are therefore those of the reference, on every device, for e
 The bound. A float32 dot product of unit vectors errs by at most g u with u = 2^-24 and, for the blocked sums of every
 BLAS we know, g well below 8 + sqrt(d) (the worst case for one long chain is d). C starts with an error of g u |x|; the
 update C -= c G[j] with the float64 coefficient c adds (g + 3) u |c|, from G, from rounding c and from the product and
-the difference. Hence |error| <= u (g |x| + (g + 3) sum_s |c_s|): errors add, they do not feed back.
+the difference. Hence |error| <= u (g |x| + (g + 3) sum_s |c_s|): errors add, they do not feed back. To this comes what
+underflows, less than the smallest normal number in each of d products and 4 k sums, d + 4096 of them being ample.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from itda.pursuit import reference
 from itda.pursuit.gram import Gram, full_float32
-
 
 # Entries of float64 atoms that are gathered at once to settle close choices: 128 MB.
 SETTLED_AT_ONCE = 1 << 24
@@ -38,7 +38,7 @@ class Steps(NamedTuple):
 def error_bound(d: int, norm: Tensor, spent: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Bound on the error of a correlation of a token of norm `norm` after coefficients of absolute sum `spent`."""
     unit, g = torch.finfo(dtype).eps / 2, 8 + d**0.5
-    return unit * (g * norm + (g + 3) * spent)
+    return unit * (g * norm + (g + 3) * spent) + (d + 4096) * torch.finfo(dtype).tiny
 
 
 def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
@@ -53,7 +53,7 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
     corr = product(x, gram.atoms)
     for s in range(k if gram.n else 0):
         if tol > 0:
-            active = active & (residual.square().sum(1) > tol * total)
+            active = active & (residual.square().sum(1) > (tol + reference.TIE) * total)
         if not active.any():
             break
         if gram.matrix is None and s:
@@ -81,13 +81,16 @@ def choose(
     active: Bool[Tensor, " tokens"],
     atoms: Float[Tensor, "n d"],
     nonneg: bool,
+    excluded: Bool[Tensor, "tokens n"] | None = None,
 ) -> tuple[Int[Tensor, " tokens"], Bool[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
     """The atom each active token takes next, argmax |<r, d>|; which tokens go on; which choices were close.
 
     `corr` may err by `bound`. A choice is close when another atom is within twice that, or the floor within once; it
-    is then made on the exact `residual`.
+    is then made on the exact `residual`. Atoms that are `excluded` are not chosen.
     """
-    size = corr if nonneg else corr.abs()
+    size, bound = corr if nonneg else corr.abs(), bound + reference.TIE * norm
+    if excluded is not None:
+        size = size.masked_fill(excluded, -torch.inf)
     best, j = size.max(1)
     rest = size.scatter(1, j[:, None], -torch.inf).amax(1) if size.shape[1] > 1 else torch.full_like(best, -torch.inf)
     best, rest, floor = best.double(), rest.double(), reference.FLOOR * norm

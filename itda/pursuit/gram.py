@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,7 +40,8 @@ class Gram:
     def append(self, atom: Float[Tensor, " d"]) -> None:
         """Add one atom at the end."""
         if self.n == len(self._atoms):
-            self._grow(max(256, 2 * self.n))
+            most = int((self.max_bytes / self._atoms.element_size()) ** 0.5)
+            self._grow(min(max(256, 2 * self.n), most) if most > self.n else max(256, 2 * self.n))
         self._atoms[self.n] = atom
         self.n += 1
         if self._matrix is not None:
@@ -69,9 +71,21 @@ class Gram:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Float32 products in float32: TF32 and bfloat16 short cuts off, the caller's setting restored."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    # The older functions raise where a caller has used the newer settings; these see both.
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    settings = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, setting in zip(places, settings, strict=True):
+            place.fp32_precision = setting

@@ -92,14 +92,13 @@ class _Support:
 
     def next(self, nonneg: bool, tol: float, excluded: Bool[Tensor, "tokens n"] | None = None) -> Tensor | None:
         """The atom that each token takes next, and `active` brought up to date; None when no token goes on."""
-        self.active = self.active & (self.residual.square().sum(1) > tol * self.total)
+        self.active = self.active & (self.residual.square().sum(1) > (tol + reference.TIE) * self.total)
         if not self.active.any():
             return None
         corr = product(self.residual.to(self.dtype), self.gram.atoms)
-        if excluded is not None:
-            corr = corr.masked_fill(excluded, 0.0)
         bound = error_bound(self.exact.shape[1], self.norm, 0.0, self.dtype)
-        j, self.active, close = choose(corr, self.residual, self.norm, bound, self.active, self.gram.atoms, nonneg)
+        atoms = self.gram.atoms
+        j, self.active, close = choose(corr, self.residual, self.norm, bound, self.active, atoms, nonneg, excluded)
         self.settled += close
         return j
 

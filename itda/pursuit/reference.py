@@ -15,7 +15,8 @@ from numpy import ndarray
 FLOOR = 1e-5
 
 # Correlations that differ by less than this share of the activation's norm are tied, and the lowest index wins: what
-# float64 leaves of a difference of exactly zero, in whatever order the sums were taken.
+# float64 leaves of a difference of exactly zero, in whatever order the sums were taken. So with energies and `tol`;
+# where `tol` is 0 the floor comes first.
 TIE = 1e-12
 
 # An atom whose part outside the span of the chosen ones has less energy than this is dependent on them (OMP).
@@ -48,7 +49,7 @@ def mp(
     residual, total = x.astype(np.float64), energy(x.astype(np.float64))
     chosen, steps = [], []
     for _ in range(k if len(atoms) else 0):
-        if energy(residual) <= tol * total:
+        if energy(residual) <= (tol + TIE) * total:
             break
         corr = correlations(residual, atoms)
         j, goes_on = select(corr, nonneg, np.sqrt(total))
@@ -77,7 +78,7 @@ def omp(
     for _ in range(k if len(atoms) else 0):
         corr = np.where(excluded, 0.0, correlations(residual, atoms))
         j, goes_on = select(corr, nonneg, np.sqrt(total))
-        if energy(residual) <= tol * total or not goes_on:
+        if energy(residual) <= (tol + TIE) * total or not goes_on:
             break
         excluded[j] = True
         inside = np.linalg.lstsq(atoms[support].T, atoms[j], rcond=None)[0] @ atoms[support] if support else 0.0
@@ -101,7 +102,7 @@ def gp(
     for _ in range(k if len(atoms) else 0):
         corr = correlations(residual, atoms)
         j, goes_on = select(corr, nonneg, np.sqrt(total))
-        if energy(residual) <= tol * total or not goes_on:
+        if energy(residual) <= (tol + TIE) * total or not goes_on:
             break
         if j not in support:
             support.append(j)
