@@ -38,7 +38,7 @@ DUPLICATE = 1 - 1e-6
 # Float32 losses (whose pursuit is exact) are trusted to this share of their scale: 1, 4/d or |x|^2.
 LOSS_MARGIN = 2e-5
 
-# Between these norms no square that matters to a loss leaves the range of float32; beyond them losses are taken exactly.
+# Between these norms no square that matters to a loss leaves the range of float32; beyond them losses are exact.
 SQUARABLE = (1e-12, 1e18)
 
 

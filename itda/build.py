@@ -149,11 +149,11 @@ def _batches(item, position: int) -> dict[str, Batch]:
     if isinstance(item, Mapping):
         return {name: _batches(part, position)[""] for name, part in item.items()}
     pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Labels)
-    shape = getattr(item[0] if pair else item, "shape", ())
+    shape: Any = getattr(item[0] if pair else item, "shape", ())
     if not len(shape):
         raise InputError(
-            f"An item of the stream is of type {type(item).__name__}; activations (tokens, d), a pair of them and their "
-            "labels, or a dict of these by hook point was wanted."
+            f"An item of the stream is of type {type(item).__name__}; activations (tokens, d), a pair of them and "
+            "their labels, or a dict of these by hook point was wanted."
         )
     return {"": Batch(*item) if pair else Batch(item, Labels.counted(position, shape[0]))}
 

@@ -279,5 +279,5 @@ def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_siz
     if threshold is None and n_atoms is None and loss not in DEFAULT_THRESHOLD:
         raise InputError(f"Loss {loss!r} has the units of the activations and no default: give a `threshold`.")
     most = {"relative": 1.0, "cosine": 4.0, "squared": math.inf}[loss]
-    if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold < most):
+    if threshold is not None and not (isinstance(threshold, Real) and 0 <= float(threshold) < most):
         raise InputError(f"`threshold` is {threshold!r}; loss {loss!r} needs one from 0 to below {most:g}.")

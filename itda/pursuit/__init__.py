@@ -123,7 +123,7 @@ def _pursue_reference(x: Tensor, atoms: Tensor, k: int, method: str, nonneg: boo
 
 
 def as_tensor(a) -> Tensor | None:
-    """An array or tensor of float16, bfloat16, float32 or float64 as a tensor, whatever its strides; None for others."""
+    """An array or tensor of float16, bfloat16, float32 or float64 as a tensor, of any strides; None for others."""
     if isinstance(a, ndarray) and a.dtype.kind == "f" and a.dtype.itemsize <= 8:
         a = torch.from_numpy(np.asarray(a, a.dtype.newbyteorder("="), order="C"))
     return a if isinstance(a, Tensor) and a.dtype in LARGEST else None
@@ -152,7 +152,7 @@ def _checked(x, atoms) -> tuple[Tensor, Tensor]:
         raise InputError(f"`x` is on {x.device} but `atoms` on {atoms.device}: move one of them with `.to(device)`.")
     where = too_large(x)
     if where is not None:
-        limit = f"finite, and at most {LARGEST[x.dtype]:g} in {str(x.dtype).removeprefix('torch.')}"
+        limit = f"at most {LARGEST[x.dtype]:g}" if bool(torch.isfinite(x[where])) else "finite"
         raise InputError(f"`x` must be {limit}; the entry at {where} is {x[where].item()}. Drop or repair that token.")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     check_unit_norm(atoms)
@@ -177,7 +177,7 @@ def _check_settings(k, method, tol, backend) -> None:
         raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 0 to {MOST_STEPS:,}, was wanted.")
     if method not in tuple(METHODS):
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
-    if not isinstance(tol, Real) or not 0 <= tol <= 1:
+    if not isinstance(tol, Real) or not 0 <= float(tol) <= 1:
         raise InputError(f"`tol` is {tol!r}; a share of the energy between 0 and 1 was wanted.")
     if backend not in BACKENDS:
         raise InputError(f"`backend` is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}.")
