@@ -94,7 +94,9 @@ class Signals:
         again, self.number = self.number != 0, number
         if again or not self.waits:
             raise KeyboardInterrupt
-        say("stopping when this batch is done; once more stops at once")
+        with contextlib.suppress(OSError):
+            if os.isatty(2):  # written past the buffers, which the signal may have found half full
+                os.write(2, b"\nstopping when this batch is done; once more stops at once\n")
 
 
 signals = Signals()

@@ -440,6 +440,14 @@ def test_progress_tells_how_far():
     assert "of 450 tokens" in str(seen[0])
 
 
+def untyped_build(*args, **settings):
+    """`itda.build` past the type checker of the tests, as a user would call it."""
+    plain = itda.build
+    while hasattr(plain, "__wrapped__"):
+        plain = plain.__wrapped__
+    return plain(*args, **settings)
+
+
 BAD = [
     (dict(k=0), "`k` is 0"),
     (dict(k=-3), "`k` is -3"),
@@ -454,6 +462,8 @@ BAD = [
     (dict(loss="squared"), "and no default: give a `threshold`"),
     (dict(admission="random"), "`admission` is 'random'"),
     (dict(max_atoms=0), "`max_atoms` is 0"),
+    (dict(k=10**18), "at most 65,536 pursuit steps"),
+    (dict(tokens=1.5), "`tokens` is 1.5"),
     (dict(tokens=0), "`tokens` is 0"),
     (dict(tokens=-5, n_atoms=3), "`tokens` is -5"),
     (dict(chunk_size=0), "`chunk_size` is 0"),
@@ -463,7 +473,7 @@ BAD = [
 @pytest.mark.parametrize(("settings", "sentence"), BAD, ids=[s for _, s in BAD])
 def test_bad_settings(settings, sentence):
     with pytest.raises(itda.InputError) as error:
-        itda.build([gaussian(30)], **settings)
+        untyped_build([gaussian(30)], **settings)
     assert sentence in str(error.value)
 
 
@@ -471,6 +481,19 @@ def nan_at(t):
     x = gaussian(20)
     x[t, 3] = math.inf
     return x
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("loss", ["relative", "cosine", "squared"])
+def test_losses_at_the_ends_of_float32(loss, scale):
+    """Squares that float32 does not hold are taken in float64."""
+    x = gaussian(200, d=8) * scale
+    threshold = {"relative": 0.2, "cosine": 0.05, "squared": 4.0 * scale**2}[loss]
+    want = one_at_a_time(x, 3, threshold, loss)
+    assert len(want) > 5
+    model = itda.build([x], k=3, threshold=threshold, loss=loss)
+    assert rows_of(model) == want
+    assert loss == "squared" or bool(torch.isfinite(model.sample.losses).all())
 
 
 STREAMS = [
@@ -481,13 +504,23 @@ STREAMS = [
     ([gaussian(20).int()], "torch.int32 of shape (20, 24)"),
     ([gaussian(20)[0]], "torch.float32 of shape (24,)"),
     ([(gaussian(20), Labels.counted(0, 19))], "20 activations but 19 labels"),
+    ([gaussian(20).double() * 1e300], "prompt 0, position 0 is too large"),
+    ([torch.zeros(5, 0)], "torch.float32 of shape (5, 0)"),
+    ([torch.tensor(1.0)], "An item of the stream is of type Tensor"),
+    ([gaussian(20).tolist()], "An item of the stream is of type list"),
+    ([(5, Labels.counted(0, 5))], "An item of the stream is of type tuple"),
+    (5, "The stream is of type int"),
+    ([{}], "The stream is empty"),
+    ([{"a": gaussian(9), "b": gaussian(7)}], "{'a': 9, 'b': 7} tokens by hook point"),
+    ([{"a": gaussian(9), "b": gaussian(9)}, {"a": gaussian(9)}], "as many at each of ['a', 'b'] were wanted"),
+    ([{"a": gaussian(9)}, gaussian(9)], "as many at each of ['a'] were wanted"),
 ]
 
 
 @pytest.mark.parametrize(("stream", "sentence"), STREAMS, ids=[s for _, s in STREAMS])
 def test_bad_streams(stream, sentence):
     with pytest.raises(itda.InputError) as error:
-        itda.build(stream, k=3)
+        untyped_build(stream, k=3)
     assert sentence in str(error.value)
 
 

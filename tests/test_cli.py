@@ -124,7 +124,7 @@ def test_several_layers_make_a_folder_each(capfd, trained, tmp_path):
 def test_hook_numbers_and_the_rest_of_the_flags(capfd, tmp_path):
     flags = "--hook blocks.2.hook_resid_post --k 4 --tokens 3e2 --threshold 0.5 --context-length 1_6 --batch-rows 4"
     flags += " --center --max-atoms 20 --seed 3 --pack --loss squared --chunk-size 64"
-    (result,) = document(capfd, "train", "model", "text.txt", "--out", str(tmp_path / "out"), *flags.split())
+    result = document(capfd, "train", "model", "text.txt", "--out", str(tmp_path / "out"), *flags.split())
     cfg = itda.ITDA.load(tmp_path / "out").cfg
     assert result["hook_point"] == "transformer.h.2"
     assert (cfg["threshold"], cfg["loss"], cfg["center"], cfg["batch_rows"]) == (0.5, "squared", True, 4)
@@ -133,8 +133,13 @@ def test_hook_numbers_and_the_rest_of_the_flags(capfd, tmp_path):
 
 
 def test_preset_is_the_published_practice(capfd, tmp_path):
-    words = ["train", "model", "text.txt", "--layer", "1", "--context-length", "32", "--tokens", "300", "--k", "4"]
-    (result,) = document(capfd, *words, "--preset", "paper", "--out", str(tmp_path / "paper"))
+    flags = ["--layer", "1", "--context-length", "32", "--tokens", "300", "--k", "4", "--preset", "paper"]
+    flags += ["--out", str(tmp_path / "paper")]
+    sentence = fails(capfd, "train", "model", "text.txt", *flags)
+    assert "keeps the first row of each document, and text.txt is one document: give a .jsonl" in sentence
+    lines = [json.dumps({"text": line}) for line in Path("text.txt").read_text("utf-8").splitlines() if line]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), "utf-8")
+    result = document(capfd, "train", "model", str(tmp_path / "texts.jsonl"), *flags)
     cfg = itda.ITDA.load(tmp_path / "paper").cfg
     assert (cfg["loss"], cfg["admission"], cfg["batch_rows"], result["threshold"]) == ("cosine", "paper", 128, 4e-4)
     assert (cfg["special_tokens"], cfg["padding"], cfg["stream"]["truncate"]) == (True, True, True)
@@ -307,7 +312,7 @@ def test_a_finished_dictionary_is_not_overwritten(capfd, trained, tmp_path):
     words = ["train", "model", "text.txt", "--out", str(tmp_path / "d"), *SMALL]
     assert "--overwrite" in fails(capfd, *words, "--k", "3")
     assert same_files(tmp_path / "d", trained)
-    assert document(capfd, *words, "--k", "3", "--overwrite")[0]["k"] == 3
+    assert document(capfd, *words, "--k", "3", "--overwrite")["k"] == 3
     assert sorted(os.listdir(tmp_path / "d")) == FILES
     layers = ["--layer", "1", "2", *SMALL[2:]]
     assert "is an ITDA" in fails(capfd, "train", "model", "text.txt", *layers, "--out", tmp_path / "d")
@@ -381,7 +386,7 @@ def test_file_names_that_are_hostile(capfd, tmp_path):
     bytes_name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.txt")
     shutil.copy("text.txt", bytes_name)
     out = str(tmp_path / "d")
-    assert document(capfd, "train", "model", bytes_name, *SMALL, "--out", out)[0]["tokens"] == 600
+    assert document(capfd, "train", "model", bytes_name, *SMALL, "--out", out)["tokens"] == 600
     assert document(capfd, "show", out)["cfg"]["stream"]["data"] == bytes_name
     assert cli.main(["show", out]) == 0
 

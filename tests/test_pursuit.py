@@ -294,6 +294,33 @@ def test_near_ties_in_float64_are_those_of_the_reference():
         assert codes == [0, 0]
 
 
+def test_tol_is_met_exactly_in_every_backend():
+    """After two steps the residual energy is 0.2 |x|^2 up to the last bit, which must not decide."""
+    atoms = itda.normalize(torch.tensor([[0, 1, 1, 0, 0], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0.0]]))
+    x = torch.tensor([[1, 1, 0, 0, 0.0]])
+    dense, exact = (itda.pursue(x, atoms, 4, method="omp", tol=0.2, backend=name) for name in ("dense", "reference"))
+    assert torch.equal(dense.indices, exact.indices)
+    assert dense.l0() == exact.l0() == 3
+
+
+def test_what_a_refit_makes_zero_is_no_coefficient():
+    """The least squares have a coefficient of 0, or of what rounding leaves of it."""
+    atoms = itda.normalize(torch.tensor([[0, 1, 0, 0, 0], [1, 0, 1, 0, 1], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0.0]]))
+    x = torch.tensor([0, 1, 1, 1, 0.0])
+    dense, exact = (itda.pursue(x, atoms, 4, method="omp", tol=0.1, backend=name) for name in ("dense", "reference"))
+    assert torch.equal(dense.indices, exact.indices)
+    assert dense.l0() == exact.l0() == 3
+
+
+@pytest.mark.parametrize("method", ["mp", "omp", "gp"])
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
+def test_choices_at_the_ends_of_float32(method, scale):
+    """Where products underflow, their error is not a share of the activation's norm."""
+    x, atoms = case(100, 16, 80)
+    dense, exact = (itda.pursue(x * scale, atoms, 5, method=method, backend=b) for b in ("dense", "reference"))
+    assert torch.equal(dense.indices, exact.indices)
+
+
 def test_float32_means_float32_in_the_settings_of_torch_2_9():
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
@@ -371,14 +398,18 @@ BAD = [
     (dict(x=X[:, :3]), "`x` has shape (3, 3) but `atoms` (5, 4)"),
     (dict(x=torch.tensor(1.0)), "`x` has shape ()"),
     (dict(x=torch.full((2, 4), torch.nan)), "`x` must be finite; the entry at (0, 0) is nan"),
+    (dict(x=torch.full((2, 4), 3e38)), "`x` must be at most 1e+36; the entry at (0, 0) is 3"),
+    (dict(x=X.numpy().astype(np.longdouble)), "`x` has dtype"),
     (dict(atoms=D[0]), "`atoms` has shape (4,)"),
     (dict(atoms=D * torch.tensor([1, 1, 2.31, 1, 1])[:, None]), "row 2 has norm 2.31. Normalise with `itda.normalize"),
     (dict(atoms=D * torch.nan), "row 0 has norm nan"),
     (dict(k=-1), "`k` is -1"),
     (dict(k=2.5), "`k` is 2.5"),
     (dict(k=True), "`k` is True"),
+    (dict(k=10**18), "0 to 65,536, was wanted"),
     (dict(method="lasso"), "`method` is 'lasso'; choose one of 'mp', 'omp', 'gp'"),
     (dict(tol=2.0), "`tol` is 2.0"),
+    (dict(tol="0.1"), "`tol` is '0.1'"),
     (dict(backend="tpu"), "`backend` is 'tpu'; choose one of"),
 ]
 
@@ -398,7 +429,9 @@ def test_bad_input(changed, sentence):
 
 def test_numpy_arrays_are_welcome():
     want = itda.pursue(X, D, 2)
-    assert torch.equal(itda.pursue(X.numpy(), D.numpy(), 2).values, want.values)
+    backwards = X.flip(0).numpy()[::-1]
+    for x in (X.numpy(), backwards, np.asfortranarray(X.numpy()), X.numpy().astype(">f4")):
+        assert torch.equal(itda.pursue(x, D.numpy(), 2).values, want.values)
 
 
 def test_decode_wants_its_own_dictionary():

@@ -103,7 +103,9 @@ def _pack(steps: dense.Steps, n_atoms: int, dtype: torch.dtype) -> Codes:
     place = torch.arange(k, device=indices.device)
     again = (indices[:, :, None] == indices[:, None]) & (coefficients != 0)[:, None]
     first = torch.where(again, place, k).amin(2).minimum(place)  # the first step that chose this atom
-    values = torch.zeros_like(coefficients).scatter_add_(1, first, coefficients).to(dtype)
+    values = torch.zeros_like(coefficients).scatter_add_(1, first, coefficients)
+    # What cancelled, or what a refit found no use for, leaves rounding errors, which are no coefficients.
+    values = torch.where(values.abs() > reference.TIE * values.abs().amax(1, keepdim=True), values, 0.0).to(dtype)
     order = (values == 0).to(torch.uint8).argsort(dim=1, stable=True)
     values = values.gather(1, order)
     return Codes(torch.where(values != 0, indices.gather(1, order), 0), values, n_atoms)
