@@ -86,7 +86,7 @@ def build(
         )
     if start and hasattr(stream, "skip"):
         stream = stream.skip(start)
-        items = _checked_rest(stream, builders, tokens)
+        items = _checked_rest(stream, builders)
     else:
         items, start = items if items is not None else iter(stream), 0
     report = progress if callable(progress) else bar() if progress else None
@@ -188,17 +188,20 @@ def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Any)
     return min(builder.position for builder in builders.values())
 
 
-def _checked_rest(stream: Any, builders: dict[str, Builder], tokens: int | None) -> Iterator:
+def _checked_rest(stream: Any, builders: dict[str, Builder]) -> Iterator:
     """The items of a stream that skips what was read before; an `InputError` if that is no longer what it was."""
     hashes = {builder.stream_hash for builder in builders.values() if builder.position == stream.skipped}
+    changed = InputError(
+        f"The text has changed in its first {stream.skipped:,} tokens since this training began: restore it to go on, "
+        "or give another folder to start anew."
+    )
     for item in stream:
-        # A build ends after its `tokens`, wherever that is in a group of rows; checkpoints end with one.
-        if stream.skipped != tokens and hashes - {None, stream.skipped_hash}:
-            raise InputError(
-                f"The text has changed in its first {stream.skipped:,} tokens since this training began: restore it to "
-                "go on, or give another folder to start anew."
-            )
+        if hashes - {None, stream.skipped_hash}:
+            raise changed
         yield item
+    # All of it may have been read before; then rows without valid tokens may have been hashed after the last ones.
+    if hashes - {None, stream.skipped_hash, stream.hash}:
+        raise changed
 
 
 def _save(stream: Any, builders: dict[str, Builder], folders: dict[str, Path]) -> None:

@@ -207,8 +207,8 @@ class Activations:
             end = len(labels) if self._budget is None else min(len(labels), self._budget - done)
             start = min(max(0, self._skipped - done), end)
             done += end
-            if done == self._skipped:
-                self.skipped_hash = stream_hash.hexdigest()
+            if self.skipped_hash is None and done >= self._skipped:
+                self.skipped_hash = stream_hash.hexdigest()  # with the rows of the whole group, as a checkpoint has it
             if start < end:
                 # The whole group runs whatever is taken of it. Row-major: row by row, as the labels.
                 where = torch.from_numpy(valid.reshape(-1).nonzero()[0][start:end])

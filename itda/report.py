@@ -22,7 +22,7 @@ from itda.drawing import SHOWN, section, short
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.model import ITDA
-from itda.pursuit import METHODS, encode
+from itda.pursuit import METHODS, MOST_STEPS, encode
 from itda.pursuit.gram import Gram
 
 if TYPE_CHECKING:
@@ -254,9 +254,9 @@ def finite(value: Any) -> Any:
 
 def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[list[dict[str, Any]], float]:
     """The atoms of the pursuit of `x` (d,) float64, steps of one atom put together, and the relative error."""
-    if not isinstance(k, int) or k < 1:
-        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 1 or more, was wanted.")
-    if method not in METHODS:
+    if not isinstance(k, int) or not 1 <= k <= MOST_STEPS:
+        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 1 to {MOST_STEPS:,}, was wanted.")
+    if method not in tuple(METHODS):
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
     gram = Gram(dictionary.atoms, with_matrix=False)
     (steps,) = encode(x.float()[None], gram, k, method, dictionary.cfg.get("nonneg", False))
@@ -281,7 +281,7 @@ def _hooked(dictionary: ITDA, model, tokenizer, force, dtype, device, trust_remo
     from itda import hooks
 
     was = section(dictionary.cfg, "model")
-    if not was.get("hook_point"):
+    if not was.get("hook_point") or (model is None and not was.get("id")):
         raise InputError(f"{dictionary!r} does not say which model it was built on: encode activations with `encode`.")
     by_name = model is None or isinstance(model, str | os.PathLike)
     settings: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}

@@ -59,7 +59,8 @@ def _sentence(box: str, name: str) -> str:
         choices = [word for word in choice[3].replace("'", "").rstrip(",").split(", ") if word != "None"]
         return f"{choice[2]}: {choice[1]} came, and {' or '.join(sorted(choices))} was wanted"
     if value := re.match("Missing value for argument '(.*?)'", text):
-        return f"{value[1]} wants a value after it"
+        dashed = f"{value[1]}=VALUE" if value[1].startswith("-") else "after `--`"
+        return f"{value[1]} wants a value ({dashed} if it begins with a dash)"
     if values := re.fullmatch(r"Error parsing (.*): Could not find valid parse for arguments: \[(.*)\]", text):
         return f"{values[1]}: {values[2]} came, and whole numbers were wanted"
     return text.removeprefix("Error parsing ").rstrip(".")

@@ -360,6 +360,19 @@ def test_resumed_equals_uninterrupted(tmp_path, settings, monkeypatch):
     assert saved(model, tmp_path / "parts") == want
 
 
+def test_a_damaged_checkpoint_and_too_few_tokens_are_refused(tmp_path):
+    asked = iter(range(99))
+    with pytest.raises(KeyboardInterrupt):
+        stop = lambda: next(asked) == 5  # noqa: E731
+        itda.build(gaussian(2000).split(200), k=3, threshold=0.1, checkpoint=tmp_path, stop=stop)
+    with pytest.raises(itda.InputError, match="has read 1,200 tokens, more than the `tokens` = 100 given"):
+        itda.build(gaussian(2000).split(200), k=3, threshold=0.1, checkpoint=tmp_path, tokens=100)
+    path = tmp_path / folder.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")  # texts of labels stand last
+    with pytest.raises(itda.InputError, match="remove it to start again"):
+        itda.build(gaussian(2000).split(200), k=3, threshold=0.1, checkpoint=tmp_path)
+
+
 def test_resume_skips_what_was_judged(tmp_path):
     x = gaussian(1000).split(100)
     with pytest.raises(KeyboardInterrupt):

@@ -391,6 +391,31 @@ def test_file_names_that_are_hostile(capfd, tmp_path):
     assert cli.main(["show", out]) == 0
 
 
+SAID = [  # flags, and what is said of them
+    (["--k", "nan"], "--k: 'nan' came, and a whole number was wanted"),
+    (["--layer", "1.5"], "--layer: '1.5' came, and whole numbers were wanted"),
+    (["--layr", "2"], "`itda train` has no use for --layr, 2 (perhaps --layer was meant)"),
+    (["--loss", "foo"], "--loss: 'foo' came, and cosine or relative or squared was wanted"),
+    (["--tokenizer", "-x"], "--tokenizer wants a value (--tokenizer=VALUE if it begins with a dash)"),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize(("flags", "sentence"), SAID, ids=[flags[0] for flags, _ in SAID])
+def test_flags_are_refused_in_one_sentence_in_every_encoding(capfd, monkeypatch, encoding, flags, sentence):
+    """tyro draws its boxes with other characters where standard output is not UTF-8."""
+    with open(os.dup(1), "w", encoding=encoding) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(["train", "model", "text.txt", "--out", "x", *flags]) == 2
+    assert capfd.readouterr().err == f"itda: error: {sentence}: see `itda train --help`.\n"
+
+
+@pytest.mark.parametrize("device", ["xyz", "", "meta", "cuda:99"])
+def test_devices_that_are_not_there(capfd, device):
+    said = fails(capfd, "train", "model", "text.txt", "--out", "x", *SMALL, "--device", device)
+    assert f"`device` is {device!r}, which cannot be used here: pass " in said
+
+
 def test_a_fault_of_ours_is_one_sentence_and_a_traceback_only_on_demand(capfd, monkeypatch):
     monkeypatch.setattr("itda.report.summary", lambda _: {}["gone"])
     assert "KeyError: 'gone'" in fails(capfd, "show", "trained", code=1)

@@ -118,6 +118,7 @@ def product(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"]) -> Float[
 
 
 def no_steps(tokens: int, k: int, device: torch.device) -> Steps:
+    """The `Steps` of pursuits that have not begun."""
     return Steps(
         torch.zeros(tokens, k, dtype=torch.long, device=device),
         torch.zeros(tokens, k, dtype=torch.float64, device=device),
