@@ -303,6 +303,15 @@ def test_tol_is_met_exactly_in_every_backend():
     assert dense.l0() == exact.l0() == 3
 
 
+def test_many_steps_take_no_memory_of_their_square():
+    """A table of k x k for one token would be 3 GB of truth values here."""
+    x, atoms = case(2, 8, 5)
+    codes = itda.pursue(x, atoms, 60_000)
+    torch.testing.assert_close(codes.dense(), itda.pursue(x, atoms, 200).dense())
+    assert codes.indices.shape == (2, 60_000)
+    assert int(codes.l0().max()) <= 5
+
+
 def test_what_a_refit_makes_zero_is_no_coefficient():
     """The least squares have a coefficient of 0, or of what rounding leaves of it."""
     atoms = itda.normalize(torch.tensor([[0, 1, 0, 0, 0], [1, 0, 1, 0, 1], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0.0]]))

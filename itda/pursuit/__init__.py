@@ -81,7 +81,7 @@ def encode(
     A chunk is at least one token, whose row of correlations is smaller than the atoms themselves.
     """
     refits = 1 if method == "mp" else k  # which hold their support, and OMP its basis, in float64
-    per_token = 4 * gram.n * x.element_size() + 24 * refits * x.shape[1] + 16 * k * k
+    per_token = 4 * gram.n * x.element_size() + 24 * refits * x.shape[1] + 128 * k
     rows = max(1, int(WORKSPACE_BYTES["cpu" if x.device.type == "cpu" else "gpu"] // max(per_token, 1)))
     for chunk in x.split(rows) if len(x) else ():
         yield METHODS[method](chunk, gram, k, nonneg, tol)
@@ -100,9 +100,14 @@ def _pack(steps: dense.Steps, n_atoms: int, dtype: torch.dtype) -> Codes:
     k = indices.shape[1]
     if not k or not n_atoms:
         return Codes(indices, coefficients.to(dtype), n_atoms)
+    # The first step that chose an atom, without a table of k x k: in a stable order by atom, where its run begins.
     place = torch.arange(k, device=indices.device)
-    again = (indices[:, :, None] == indices[:, None]) & (coefficients != 0)[:, None]
-    first = torch.where(again, place, k).amin(2).minimum(place)  # the first step that chose this atom
+    atom = torch.where(coefficients != 0, indices, n_atoms + place)  # a step without a coefficient is no other's first
+    order = atom.argsort(dim=1, stable=True)
+    runs = atom.gather(1, order)
+    begins = torch.zeros_like(order)
+    begins[:, 1:] = torch.where(runs[:, 1:] != runs[:, :-1], place[1:], 0)
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, begins.cummax(1).values))
     values = torch.zeros_like(coefficients).scatter_add_(1, first, coefficients)
     # What cancelled, or what a refit found no use for, leaves rounding errors, which are no coefficients.
     values = torch.where(values.abs() > reference.TIE * values.abs().amax(1, keepdim=True), values, 0.0).to(dtype)
