@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from itda.metrics import LOSSES
+from itda.metrics import LOSSES, loss_of_residual
 from itda.pursuit import encode, reference
 from itda.pursuit.dense import Steps, error_bound, product
 from itda.pursuit.gram import Gram
@@ -35,16 +35,13 @@ from itda.pursuit.gram import Gram
 # A token whose |cosine| with an atom is at least this is that atom again.
 DUPLICATE = 1 - 1e-6
 
-# Float32 losses (whose pursuit is exact) are trusted to this share of their scale: 1, 4/d or |x|^2.
-LOSS_MARGIN = 2e-5
-
-# Between these norms no square that matters to a loss leaves the range of float32; beyond them losses are exact.
-SQUARABLE = (1e-12, 1e18)
+# Losses that were not taken by the reference are trusted to this share of their scale: 1, 4/d or |x|^2.
+LOSS_MARGIN = 1e-9
 
 
 @dataclass
 class Trace:
-    """The pursuits of a window of tokens, on the device; `loss` float32-accurate, it and `stale` in NumPy."""
+    """The pursuits of a window of tokens, on the device; `loss` is float64, it and `stale` in NumPy."""
 
     x: Float[Tensor, "tokens d"]
     steps: Steps
@@ -56,7 +53,7 @@ class Trace:
 class Dictionary:
     """The atoms admitted so far, with their raw norms and admission losses (NaN for seeds), in order of admission."""
 
-    def __init__(self, d: int, k: int, loss: str, device: torch.device | str = "cpu", max_gram_bytes: float = 4e9):
+    def __init__(self, d: int, k: int, loss: str, device: torch.device | str = "cpu", max_gram_bytes: int | float | None = None):
         self.gram = Gram(torch.zeros(0, d, device=device), max_gram_bytes)
         self.k, self.loss = k, loss
         self.norms: list[float] = []
@@ -68,13 +65,16 @@ class Dictionary:
     def __len__(self) -> int:
         return self.gram.n
 
-    def add(self, x: Float[Tensor, " d"], loss: float) -> None:
-        """Append activation `x`, normalised in float64 with a correctly rounded norm, so the same on every machine."""
+    def add(self, x: Float[Tensor, " d"], loss: float) -> Float[Tensor, " n"]:
+        """Append activation `x`, normalised in float64 with a correctly rounded norm, so the same on every machine.
+
+        Returns the new atom's correlations with all atoms.
+        """
         exact = x.double().cpu().numpy()
         norm = math.sqrt(math.fsum(exact * exact))  # squares of float32 are exact in float64
-        self.gram.append(torch.from_numpy((exact / norm).astype(np.float32)).to(x.device))
         self.norms.append(norm)
         self.losses.append(loss)
+        return self.gram.append(torch.from_numpy((exact / norm).astype(np.float32)).to(x.device))
 
     def load(self, atoms: Float[Tensor, "n d"], norms: list[float], losses: list[float]) -> None:
         """Take over the atoms of an earlier process, in place of none."""
@@ -83,7 +83,7 @@ class Dictionary:
 
     def to(self, device: torch.device | str) -> None:
         """Move the atoms to `device`."""
-        self.gram = Gram(self.gram.atoms.to(device), self.gram.max_bytes)
+        self.gram = self.gram.to(device)
 
     def trace(self, x: Float[Tensor, "tokens d"]) -> Trace:
         """Pursue tokens with the dictionary as it stands."""
@@ -91,13 +91,8 @@ class Dictionary:
         steps = Steps(*(torch.cat(field) for field in zip(*parts, strict=True)))
         self.choices += int(steps.length.sum())
         self.settled += int(steps.settled.sum())
-        x_hat = torch.zeros_like(x)
-        if len(self):
-            x_hat = torch.nn.functional.embedding_bag(
-                steps.indices, self.gram.atoms, per_sample_weights=steps.coefficients.float(), mode="sum"
-            )
-        loss = LOSSES[self.loss](x, x_hat).cpu().numpy()
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        loss = loss_of_residual(self.loss, norm.square(), steps.overlap, steps.energy, x.shape[1]).cpu().numpy()
         return Trace(x, steps, norm, loss, np.zeros(len(x), bool))
 
     def suspects(self, trace: Trace, threshold: float) -> ndarray:
@@ -106,8 +101,7 @@ class Dictionary:
             return trace.norm.cpu().numpy() > 0
         d, norm = trace.x.shape[1], trace.norm.cpu().numpy()
         scales: dict[str, Any] = {"relative": 1.0, "cosine": 4 / d, "squared": norm**2}
-        resolved = (norm == 0) | ((norm > SQUARABLE[0]) & (norm < SQUARABLE[1]))
-        return ~(resolved & (trace.loss <= threshold - LOSS_MARGIN * scales[self.loss]))
+        return ~(trace.loss <= threshold - LOSS_MARGIN * scales[self.loss])
 
     def exact(self, trace: Trace, rows: Int[ndarray, " rows"]) -> tuple[Float[ndarray, " rows"], ndarray]:
         """Loss of the given tokens in float64, and whether each repeats an atom, from the choices of their traces."""
@@ -168,9 +162,9 @@ class Sequential(Dictionary):
                 continue
             loss, repeats = self.exact(trace, np.array([t]))
             if (loss[0] > threshold or not len(self)) and not repeats[0]:  # the first token is the first atom
-                self.add(x[t], float(loss[0]) if len(self) else math.nan)
+                row = self.add(x[t], float(loss[0]) if len(self) else math.nan)
                 admitted.append(t)
-                self._mark_stale(trace, t + 1)
+                self._mark_stale(trace, t + 1, row)
             t += 1
         return trace, admitted
 
@@ -184,20 +178,19 @@ class Sequential(Dictionary):
         trace.loss[rows], trace.stale[rows] = fresh.loss, False
         suspect[rows] = self.suspects(fresh, threshold)
 
-    def _mark_stale(self, trace: Trace, start: int) -> None:
-        """Mark the tokens from `start` on whose pursuit the newest atom might change."""
+    def _mark_stale(self, trace: Trace, start: int, row: Float[Tensor, " n"]) -> None:
+        """Mark the tokens from `start` on whose pursuit the newest atom, of this row of G, might change."""
         if start >= len(trace.x) or not self.k:
             return
-        atom, n = self.gram.atoms[-1], len(self)
+        atom = self.gram.atoms[-1]
         x, steps, norm = trace.x[start:], trace.steps, trace.norm[start:]
         c, j, count = steps.coefficients[start:], steps.indices[start:], steps.length[start:]
-        row = self.gram.matrix[n - 1] if self.gram.matrix is not None else product(atom[None], self.gram.atoms)[0]
         removed = c * row.double()[j]
         p = product(x, atom[None]).double() - (removed.cumsum(1) - removed)
         # A pursuit that ended early at step s would take the atom there if it cleared the floor.
         step = torch.arange(self.k, device=x.device)
         limit = torch.where(step < count[:, None], c.abs(), reference.FLOOR * norm[:, None])
-        slack = 2 * error_bound(x.shape[1], norm, c.abs().sum(1))
+        slack = 2 * error_bound(x.shape[1], norm, c.abs().sum(1), entry=0.0)
         touched = ((p.abs() > limit - slack[:, None]) & (step <= count[:, None])).any(1)
         trace.stale[start:] |= touched.cpu().numpy()
 

@@ -46,7 +46,7 @@ class Builder:
         max_atoms: int | None = None,
         chunk_size: int = 4096,
         total: int | None = None,
-        max_gram_bytes: float = 4e9,
+        max_gram_bytes: int | float | None = None,
     ) -> None:
         _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size)
         if n_atoms is not None and total is None:

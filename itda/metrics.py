@@ -31,6 +31,21 @@ def cosine_error(x, x_hat):
 LOSSES = {"relative": relative_error, "cosine": cosine_error, "squared": squared_error}
 
 
+def loss_of_residual(name: str, total, overlap, energy, d: int):
+    """The loss `name` of activations of |x|^2 = `total` with <x, r> = `overlap` and |r|^2 = `energy`, r = x - x_hat.
+
+    Float64 tensors of one shape; the same as `LOSSES[name](x, x - r)` up to rounding.
+    """
+    if name == "squared":
+        return energy
+    if name == "relative":
+        return energy / (total + (total == 0))
+    norm, norm_hat = total**0.5, (total - 2 * overlap + energy).clip(min=0) ** 0.5
+    shrunk = norm_hat / (norm_hat + 1e-9)
+    cosine = (total - overlap) / (norm * norm_hat + (norm * norm_hat == 0))
+    return (1 - 2 * shrunk * cosine + shrunk**2) / d * (total > 0)
+
+
 def fvu(x, x_hat) -> float:
     """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2: global over tokens (tokens, d), centred.
 

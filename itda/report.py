@@ -258,7 +258,7 @@ def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[li
         raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 1 to {MOST_STEPS:,}, was wanted.")
     if method not in tuple(METHODS):
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
-    gram = Gram(dictionary.atoms, with_matrix=False)
+    gram = Gram(dictionary.atoms, max_bytes=0)
     (steps,) = encode(x.float()[None], gram, k, method, dictionary.cfg.get("nonneg", False))
     taken = steps.coefficients[0] != 0
     chosen, coefficients = steps.indices[0][taken], steps.coefficients[0][taken].double()

@@ -39,8 +39,8 @@ HOMES = {
     "matplotlib": {"report"},
     "plotly": {"report"},
     "sae_lens": set(),
-    "numba": set(),
-    "triton": set(),
+    "numba": {"pursuit"},
+    "triton": {"pursuit"},
 }
 
 

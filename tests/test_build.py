@@ -1,6 +1,7 @@
 """Construction: exact, whatever the chunks, threads and interruptions; the published behaviour; what it refuses."""
 
 import itertools
+import functools
 import math
 
 import numpy as np
@@ -133,11 +134,12 @@ def test_rounding_never_decides(make, given, threshold, monkeypatch):
     finally:
         torch.set_num_threads(threads)
 
-    monkeypatch.setattr(dense, "error_bound", lambda d, norm, spent=0.0, dtype=None: torch.zeros_like(norm))
+    monkeypatch.setattr(admission, "encode", functools.partial(itda.pursuit.encode, backend="dense"))
+    monkeypatch.setattr(dense, "error_bound", lambda d, norm, spent=0.0, dtype=None, entry=0.0: torch.zeros_like(norm))
     monkeypatch.setattr(admission, "error_bound", dense.error_bound)
     monkeypatch.setattr(admission, "LOSS_MARGIN", 0.0)
     monkeypatch.setattr(
-        admission.Dictionary, "exact", lambda self, trace, rows: (trace.loss[rows], np.zeros(len(rows), bool))
+        admission.Dictionary, "exact", lambda self, trace, rows: (np.float32(trace.loss[rows]), np.zeros(len(rows), bool))
     )
     assert judged(4096) != want
 
@@ -145,7 +147,7 @@ def test_rounding_never_decides(make, given, threshold, monkeypatch):
 def test_few_tokens_need_float64():
     seen = []
     itda.build(low_rank().split(500), k=4, threshold=0.02, progress=seen.append)
-    assert 0 < seen[-2].settled < 0.05
+    assert 0 < seen[-2].settled < 0.08  # an entry of the Gram matrix has 15 bits
 
 
 def test_zero_vectors_and_repeats_are_never_admitted():

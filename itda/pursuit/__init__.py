@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +20,17 @@ from itda.errors import InputError
 from itda.pursuit import dense, orthogonal, reference
 from itda.pursuit.gram import Gram
 
-METHODS = {"mp": dense.mp, "omp": orthogonal.omp, "gp": orthogonal.gp}
-BACKENDS = ("auto", "dense", "reference")
+METHODS = ("mp", "omp", "gp")
+BACKENDS = ("auto", "dense", "cpu", "gpu", "reference")
 
 # The largest entry that is computed with: norms and correlations, of up to 100,000 entries, stay finite in this dtype.
 LARGEST = {torch.float16: 65504.0, torch.bfloat16: 1e36, torch.float32: 1e36, torch.float64: 1e150}
 
 MOST_STEPS = 1 << 16  # of a pursuit
 
-# What one chunk of tokens may take beside atoms and Gram matrix; on a CPU small enough to stay in cache.
-WORKSPACE_BYTES = {"cpu": 8e6, "gpu": 1e9}
+# What one chunk of tokens may take beside atoms and Gram matrix. `dense` goes over all of it at every step, so that it
+# should stay in cache on a CPU; `cpu` goes over one token at a time, and large products are faster.
+WORKSPACE_BYTES = {"dense": 8e6, "cpu": 3e7, "gpu": 1e9}
 
 
 @torch.no_grad()
@@ -38,7 +43,7 @@ def pursue(
     nonneg: bool = False,
     tol: float = 0.0,
     backend: str = "auto",
-    max_gram_bytes: float = 4e9,
+    max_gram_bytes: int | float | None = None,
 ) -> Codes:
     """Write each activation as a sparse sum of at most `k` atoms, x ~ sum_j code_j atom_j.
 
@@ -49,42 +54,129 @@ def pursue(
              "omp" orthogonal: least squares on the support at every step; "gp" gradient pursuit
     nonneg   choose the largest correlation instead of the largest absolute one; coefficients are >= 0
     tol      a token stops once its relative residual energy |r|^2 / |x|^2 is at most `tol`, 0 <= tol <= 1
-    backend  "dense" (torch, the device of x), "reference" (NumPy float64, one vector at a time), or "auto"
-    max_gram_bytes   where the Gram matrix of the atoms would take more, correlations are recomputed at every step
+    backend  "cpu" (numba, as many threads as torch), "gpu" (Triton, on CUDA devices), "dense" (torch, any device and
+             dtype), "reference" (NumPy float64, one vector at a time), or "auto": the fastest that can do it
+    max_gram_bytes   how much the rows of the atoms' Gram matrix may take (2 bytes an entry); None: half of what is free.
+             Where they do not all fit, the last used are kept ("cpu") or correlations are recomputed at every step
 
     Returns `Codes` (values float32, or float64 for float64 x). Ties go to the lowest index. A zero vector has an
     empty code, and a token stops when no atom correlates with its residual by more than 1e-5 |x|. Every backend makes
-    the same choices: those that float32 cannot decide are made in float64.
+    the same choices: those that float32 cannot decide are made in float64. The Gram matrix is kept for the next call
+    with the same atoms, until they are deleted or others come.
 
-    Raises `InputError` for arguments of the wrong shape, type or range, non-finite x, atoms that are not unit-norm.
+    Raises `InputError` for arguments of the wrong shape, type or range, non-finite x, atoms that are not unit-norm, and
+    a backend that cannot compute this.
     """
+    given = atoms
     x, atoms = _checked(x, atoms)
     _check_settings(k, method, tol, backend)
     if x.device.type == "mps":  # which has no float64
         codes = pursue(x.cpu(), atoms.cpu(), k, method=method, nonneg=nonneg, tol=tol, backend=backend)
         return codes.to(x.device)
     if backend == "reference":
+        check_unit_norm(as_tensor(given))
         return _pursue_reference(x, atoms, k, method, nonneg, tol)
     flat = x.reshape(-1, x.shape[-1])
-    # The Gram matrix costs n products of length d per atom, recomputing k n d per token.
-    gram = Gram(atoms, max_gram_bytes, with_matrix=method == "mp" and len(flat) * k >= len(atoms))
-    parts = [_pack(steps, gram.n, x.dtype) for steps in encode(flat, gram, k, method, nonneg, tol)]
+    gram = _prepared(given, atoms, max_gram_bytes)
+    parts = [_pack(steps, gram.n, x.dtype) for steps in encode(flat, gram, k, method, nonneg, tol, backend)]
     codes = Codes.concat(parts) if parts else _pack(dense.no_steps(0, k, x.device), gram.n, x.dtype)
     return codes.reshape(*x.shape[:-1])
 
 
 def encode(
-    x: Float[Tensor, "tokens d"], gram: Gram, k: int, method: str = "mp", nonneg: bool = False, tol: float = 0.0
+    x: Float[Tensor, "tokens d"],
+    gram: Gram,
+    k: int,
+    method: str = "mp",
+    nonneg: bool = False,
+    tol: float = 0.0,
+    backend: str = "auto",
 ) -> Iterator[dense.Steps]:
     """Yield the `Steps` of `x` chunk by chunk, so that memory beside the result stays within a fixed workspace.
 
     A chunk is at least one token, whose row of correlations is smaller than the atoms themselves.
     """
-    refits = 1 if method == "mp" else k  # which hold their support, and OMP its basis, in float64
-    per_token = 4 * gram.n * x.element_size() + 24 * refits * x.shape[1] + 128 * k
-    rows = max(1, int(WORKSPACE_BYTES["cpu" if x.device.type == "cpu" else "gpu"] // max(per_token, 1)))
-    for chunk in x.split(rows) if len(x) else ():
-        yield METHODS[method](chunk, gram, k, nonneg, tol)
+    name, function = _encoder(x, gram, k, method, backend)
+    workspace = WORKSPACE_BYTES["gpu" if x.device.type != "cpu" else name]
+    refits = 1 if method == "mp" or name != "dense" else k  # which hold their support, and OMP its basis, in float64
+    per_token = (4 if name == "dense" else 1) * gram.n * x.element_size() + 24 * refits * x.shape[1] + 128 * k
+    for chunk in x.split(max(1, int(workspace // max(per_token, 1)))) if len(x) else ():
+        yield function(chunk, gram, k, nonneg, tol)
+
+
+def _encoder(x: Tensor, gram: Gram, k: int, method: str, backend: str) -> tuple[str, Callable[..., dense.Steps]]:
+    """The backend that encodes `x`, and its function; the Gram matrix is filled where that pays.
+
+    It costs as much as the correlations of n tokens, and to do without it k such products a token.
+    """
+    name = _backend(x, backend)
+    gram.asked += len(x) * k
+    if name == "cpu" and method == "mp":
+        return name, _kernels("cpu").mp
+    filled = gram.complete or (gram.asked >= gram.n and (name != "dense" or method == "mp") and gram.fill())
+    if name == "gpu" and method == "mp" and filled:
+        return name, _kernels("gpu").mp
+    if name == "cpu" and filled:
+        return name, getattr(_kernels("cpu_orthogonal"), method)
+    return "dense", dense.mp if method == "mp" else getattr(orthogonal, method)
+
+
+def _backend(x: Tensor, backend: str) -> str:
+    """What `backend` stands for with these activations, or an `InputError`."""
+    device = "cpu" if x.device.type == "cpu" else "gpu"
+    if backend == "auto":
+        return device if x.dtype == torch.float32 and _kernels(device) else "dense"
+    if backend != "dense":
+        if device != backend:
+            raise InputError(f"`backend` is {backend!r} but `x` is on {x.device}: move it, or leave `backend` out.")
+        if x.dtype != torch.float32:
+            raise InputError(f"`backend` {backend!r} computes in float32, but `x` is float64: pass `x.float()`.")
+        if not _kernels(backend):
+            library = {"cpu": "numba", "gpu": "triton"}[backend]
+            raise InputError(f"`backend` {backend!r} needs {library}, which cannot be imported: install {library}.")
+    return backend
+
+
+@cache
+def _kernels(name: str) -> Any:
+    """The module of compiled kernels, or None, which is said once, where its compiler cannot be imported."""
+    try:
+        if name == "gpu":
+            from itda.pursuit import gpu as module
+        elif name == "cpu_orthogonal":
+            from itda.pursuit import cpu_orthogonal as module
+        else:
+            from itda.pursuit import cpu as module
+    except ImportError as error:
+        library = "triton" if name == "gpu" else "numba"
+        warnings.warn(
+            f"{library} cannot be imported ({error}): pursuit runs in plain torch, with the same results but slower. "
+            f"Install {library} to mend it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return module
+
+
+KEPT = 4
+_kept: dict[int, tuple[weakref.ref, Gram]] = {}  # by the `id` of the atoms given, as long as somebody holds them
+
+
+def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: float | None) -> Gram:
+    """The Gram matrix of `atoms`, checked: one that was kept, if it is of the same atoms with the same values."""
+    key = id(given)
+    if key in _kept:
+        gram = _kept[key][1]
+        if gram.is_of(atoms) and max_bytes in (None, gram.max_bytes):
+            return gram
+        _kept.pop(key, None)
+    check_unit_norm(as_tensor(given))
+    gram = Gram(atoms.clone(), max_bytes)
+    while len(_kept) >= KEPT:
+        _kept.pop(next(iter(_kept)), None)
+    _kept[key] = weakref.ref(given, lambda _: _kept.pop(key, None)), gram
+    return gram
 
 
 def normalize(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -162,7 +254,6 @@ def _checked(x, atoms) -> tuple[Tensor, Tensor]:
         limit = f"at most {LARGEST[x.dtype]:g}" if bool(torch.isfinite(x[where])) else "finite"
         raise InputError(f"`x` must be {limit}; the entry at {where} is {x[where].item()}. Drop or repair that token.")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_unit_norm(atoms)
     return x.detach().to(dtype), atoms.detach().to(dtype)
 
 

@@ -7,7 +7,8 @@ in float64. Choices are therefore those of the reference, on every device, for e
 The bound. A float32 dot product of unit vectors errs by at most g u with u = 2^-24 and, for the blocked sums of every
 BLAS we know, g well below 8 + sqrt(d) (the worst case for one long chain is d). C starts with an error of g u |x|; the
 update C -= c G[j] with the float64 coefficient c adds (g + 3) u |c|, from G, from rounding c and from the product and
-the difference. Hence |error| <= u (g |x| + (g + 3) sum_s |c_s|): errors add, they do not feed back. To this comes what
+the difference, and e |c|, where e = STEP / 2 is what an entry of G is rounded by (`gram`). Hence
+|error| <= u (g |x| + (g + 3) sum_s |c_s|) + e sum_s |c_s|: errors add, they do not feed back. To this comes what
 underflows, less than the smallest normal number in each of d products and 4 k sums, d + 4096 of them being ample.
 """
 
@@ -20,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itda.pursuit import reference
-from itda.pursuit.gram import Gram, full_float32
+from itda.pursuit.gram import STEP, Gram, full_float32
 
 # Entries of float64 atoms that are gathered at once to settle close choices: 128 MB.
 SETTLED_AT_ONCE = 1 << 24
@@ -33,12 +34,25 @@ class Steps(NamedTuple):
     coefficients: Float[Tensor, "tokens k"]  # its coefficient, float64
     length: Int[Tensor, " tokens"]  # steps taken, int64
     settled: Int[Tensor, " tokens"]  # of them, those whose choice was settled in float64
+    energy: Float[Tensor, " tokens"]  # |r|^2 of the last residual, float64
+    overlap: Float[Tensor, " tokens"]  # <x, r>, float64
 
 
-def error_bound(d: int, norm: Tensor, spent: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bound on the error of a correlation of a token of norm `norm` after coefficients of absolute sum `spent`."""
+def bound_factors(d: int, dtype: torch.dtype, entry: float = STEP / 2) -> tuple[float, float, float]:
+    """What a correlation may be wrong by: of each unit of |x|, of each unit of sum |c_s|, and in any case."""
     unit, g = torch.finfo(dtype).eps / 2, 8 + d**0.5
-    return unit * (g * norm + (g + 3) * spent) + (d + 4096) * torch.finfo(dtype).tiny
+    return unit * g, unit * (g + 3) + entry, (d + 4096) * torch.finfo(dtype).tiny
+
+
+def error_bound(
+    d: int, norm: Tensor, spent: Tensor | float = 0.0, dtype: torch.dtype = torch.float32, entry: float = STEP / 2
+) -> Tensor:
+    """Bound on the error of a correlation of a token of norm `norm` after coefficients of absolute sum `spent`.
+
+    `entry` is what an entry of the Gram matrix was rounded by, beside the error of its float32 product.
+    """
+    per_norm, per_step, underflow = bound_factors(d, dtype, entry)
+    return per_norm * norm + per_step * spent + underflow
 
 
 def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
@@ -56,9 +70,9 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
             active = active & (residual.square().sum(1) > (tol + reference.TIE) * total)
         if not active.any():
             break
-        if gram.matrix is None and s:
+        if not gram.complete and s:
             corr = product(residual.to(x.dtype), gram.atoms)
-        bound = error_bound(d, norm, 0.0 if gram.matrix is None else spent, x.dtype)
+        bound = error_bound(d, norm, spent if gram.complete else 0.0, x.dtype)
         j, active, close = choose(corr, residual, norm, bound, active, gram.atoms, nonneg)
         atom = gram.atoms[j].double()
         c = torch.where(active, (residual * atom).sum(1), 0.0)
@@ -68,9 +82,9 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
         steps.coefficients[:, s] = c
         steps.length.add_(active)
         steps.settled.add_(close)
-        if gram.matrix is not None:
-            corr.addcmul_(gram.matrix[j], c.to(x.dtype)[:, None], value=-1)
-    return steps
+        if gram.complete:
+            corr.addcmul_(gram.rows(j), c.to(x.dtype)[:, None], value=-1)
+    return steps._replace(energy=residual.square().sum(1), overlap=(residual * exact).sum(1))
 
 
 def choose(
@@ -124,4 +138,6 @@ def no_steps(tokens: int, k: int, device: torch.device) -> Steps:
         torch.zeros(tokens, k, dtype=torch.float64, device=device),
         torch.zeros(tokens, dtype=torch.long, device=device),
         torch.zeros(tokens, dtype=torch.long, device=device),
+        torch.zeros(tokens, dtype=torch.float64, device=device),
+        torch.zeros(tokens, dtype=torch.float64, device=device),
     )

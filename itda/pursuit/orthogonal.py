@@ -115,7 +115,8 @@ class _Support:
     def steps(self) -> Steps:
         """The result in the form of `dense.mp`; empty slots have index 0 and coefficient 0."""
         coefficients = torch.where(self.used, self.coefficients, 0.0)
-        return Steps(self.indices, coefficients, self.used.sum(1), self.settled)
+        energy, overlap = self.residual.square().sum(1), (self.residual * self.exact).sum(1)
+        return Steps(self.indices, coefficients, self.used.sum(1), self.settled, energy, overlap)
 
 
 def _nnls(
