@@ -48,6 +48,7 @@ class Trace:
     norm: Float[Tensor, " tokens"]
     loss: Float[ndarray, " tokens"]
     stale: ndarray
+    repeats: ndarray  # of the tokens whose loss is exact, those that repeat an atom
 
 
 class Dictionary:
@@ -93,15 +94,20 @@ class Dictionary:
         self.settled += int(steps.settled.sum())
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         loss = loss_of_residual(self.loss, norm.square(), steps.overlap, steps.energy, x.shape[1]).cpu().numpy()
-        return Trace(x, steps, norm, loss, np.zeros(len(x), bool))
+        return Trace(x, steps, norm, loss, np.zeros(len(x), bool), np.zeros(len(x), bool))
 
     def suspects(self, trace: Trace, threshold: float) -> ndarray:
-        """Tokens that are not below the threshold beyond doubt."""
+        """Tokens that are not below the threshold beyond doubt; their losses are made exact."""
         if not len(self):
-            return trace.norm.cpu().numpy() > 0
-        d, norm = trace.x.shape[1], trace.norm.cpu().numpy()
-        scales: dict[str, Any] = {"relative": 1.0, "cosine": 4 / d, "squared": norm**2}
-        return ~(trace.loss <= threshold - LOSS_MARGIN * scales[self.loss])
+            doubtful = trace.norm.cpu().numpy() > 0
+        else:
+            d, norm = trace.x.shape[1], trace.norm.cpu().numpy()
+            scales: dict[str, Any] = {"relative": 1.0, "cosine": 4 / d, "squared": norm**2}
+            doubtful = ~(trace.loss <= threshold - LOSS_MARGIN * scales[self.loss])
+        rows = doubtful.nonzero()[0]
+        if len(rows):
+            trace.loss[rows], trace.repeats[rows] = self.exact(trace, rows)
+        return doubtful
 
     def exact(self, trace: Trace, rows: Int[ndarray, " rows"]) -> tuple[Float[ndarray, " rows"], ndarray]:
         """Loss of the given tokens in float64, and whether each repeats an atom, from the choices of their traces."""
@@ -160,9 +166,8 @@ class Sequential(Dictionary):
             if trace.stale[t]:
                 self._refresh(trace, suspect, t, threshold)
                 continue
-            loss, repeats = self.exact(trace, np.array([t]))
-            if (loss[0] > threshold or not len(self)) and not repeats[0]:  # the first token is the first atom
-                row = self.add(x[t], float(loss[0]) if len(self) else math.nan)
+            if (trace.loss[t] > threshold or not len(self)) and not trace.repeats[t]:  # the first is the first atom
+                row = self.add(x[t], float(trace.loss[t]) if len(self) else math.nan)
                 admitted.append(t)
                 self._mark_stale(trace, t + 1, row)
             t += 1
@@ -175,8 +180,8 @@ class Sequential(Dictionary):
         fresh = self.trace(trace.x[where])
         for old, new in zip(trace.steps, fresh.steps, strict=True):
             old[where] = new
-        trace.loss[rows], trace.stale[rows] = fresh.loss, False
         suspect[rows] = self.suspects(fresh, threshold)
+        trace.loss[rows], trace.repeats[rows], trace.stale[rows] = fresh.loss, fresh.repeats, False
 
     def _mark_stale(self, trace: Trace, start: int, row: Float[Tensor, " n"]) -> None:
         """Mark the tokens from `start` on whose pursuit the newest atom, of this row of G, might change."""
@@ -213,8 +218,8 @@ class Batched(Dictionary):
         admitted = self._seed(x, room) if self.paper and len(self) < x.shape[1] else []
         trace = self.trace(x)
         rows = self.suspects(trace, threshold).nonzero()[0]
-        loss, repeats = self.exact(trace, rows)
-        keep = (loss > threshold) & (self.paper | ~repeats)
+        loss = trace.loss[rows]
+        keep = (loss > threshold) & (self.paper | ~trace.repeats[rows])
         if not len(self) and not keep.any():
             keep[:1] = True  # the first token is the first atom, whatever its loss
         rows, loss = rows[keep], loss[keep]

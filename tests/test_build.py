@@ -138,9 +138,13 @@ def test_rounding_never_decides(make, given, threshold, monkeypatch):
     monkeypatch.setattr(dense, "error_bound", lambda d, norm, spent=0.0, dtype=None, entry=0.0: torch.zeros_like(norm))
     monkeypatch.setattr(admission, "error_bound", dense.error_bound)
     monkeypatch.setattr(admission, "LOSS_MARGIN", 0.0)
-    monkeypatch.setattr(
-        admission.Dictionary, "exact", lambda self, trace, rows: (np.float32(trace.loss[rows]), np.zeros(len(rows), bool))
-    )
+
+    def in_float32(self, trace, rows):
+        indices, coefficients = trace.steps.indices[rows], trace.steps.coefficients[rows].float()
+        x_hat = (coefficients[:, :, None] * self.gram.atoms[indices]).sum(1) if len(self) else torch.zeros(len(rows), 1)
+        return LOSSES["relative"](trace.x[rows], x_hat).numpy(), np.zeros(len(rows), bool)
+
+    monkeypatch.setattr(admission.Dictionary, "exact", in_float32)
     assert judged(4096) != want
 
 

@@ -167,11 +167,11 @@ def mp_tokens(todo, fresh, k, mirror, tol, bounds, gram, token, steps):
     """Matching pursuit of the tokens `todo`, each until it ends or needs a row of the table that is not there.
 
     `fresh` says that correlations were just computed, so that no row is to be subtracted first. `gram` are (atoms,
-    table, slot, used), `token` the state (corr, residual, total, anchor, spent, work, waiting), `steps` the result.
+    table, slot, used), `token` the state (x, corr, residual, total, anchor, spent, work, waiting), `steps` the result.
     """
     atoms, table, slot, used = gram
-    corr, residual, total, anchor, spent, work, waiting = token
-    indices, coefficients, length, settled = steps
+    x, corr, residual, total, anchor, spent, work, waiting = token
+    indices, coefficients, length, settled, energy, overlap = steps
     per_norm, per_step, underflow = bounds
     n, d = atoms.shape
     tops = np.empty(corr.shape[1] // BLOCK, np.float32)
@@ -179,6 +179,10 @@ def mp_tokens(todo, fresh, k, mirror, tol, bounds, gram, token, steps):
     row, weight = np.zeros(1, np.int64), np.zeros(1, np.float32)
     for t in todo:
         c, r = corr[t], residual[t]
+        if length[t] == 0:
+            r[:] = x[t]
+            total[t] = dot(r, r)
+            anchor[t] = np.sqrt(total[t])
         if fresh:
             subtract(c, c, table, row, weight, 0, 0, mirror, tops)
         elif slot[waiting[t]] < 0:
@@ -220,6 +224,7 @@ def mp_tokens(todo, fresh, k, mirror, tol, bounds, gram, token, steps):
             row[0], weight[0] = slot[j], exact[place] * STEP
             used[row[0]] = 1
             subtract(c, c, table, row, weight, 0, 1, mirror, tops)
+        energy[t], overlap[t] = dot(r, r), dot(r, x[t])
 
 
 def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
@@ -228,13 +233,12 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
     steps = no_steps(tokens, k, x.device)
     if not gram.n or not k or not tokens:
         return steps._replace(energy=x.double().square().sum(1))
-    corr = correlations(x, gram)
-    residual = x.double()
-    total = residual.square().sum(1)
-    anchor, spent, work = total.sqrt(), torch.zeros_like(total), torch.zeros(tokens, dtype=torch.long)
-    waiting = torch.full((tokens,), -1)
-    token = tuple(a.numpy() for a in (corr, residual, total, anchor, spent, work, waiting))
-    out = tuple(a.numpy() for a in steps[:4])
+    x, corr = x.contiguous(), correlations(x, gram)
+    residual = torch.empty(tokens, d, dtype=torch.float64)
+    total, anchor, spent = torch.zeros(3, tokens, dtype=torch.float64)
+    work, waiting = torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), -1)
+    token = tuple(a.numpy() for a in (x, corr, residual, total, anchor, spent, work, waiting))
+    out = tuple(a.numpy() for a in steps)
     settings = (k, np.float32(0 if nonneg else -1), tol, bound_factors(d, x.dtype))
     todo, fresh = torch.arange(tokens), True
     while len(todo):
@@ -247,7 +251,7 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
             anchor[todo], spent[todo] = residual[todo].square().sum(1).sqrt(), 0.0
         elif len(todo):
             gram.need(waiting[todo])
-    return steps._replace(energy=residual.square().sum(1), overlap=(residual * x).sum(1))
+    return steps
 
 
 def correlations(x: Float[Tensor, "tokens d"], gram: Gram) -> Float[Tensor, "tokens width"]:

@@ -268,7 +268,7 @@ def _refit(tokens_of, x: Tensor, gram: Gram, k: int, nonneg: bool, tol: float) -
     if gram.n and k and len(x):
         limits = (*bound_factors(x.shape[1], x.dtype), k)
         tables = tuple(a.numpy() for a in (gram.atoms, gram.table, gram.slot))
-        token = tuple(a.numpy() for a in (correlations(x, gram), x, residual, total))
+        token = tuple(a.numpy() for a in (correlations(x, gram), x.contiguous(), residual, total))
         out = tuple(a.numpy() for a in steps[:4])
         settings = (k, nonneg, np.float32(0 if nonneg else -1), tol, limits)
         spread(tokens_of, torch.arange(len(x)).numpy(), *settings, tables, token, out)

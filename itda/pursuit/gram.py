@@ -66,6 +66,8 @@ class Gram:
         """Compute all rows that are missing; False, and nothing is done, where they would not fit."""
         if len(self.table) < self.n:
             return False
+        if not self._taken:
+            self._fill_by_symmetry()
         missing = (self.slot[: self.n] < 0).nonzero()[:, 0]
         for part in missing.split(self._rows_at_once()) if len(missing) else ():
             self._compute(part)
@@ -143,6 +145,19 @@ class Gram:
         place = self._room(len(wanted))
         self.table[place, : self.n] = rows.to(torch.int16)
         self._own(place, wanted)
+
+    def _fill_by_symmetry(self) -> None:
+        """All rows at half the work: what stands to the right of the diagonal stands below it too."""
+        everything = torch.arange(self.n, device=self.table.device)
+        for part in everything.split(self._rows_at_once()):
+            start, stop = int(part[0]), int(part[-1]) + 1
+            with full_float32():
+                rows = (self._atoms[start:stop] @ self._atoms[start : self.n].T).mul_(1 / STEP).round_()
+            self.table[start:stop, start : self.n] = rows.to(torch.int16)
+            self.table[stop : self.n, start:stop] = self.table[start:stop, stop : self.n].T.contiguous()
+        self._taken = self.n
+        self._own(everything, everything)
+        self.used.fill_(1)
 
     def _own(self, place: Tensor, atoms: Tensor) -> None:
         before = self.owner[place]
