@@ -29,8 +29,9 @@ from torch import Tensor
 
 from itda.metrics import LOSSES, loss_of_residual
 from itda.pursuit import encode, reference
-from itda.pursuit.dense import Steps, error_bound, product
+from itda.pursuit.dense import Steps, error_bound
 from itda.pursuit.gram import Gram
+from itda.pursuit.products import product
 
 # A token whose |cosine| with an atom is at least this is that atom again.
 DUPLICATE = 1 - 1e-6
@@ -54,7 +55,9 @@ class Trace:
 class Dictionary:
     """The atoms admitted so far, with their raw norms and admission losses (NaN for seeds), in order of admission."""
 
-    def __init__(self, d: int, k: int, loss: str, device: torch.device | str = "cpu", max_gram_bytes: int | float | None = None):
+    def __init__(
+        self, d: int, k: int, loss: str, device: torch.device | str = "cpu", max_gram_bytes: int | float | None = None
+    ):
         self.gram = Gram(torch.zeros(0, d, device=device), max_gram_bytes)
         self.k, self.loss = k, loss
         self.norms: list[float] = []

@@ -1,7 +1,7 @@
 """Construction: exact, whatever the chunks, threads and interruptions; the published behaviour; what it refuses."""
 
-import itertools
 import functools
+import itertools
 import math
 
 import numpy as np

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -33,6 +35,11 @@ MOST_STEPS = 1 << 16  # of a pursuit
 WORKSPACE_BYTES = {"dense": 8e6, "cpu": 3e7, "gpu": 1e9}
 
 
+if hasattr(os, "register_at_fork"):
+    # A forked child has none of its parent's threads, for which OpenMP would wait forever.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 @torch.no_grad()
 def pursue(
     x: Float[Tensor, "*batch d"] | ndarray,
@@ -56,8 +63,8 @@ def pursue(
     tol      a token stops once its relative residual energy |r|^2 / |x|^2 is at most `tol`, 0 <= tol <= 1
     backend  "cpu" (numba, as many threads as torch), "gpu" (Triton, on CUDA devices), "dense" (torch, any device and
              dtype), "reference" (NumPy float64, one vector at a time), or "auto": the fastest that can do it
-    max_gram_bytes   how much the rows of the atoms' Gram matrix may take (2 bytes an entry); None: half of what is free.
-             Where they do not all fit, the last used are kept ("cpu") or correlations are recomputed at every step
+    max_gram_bytes   what the rows of the atoms' Gram matrix may take, 2 bytes an entry; None: half of what is free.
+             Where they do not all fit, those used last are kept ("cpu"), or correlations recomputed at every step
 
     Returns `Codes` (values float32, or float64 for float64 x). Ties go to the lowest index. A zero vector has an
     empty code, and a token stops when no atom correlates with its residual by more than 1e-5 |x|. Every backend makes
@@ -74,7 +81,7 @@ def pursue(
         codes = pursue(x.cpu(), atoms.cpu(), k, method=method, nonneg=nonneg, tol=tol, backend=backend)
         return codes.to(x.device)
     if backend == "reference":
-        check_unit_norm(as_tensor(given))
+        check_unit_norm(given)
         return _pursue_reference(x, atoms, k, method, nonneg, tol)
     flat = x.reshape(-1, x.shape[-1])
     gram = _prepared(given, atoms, max_gram_bytes)
@@ -141,12 +148,7 @@ def _backend(x: Tensor, backend: str) -> str:
 def _kernels(name: str) -> Any:
     """The module of compiled kernels, or None, which is said once, where its compiler cannot be imported."""
     try:
-        if name == "gpu":
-            from itda.pursuit import gpu as module
-        elif name == "cpu_orthogonal":
-            from itda.pursuit import cpu_orthogonal as module
-        else:
-            from itda.pursuit import cpu as module
+        return importlib.import_module(f"itda.pursuit.{name}")
     except ImportError as error:
         library = "triton" if name == "gpu" else "numba"
         warnings.warn(
@@ -156,14 +158,13 @@ def _kernels(name: str) -> Any:
             stacklevel=2,
         )
         return None
-    return module
 
 
 KEPT = 4
 _kept: dict[int, tuple[weakref.ref, Gram]] = {}  # by the `id` of the atoms given, as long as somebody holds them
 
 
-def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: float | None) -> Gram:
+def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: int | float | None) -> Gram:
     """The Gram matrix of `atoms`, checked: one that was kept, if it is of the same atoms with the same values."""
     key = id(given)
     if key in _kept:
@@ -171,7 +172,7 @@ def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: float | None) -
         if gram.is_of(atoms) and max_bytes in (None, gram.max_bytes):
             return gram
         _kept.pop(key, None)
-    check_unit_norm(as_tensor(given))
+    check_unit_norm(given)
     gram = Gram(atoms.clone(), max_bytes)
     while len(_kept) >= KEPT:
         _kept.pop(next(iter(_kept)), None)
@@ -257,10 +258,11 @@ def _checked(x, atoms) -> tuple[Tensor, Tensor]:
     return x.detach().to(dtype), atoms.detach().to(dtype)
 
 
-def check_unit_norm(atoms: Float[Tensor, "n d"]) -> None:
+def check_unit_norm(atoms: Float[Tensor, "n d"] | ndarray) -> None:
     """Raise `InputError` naming the first row of `atoms` whose norm is not 1 (to 1e-4, or 1e-2 in half precision)."""
-    norms = torch.linalg.vector_norm(atoms, dim=1, dtype=torch.float64)
-    allowed = 1e-2 if torch.finfo(atoms.dtype).bits < 32 else 1e-4
+    rows = torch.as_tensor(as_tensor(atoms))
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    allowed = 1e-2 if torch.finfo(rows.dtype).bits < 32 else 1e-4
     wrong = (~((norms - 1).abs() <= allowed)).nonzero()
     if len(wrong):
         row = int(wrong[0])

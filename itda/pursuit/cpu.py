@@ -16,6 +16,7 @@ import inspect
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from itda.pursuit import reference
-from itda.pursuit.dense import Steps, bound_factors, no_steps, product
-from itda.pursuit.gram import BLOCK, STEP, Gram, full_float32
+from itda.pursuit.dense import Steps, bound_factors, no_steps
+from itda.pursuit.gram import BLOCK, STEP, Gram
 
 LANES = 16
 FLAGS = {"reassoc", "nnan", "ninf", "nsz", "contract", "arcp"}  # sums in any order; no NaN comes in
@@ -38,7 +39,7 @@ FLOOR, TIE, DEPENDENT = reference.FLOOR, reference.TIE, reference.DEPENDENT
 def kernel(function: Callable) -> Callable:
     """`function` compiled when first called, without the GIL, and kept on disk where that is possible."""
     function = inspect.unwrap(function)  # from what checks types at run time
-    options = dict(nogil=True, fastmath=FLAGS, error_model="numpy")
+    options: Any = dict(nogil=True, fastmath=FLAGS, error_model="numpy")
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written
@@ -109,7 +110,8 @@ def _larger(builder, a, b):
 def subtract(out, source, table, rows, weights, first, last, mirror, tops):
     """`subtract_block` for all blocks; tops (blocks,) are their largest sizes."""
     for b in range(len(tops)):
-        tops[b] = subtract_block(out, source, b * BLOCK, table, rows, weights, first, last, mirror)
+        start = b * BLOCK
+        tops[b] = subtract_block(out, source, start, table, rows, weights, first, last, mirror)  # type: ignore[call-arg]
 
 
 @kernel
@@ -233,7 +235,7 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
     steps = no_steps(tokens, k, x.device)
     if not gram.n or not k or not tokens:
         return steps._replace(energy=x.double().square().sum(1))
-    x, corr = x.contiguous(), correlations(x, gram)
+    x, corr = x.contiguous(), gram.correlate(x)
     residual = torch.empty(tokens, d, dtype=torch.float64)
     total, anchor, spent = torch.zeros(3, tokens, dtype=torch.float64)
     work, waiting = torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), -1)
@@ -247,21 +249,11 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
         todo = (waiting >= 0).nonzero()[:, 0]
         fresh = not gram.usable
         if fresh and len(todo):
-            corr[todo, : gram.n] = product(residual[todo].float(), gram.atoms)
+            corr[todo] = gram.correlate(residual[todo].float())
             anchor[todo], spent[todo] = residual[todo].square().sum(1).sqrt(), 0.0
         elif len(todo):
             gram.need(waiting[todo])
     return steps
-
-
-def correlations(x: Float[Tensor, "tokens d"], gram: Gram) -> Float[Tensor, "tokens width"]:
-    """All correlations, with zeros up to a whole number of blocks."""
-    width = -(-gram.n // BLOCK) * BLOCK
-    corr = torch.empty(len(x), width)
-    corr[:, gram.n :] = 0
-    with full_float32():
-        torch.mm(x, gram.atoms.T, out=corr[:, : gram.n])
-    return corr
 
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda.pursuit import reference
-from itda.pursuit.cpu import candidates, choose, correlate, correlations, dot, kernel, spread, subtract
+from itda.pursuit.cpu import candidates, choose, correlate, dot, kernel, spread, subtract
 from itda.pursuit.dense import Steps, bound_factors, no_steps
 from itda.pursuit.gram import BLOCK, STEP, Gram
 
@@ -96,9 +96,7 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
         m = attempts = 0
         subtract(found[0], corr[t], table, rows, weights, 0, 0, mirror, found[1])
         while attempts < k and total[t] > 0:
-            j, close = next_atom(
-                x[t], total[t], m, support, a, excluded, atoms, found, mirror, tol, limits, scratch
-            )
+            j, close = next_atom(x[t], total[t], m, support, a, excluded, atoms, found, mirror, tol, limits, scratch)
             settled[t] += close
             if j < 0:
                 break
@@ -222,9 +220,7 @@ def gp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
         m = 0
         subtract(found[0], corr[t], table, rows, weights, 0, 0, mirror, found[1])
         for s in range(k if total[t] > 0 else 0):
-            j, close = next_atom(
-                x[t], total[t], m, support, a, excluded, atoms, found, mirror, tol, limits, scratch
-            )
+            j, close = next_atom(x[t], total[t], m, support, a, excluded, atoms, found, mirror, tol, limits, scratch)
             settled[t] += close
             if j < 0:
                 break
@@ -268,7 +264,7 @@ def _refit(tokens_of, x: Tensor, gram: Gram, k: int, nonneg: bool, tol: float) -
     if gram.n and k and len(x):
         limits = (*bound_factors(x.shape[1], x.dtype), k)
         tables = tuple(a.numpy() for a in (gram.atoms, gram.table, gram.slot))
-        token = tuple(a.numpy() for a in (correlations(x, gram), x.contiguous(), residual, total))
+        token = tuple(a.numpy() for a in (gram.correlate(x), x.contiguous(), residual, total))
         out = tuple(a.numpy() for a in steps[:4])
         settings = (k, nonneg, np.float32(0 if nonneg else -1), tol, limits)
         spread(tokens_of, torch.arange(len(x)).numpy(), *settings, tables, token, out)

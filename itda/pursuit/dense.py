@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itda.pursuit import reference
-from itda.pursuit.gram import STEP, Gram, full_float32
+from itda.pursuit.gram import STEP, Gram
+from itda.pursuit.products import product
 
 # Entries of float64 atoms that are gathered at once to settle close choices: 128 MB.
 SETTLED_AT_ONCE = 1 << 24
@@ -123,12 +124,6 @@ def choose(
         first = torch.full_like(part, len(atoms)).scatter_reduce_(0, option[tied], atom[tied], "amin")
         j[part], active[part] = first, top > floor[part]
     return j, active, close
-
-
-def product(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"]) -> Float[Tensor, "tokens n"]:
-    """All correlations x @ atoms.T, without TF32."""
-    with full_float32():
-        return x @ atoms.T
 
 
 def no_steps(tokens: int, k: int, device: torch.device) -> Steps:

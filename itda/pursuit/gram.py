@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from itda.pursuit.products import full_float32, onednn, pack
 
 # Rows are int16 multiples of STEP, so that unit atoms (|G_ij| <= 1.02 in half precision) fit: half the memory of
 # float32 and half the traffic, for an error of at most STEP / 2 an entry, which `dense.error_bound` accounts for.
@@ -36,6 +36,7 @@ class Gram:
         self.max_bytes = free_bytes(atoms.device) / 2 if max_bytes is None else max_bytes
         self._atoms = atoms.contiguous()
         self.asked = 0  # steps of all pursuits so far
+        self._packed: tuple[int, Tensor] | None = None  # the atoms as oneDNN wants them, and how many they were
         self._allocate(self.n)
 
     @property
@@ -52,6 +53,21 @@ class Gram:
     def usable(self) -> bool:
         """Whether the table holds enough rows to be worth anything."""
         return len(self.table) >= min(self.n, FEWEST)
+
+    def correlate(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens width"]:
+        """<x, d_j> in float32 for all atoms, and zeros up to a whole number of blocks."""
+        width = -(-self.n // BLOCK) * BLOCK
+        faster = onednn() if len(x) >= FEWEST and x.dtype == torch.float32 and x.device.type == "cpu" else None
+        if faster:
+            if self._packed is None or self._packed[0] != self.n:
+                self._packed = self.n, pack(torch.nn.functional.pad(self.atoms, (0, 0, 0, width - self.n)))
+            with full_float32():
+                return faster(x, self._packed[1])
+        corr = x.new_empty(len(x), width)
+        corr[:, self.n :] = 0
+        with full_float32():
+            torch.mm(x, self.atoms.T, out=corr[:, : self.n])
+        return corr
 
     def to(self, device: torch.device | str) -> Gram:
         """The same atoms on `device`."""
@@ -133,17 +149,16 @@ class Gram:
         atoms[:n] = self._atoms[:n]
         self._atoms = atoms
         self._allocate(capacity)
-        table, slot, owner = before
+        table, _slot, owner = before
         kept = min(len(table), len(self.table), int((owner >= 0).sum()))
         self.table[:kept, : table.shape[1]] = table[:kept]
         self._own(torch.arange(kept, device=atoms.device), owner[:kept])
         self._taken = kept
 
     def _compute(self, wanted: Tensor) -> None:
-        with full_float32():
-            rows = (self._atoms[wanted] @ self.atoms.T).mul_(1 / STEP).round_()
+        rows = self.correlate(self._atoms[wanted]).mul_(1 / STEP).round_()
         place = self._room(len(wanted))
-        self.table[place, : self.n] = rows.to(torch.int16)
+        self.table[place, : rows.shape[1]] = rows.to(torch.int16)
         self._own(place, wanted)
 
     def _fill_by_symmetry(self) -> None:
@@ -200,26 +215,3 @@ def free_bytes(device: torch.device) -> float:
         with suppress(OSError, ValueError, AttributeError):
             free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4.0)
     return max(min(free, default=4e9), 0.0)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Float32 products in float32: TF32 and bfloat16 short cuts off, the caller's setting restored."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    # The older functions raise where a caller has used the newer settings; these see both.
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    settings = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for place, setting in zip(places, settings, strict=True):
-            place.fp32_precision = setting

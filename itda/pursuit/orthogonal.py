@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from itda.pursuit import reference
-from itda.pursuit.dense import Steps, choose, error_bound, product
+from itda.pursuit.dense import Steps, choose, error_bound
 from itda.pursuit.gram import Gram
+from itda.pursuit.products import product
 
 
 def omp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
