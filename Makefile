@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench clean
 
 demo: .venv/ready
 	$(BIN)/itda demo
@@ -22,6 +22,10 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Flags: QUICK=1, DEVICE=cuda, ONLY="encoding large".
+bench: .venv-bench/ready
+	.venv-bench/bin/python benchmarks/speed.py $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
+
 # torch first and from the constraints file: a range would pull in a newer release with packages of several GB.
 .venv/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was wanted and none was found: install one, or pass PYTHON=..."; exit 1; }
@@ -34,5 +38,20 @@ format: .venv/dev
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The other libraries: one that does not install is missing from the tables, which say so. overcomplete asks for
+# torchvision, which breaks beside a torch for the CPU and which encoding does not need.
+BENCH_PIP := .venv-bench/bin/pip install --quiet -c constraints.txt
+.venv-bench/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was wanted and none was found: install one, or pass PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH_PIP) torch
+	$(BENCH_PIP) -e '.[plot]'
+	$(BENCH_PIP) scikit-learn || echo "scikit-learn was not installed."
+	$(BENCH_PIP) 'sae-lens>=6,<7' || echo "sae-lens was not installed."
+	{ $(BENCH_PIP) einops scipy && $(BENCH_PIP) --no-deps overcomplete; } || echo "overcomplete was not installed."
+	$(BENCH_PIP) --only-binary spams-bin spams-bin || $(BENCH_PIP) spams || echo "spams was not installed."
+	$(BENCH_PIP) orthogonal-matching-pursuit-gpu || echo "orthogonal-matching-pursuit-gpu was not installed."
+	@touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache build *.egg-info

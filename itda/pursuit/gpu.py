@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +27,7 @@ from itda.pursuit import reference
 from itda.pursuit.dense import Steps, bound_factors, no_steps
 from itda.pursuit.gram import BLOCK, STEP, Gram, full_float32
 
+# What is gone over in blocks is 4 entries a thread or more: two threads that held the same entry would race.
 LONGEST = 1 << 15  # correlations of a token that are kept in registers
 SPAN = 1 << 12  # those of a longer row that are gone over at once
 DEEPEST = 1 << 12  # entries of a residual that are kept in registers; of a longer one, that are gone over at once
@@ -38,9 +40,9 @@ WEIGHT = tl.constexpr(STEP)
 NEARLY = tl.constexpr(1 - 2.0**-22)  # covers what rounding does to a size in float32
 
 
-def kernel(function: Callable) -> Callable:
+def kernel(function: Callable) -> Any:
     """`function` for Triton, which reads its source, without what checks types at run time."""
-    return triton.jit(inspect.unwrap(function), do_not_specialize=["n", "k"])
+    return triton.jit(inspect.unwrap(function), do_not_specialize=["n", "k", "many"])
 
 
 @kernel
@@ -199,12 +201,11 @@ def mp_kernel(
 
 
 def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
-    """Matching pursuit (Algorithm 2) of every row of `x`, float32 like the atoms, with the rows of all atoms."""
-    tokens, d = x.shape
-    steps = no_steps(tokens, k, x.device)
+    """Matching pursuit (Algorithm 2) of every row of `x`, float32 like the atoms, whose Gram table is complete."""
+    steps = no_steps(len(x), k, x.device)
     residual = x.double().contiguous()
     total = residual.square().sum(1)
-    todo = torch.arange(tokens if gram.n and k else 0, device=x.device)
+    todo = torch.arange(len(x) if gram.n and k else 0, device=x.device)
     with torch.cuda.device_of(x):
         while len(todo):
             todo = go_on(todo, residual, total, gram, k, nonneg, tol, steps)
@@ -221,17 +222,18 @@ def go_on(
     tol: float,
     steps: Steps,
 ) -> Int[Tensor, " waiting"]:
-    """Take the tokens `todo` on with new correlations, in `residual` and `steps`; those that need them again."""
+    """Take the tokens `todo` on with new correlations, in `residual` and `steps`; those that need them once more."""
     rest, norm = residual[todo], total[todo].sqrt()
-    corr = correlations(rest.float(), gram)
+    d, corr = rest.shape[1], correlations(rest.float(), gram)
     energy, waiting = rest.square().sum(1), torch.zeros_like(todo, dtype=torch.int32)
-    per_norm, per_step, underflow = bound_factors(rest.shape[1], torch.float32)
+    per_norm, per_step, underflow = bound_factors(d, torch.float32)
     enough, tie = max(tol + reference.TIE, NOTHING) * total[todo], reference.TIE * norm
     error = per_norm * energy.sqrt() + underflow + tie
-    limits = [energy, enough, reference.FLOOR * norm, tie, error, torch.full_like(norm, per_step)]
+    # As a tensor, since Triton takes a Python float for float32.
+    limits = torch.stack([energy, enough, reference.FLOOR * norm, tie, error, torch.full_like(norm, per_step)], 1)
     mp_kernel[(len(todo),)](
-        todo, corr, residual, torch.stack(limits, 1), gram.atoms, gram.table, gram.slot, *steps[:4], waiting,
-        gram.n, rest.shape[1], corr.shape[1], gram.table.shape[1], k, MANY, **form(corr.shape[1], rest.shape[1], nonneg)
+        todo, corr, residual, limits, gram.atoms, gram.table, gram.slot, *steps[:4], waiting,
+        gram.n, d, corr.shape[1], gram.table.shape[1], k, MANY, **form(corr.shape[1], d, nonneg)
     )  # fmt: skip
     return todo[waiting > 0]
 
@@ -241,13 +243,17 @@ def form(width: int, d: int, nonneg: bool) -> dict[str, int | bool]:
     row, part = triton.next_power_of_2(width), triton.next_power_of_2(d)
     kept, held = row <= LONGEST, part <= DEEPEST
     span, part = row if kept else SPAN, part if held else DEEPEST
-    warps = min(max(span // 2048, part // 1024, 4), 16)  # 64 correlations a thread, or as much of the residual
-    return dict(NONNEG=nonneg, KEPT=kept, SPAN=span, HELD=held, PART=part, num_warps=warps)
+    # A thread has 128 registers, about 80 of them for its share of the row, or of what its lanes note, and of float64.
+    warps = triton.next_power_of_2(triton.cdiv((span if kept else 3 * span) + 2 * part, 80 * 32))
+    chosen = dict(NONNEG=nonneg, KEPT=kept, SPAN=span, HELD=held, PART=part)
+    limited = {} if torch.version.hip else dict(maxnreg=128)
+    return dict(**chosen, num_warps=min(max(warps, 4), 16), enable_fp_fusion=True, **limited)
 
 
 def correlations(x: Float[Tensor, "tokens d"], gram: Gram) -> Float[Tensor, "tokens width"]:
     """All correlations, with zeros up to a whole number of blocks."""
-    corr = x.new_zeros(len(x), triton.cdiv(gram.n, BLOCK) * BLOCK)
+    corr = x.new_empty(len(x), triton.cdiv(gram.n, BLOCK) * BLOCK)
+    corr[:, gram.n :] = 0
     with full_float32():
         torch.mm(x, gram.atoms.T, out=corr[:, : gram.n])
     return corr

@@ -82,7 +82,7 @@ class Gram:
         """Compute all rows that are missing; False, and nothing is done, where they would not fit."""
         if len(self.table) < self.n:
             return False
-        if not self._taken:
+        if not self._taken and self.n:
             self._fill_by_symmetry()
         missing = (self.slot[: self.n] < 0).nonzero()[:, 0]
         for part in missing.split(self._rows_at_once()) if len(missing) else ():
