@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -90,18 +91,21 @@ def build(
     else:
         items, start = items if items is not None else iter(stream), 0
     report = progress if callable(progress) else bar() if progress else None
-    _drive(stream, items, builders, folders, start, tokens, report, checkpoint_seconds, stop)
+    read = _drive(stream, items, builders, folders, start, tokens, report, checkpoint_seconds, stop)
     provenance = _provenance(stream, names)
+    for said in provenance.values():
+        if "hash" in said.get("stream", {}):
+            said["stream"]["hash"] = read
     models = {name: builder.finish(provenance[name]) for name, builder in builders.items()}
     return models if set(models) != {""} else models[""]
 
 
-def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_seconds, stop) -> None:
-    """Feed the builders from the stream, report, and keep checkpoints."""
+def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_seconds, stop) -> str | None:
+    """Feed the builders from the stream, report, and keep checkpoints; the hash of what was read of the stream."""
     began = saved = time.monotonic()
     total = tokens if tokens is not None else getattr(stream, "tokens", None)
     position = start
-    for item in items:
+    for item, read in _ahead(stream, items):
         batches = _batches(item, position)
         size = _size(batches, builders)
         if tokens is not None:
@@ -120,16 +124,39 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
             report(Progress(position, total, after, share, now - began, start, settled))
         stopping = stop()
         if folders and (stopping or now - saved > checkpoint_seconds):
-            _save(stream, builders, folders)
+            _save(stream, read, builders, folders)
             saved = time.monotonic()
         if stopping:
             raise KeyboardInterrupt
         if position == tokens or all(builder.full for builder in builders.values()):
             break
+    else:
+        read = getattr(stream, "hash", None)
     if len(folders) > 1:  # they are saved one after another, and a kill in between must find all of them
-        _save(stream, builders, folders)
+        _save(stream, read, builders, folders)
     if report:
         report(None)
+    return read
+
+
+def _ahead(stream: Any, items: Iterator) -> Iterator[tuple[Any, str | None]]:
+    """Every item with the stream's hash as of it; of a model, the next is read while the last is used.
+
+    Only where the stream is the library's own: others may not expect another thread, nor to be asked for more.
+    """
+    if not hasattr(stream, "hook_points"):
+        yield from ((item, getattr(stream, "hash", None)) for item in items)
+        return
+    end = object()
+    with ThreadPoolExecutor(1, "itda-reading") as thread:  # which waits for what is being read when it is left
+
+        def read() -> tuple[Any, str | None]:
+            return next(items, end), stream.hash
+
+        reading = thread.submit(read)
+        while (result := reading.result())[0] is not end:
+            reading = thread.submit(read)
+            yield result
 
 
 def _peek(stream: Any) -> tuple[list[str], Iterator | None]:
@@ -204,10 +231,10 @@ def _checked_rest(stream: Any, builders: dict[str, Builder]) -> Iterator:
         raise changed
 
 
-def _save(stream: Any, builders: dict[str, Builder], folders: dict[str, Path]) -> None:
+def _save(stream: Any, read: str | None, builders: dict[str, Builder], folders: dict[str, Path]) -> None:
     identity = _identity(stream, builders)
     for name, folder in folders.items():
-        builders[name].stream_hash = getattr(stream, "hash", None)
+        builders[name].stream_hash = read
         checkpoints.save(builders[name], folder, identity[name])
 
 

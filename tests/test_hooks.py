@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from models import DOCUMENTS, FAMILIES, LAYERS, POSITIONS, WIDTH, module, save, tokenizer
 
+from itda.build import build
 from itda.errors import InputError
 from itda.hooks import activations, load
 from itda.labels import Labels
@@ -724,3 +726,39 @@ def test_blocks_that_cannot_be_told():
     model = module("gpt2")
     model.transformer.h[0].experts = torch.nn.ModuleList([torch.nn.Identity() for _ in range(LAYERS)])
     assert load(model, tokenizer(), hooks=[1]).hook_points == ("transformer.h.1",)
+
+
+def test_the_next_group_is_read_while_the_last_is_judged(gpt2, monkeypatch):
+    """In another thread, which is gone afterwards; the dictionary's stream is what was judged, not what was read."""
+    stream = activations(gpt2, DOCUMENTS, layer=1, context_length=LENGTH, batch_rows=ROWS)
+    threads, groups = [], []
+    forward, rows = stream.model.read, stream._stream
+    monkeypatch.setattr(
+        stream.model, "read", lambda *args: threads.append(threading.current_thread()) or forward(*args)
+    )
+    whole = build(stream, k=3, threshold=0.1)
+    assert {thread.name[:12] for thread in threads} == {"itda-reading"}
+    assert not any(thread.is_alive() for thread in threads)
+    assert whole.cfg["stream"]["hash"] == hash_rows(rows)
+    for x, _ in stream:
+        groups.append((len(x), stream.hash))
+    assert len(groups) > 2
+    first = build(stream, k=3, threshold=0.1, tokens=groups[0][0])
+    assert first.cfg["stream"]["hash"] == groups[0][1] == hash_rows(list(rows)[:ROWS])
+
+
+def test_an_error_in_reading_arrives_in_order(gpt2, monkeypatch):
+    stream = activations(gpt2, DOCUMENTS, layer=1, context_length=LENGTH, batch_rows=ROWS)
+    forward, calls, seen = stream.model.read, [], []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(*args)
+
+    monkeypatch.setattr(stream.model, "read", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build(stream, k=3, threshold=0.1, progress=lambda progress: seen.append(progress))
+    assert len(seen) == 2
+    assert not any(thread.name.startswith("itda-reading") for thread in threading.enumerate())
