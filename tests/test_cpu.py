@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -121,6 +122,15 @@ def test_the_gram_matrix_is_kept_as_long_as_the_atoms(monkeypatch):
     for atoms in many:
         itda.pursue(x, atoms, 4)
     assert len(pursuit._kept) == pursuit.KEPT
+
+
+def test_callers_in_several_threads():
+    """They share the rows of one Gram matrix, which come and go."""
+    x, atoms = case(400, 16, 500, "mean")
+    want = itda.pursue(x, atoms, 9, backend="cpu")
+    with ThreadPoolExecutor(4) as pool:
+        parts = pool.map(lambda part: itda.pursue(part, atoms, 9, max_gram_bytes=2 * 512 * 20), x.split(20))
+        assert torch.equal(torch.cat([codes.indices for codes in parts]), want.indices)
 
 
 def test_limits_of_memory_change_nothing():

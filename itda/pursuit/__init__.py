@@ -35,9 +35,14 @@ MOST_STEPS = 1 << 16  # of a pursuit
 WORKSPACE_BYTES = {"dense": 8e6, "cpu": 3e7, "gpu": 1e9}
 
 
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads, for which OpenMP would wait forever, as for a lock they held."""
+    torch.set_num_threads(1)
+    _kept.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # A forked child has none of its parent's threads, for which OpenMP would wait forever.
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @torch.no_grad()
@@ -103,12 +108,15 @@ def encode(
 
     A chunk is at least one token, whose row of correlations is smaller than the atoms themselves.
     """
-    name, function = _encoder(x, gram, k, method, backend)
+    with gram.lock:
+        name, function = _encoder(x, gram, k, method, backend)
     workspace = WORKSPACE_BYTES["gpu" if x.device.type != "cpu" else name]
     refits = 1 if method == "mp" or name != "dense" else k  # which hold their support, and OMP its basis, in float64
     per_token = (4 if name == "dense" else 1) * gram.n * x.element_size() + 24 * refits * x.shape[1] + 128 * k
     for chunk in x.split(max(1, int(workspace // max(per_token, 1)))) if len(x) else ():
-        yield function(chunk, gram, k, nonneg, tol)
+        with gram.lock:
+            steps = function(chunk, gram, k, nonneg, tol)
+        yield steps
 
 
 def _encoder(x: Tensor, gram: Gram, k: int, method: str, backend: str) -> tuple[str, Callable[..., dense.Steps]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ STEP = 1 / 32000
 
 BLOCK = 64  # columns of the table come in blocks of this many, the last filled up with zeros
 FEWEST = 16  # rows are computed at least this many at a time: one row costs as much memory traffic as 16
+PACKED = 128  # tokens whose correlations are worth a copy of the atoms as oneDNN wants them
 WANTED = 2  # the mark, in `used`, of rows that stay whatever comes
 AT_ONCE = 1 << 26  # bytes of float32 products that are turned into rows at once
 
@@ -36,6 +38,7 @@ class Gram:
         self.max_bytes = free_bytes(atoms.device) / 2 if max_bytes is None else max_bytes
         self._atoms = atoms.contiguous()
         self.asked = 0  # steps of all pursuits so far
+        self.lock = threading.RLock()  # held by whoever pursues, since rows come and go
         self._packed: tuple[int, Tensor] | None = None  # the atoms as oneDNN wants them, and how many they were
         self._allocate(self.n)
 
@@ -57,10 +60,10 @@ class Gram:
     def correlate(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens width"]:
         """<x, d_j> in float32 for all atoms, and zeros up to a whole number of blocks."""
         width = -(-self.n // BLOCK) * BLOCK
-        faster = onednn() if len(x) >= FEWEST and x.dtype == torch.float32 and x.device.type == "cpu" else None
-        if faster:
-            if self._packed is None or self._packed[0] != self.n:
-                self._packed = self.n, pack(torch.nn.functional.pad(self.atoms, (0, 0, 0, width - self.n)))
+        faster = onednn() if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEWEST else None
+        if faster and len(x) >= PACKED and (self._packed is None or self._packed[0] != self.n):
+            self._packed = self.n, pack(torch.nn.functional.pad(self.atoms, (0, 0, 0, width - self.n)))
+        if faster and self._packed is not None and self._packed[0] == self.n:
             with full_float32():
                 return faster(x, self._packed[1])
         corr = x.new_empty(len(x), width)
