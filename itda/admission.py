@@ -58,7 +58,7 @@ class Dictionary:
     def __init__(
         self, d: int, k: int, loss: str, device: torch.device | str = "cpu", max_gram_bytes: int | float | None = None
     ):
-        self.gram = Gram(torch.zeros(0, d, device=device), max_gram_bytes)
+        self.gram = Gram(torch.zeros(0, d, dtype=torch.float32, device=device), max_gram_bytes)
         self.k, self.loss = k, loss
         self.norms: list[float] = []
         self.losses: list[float] = []

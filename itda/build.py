@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from itda import checkpoint as checkpoints
@@ -19,6 +20,7 @@ from itda.errors import InputError
 from itda.labels import Batch, Labels
 from itda.model import ITDA
 from itda.progress import Progress, bar
+from itda.pursuit.products import is_full_float32
 
 # The settings of the published code, for `build(stream, **PAPER)`; its stream has padding and BOS.
 PAPER = {"k": 40, "loss": "cosine", "threshold": 4e-4, "admission": "paper"}
@@ -142,9 +144,11 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
 def _ahead(stream: Any, items: Iterator) -> Iterator[tuple[Any, str | None]]:
     """Every item with the stream's hash as of it; of a model, the next is read while the last is used.
 
-    Only where the stream is the library's own: others may not expect another thread, nor to be asked for more.
+    Only where the stream is the library's own, since others may not expect another thread, nor to be asked for more;
+    and where no setting of the caller's would make a difference in that thread.
     """
-    if not hasattr(stream, "hook_points"):
+    plain = is_full_float32() and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+    if not (plain and hasattr(stream, "hook_points")):
         yield from ((item, getattr(stream, "hash", None)) for item in items)
         return
     end = object()

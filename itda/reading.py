@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -162,9 +163,10 @@ class HookedModel:
     def _forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`read` by path, of the hook points that are reached."""
         found: dict[str, Tensor] = {}
+        mine = threading.get_ident()  # another thread may use the model meanwhile
 
         def reader(path: str, output: Any) -> None:
-            if path in found:  # a module that is called again: its first output counts
+            if path in found or threading.get_ident() != mine:  # when called again, the first output counts
                 return
             x = _rows_of(output, *ids.shape)
             if x is None:

@@ -178,6 +178,40 @@ def test_where_no_cache_can_be_written(place, tmp_path):
     assert out.stdout.strip() == "[1, 1, 1]", out.stderr
 
 
+@pytest.mark.parametrize("setting", ["autocast", "default dtype", "tf32 allowed"])
+def test_settings_of_the_caller_change_nothing(setting):
+    x, atoms = case(60, 32, 200)
+    for method in ("mp", "omp"):
+        want = itda.pursue(x, atoms.clone(), 9, method=method)
+        given = atoms.clone()
+        try:
+            if setting == "default dtype":
+                torch.set_default_dtype(torch.float64)
+            if setting == "tf32 allowed":
+                torch.set_float32_matmul_precision("medium")
+            with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+                got = [itda.pursue(x, given, 9, method=method, backend=backend) for backend in ("cpu", "dense")]
+                built = itda.build(x, k=5, threshold=0.3)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
+        for codes in [*got, itda.pursue(x, given, 9, method=method)]:
+            assert torch.equal(codes.indices, want.indices)
+            torch.testing.assert_close(codes.values, want.values)
+        assert torch.equal(built.atoms, itda.build(x, k=5, threshold=0.3).atoms)
+
+
+def test_a_support_that_nearly_depends_goes_on():
+    """Coefficients of 1e4 that cancel: the energy that is left is not lost in their rounding."""
+    unit = torch.eye(4)
+    atoms = itda.normalize(torch.stack([unit[0], unit[0] + 1e-4 * unit[1], unit[2]]))
+    x = unit[0] + unit[1] + 3e-5 * unit[2]
+    want = itda.pursue(x, atoms, 3, method="omp", backend="reference")
+    got = itda.pursue(x.repeat(9, 1), atoms, 3, method="omp", backend="cpu")
+    assert want.l0() == 3
+    assert torch.equal(got.indices[0], want.indices)
+
+
 def test_bad_backends():
     x, atoms = case(3, 4, 5)
     with pytest.raises(itda.InputError, match="`backend` is 'gpu' but `x` is on cpu: move it, or leave `backend` out"):

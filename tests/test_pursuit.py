@@ -475,6 +475,8 @@ BAD = [
     (dict(method="lasso"), "`method` is 'lasso'; choose one of 'mp', 'omp', 'gp'"),
     (dict(tol=2.0), "`tol` is 2.0"),
     (dict(tol="0.1"), "`tol` is '0.1'"),
+    (dict(max_gram_bytes="8GB"), "`max_gram_bytes` is '8GB'; a number of bytes, 0 or more, or None"),
+    (dict(max_gram_bytes=float("nan")), "`max_gram_bytes` is nan"),
     (dict(backend="tpu"), "`backend` is 'tpu'; choose one of"),
 ]
 

@@ -73,15 +73,15 @@ def pursue(
 
     Returns `Codes` (values float32, or float64 for float64 x). Ties go to the lowest index. A zero vector has an
     empty code, and a token stops when no atom correlates with its residual by more than 1e-5 |x|. Every backend makes
-    the same choices: those that float32 cannot decide are made in float64. The Gram matrix is kept for the next call
-    with the same atoms, until they are deleted or others come.
+    the same choices: those that float32 cannot decide are made in float64. For the next call with the same atoms their
+    Gram matrix is kept, of at most four dictionaries, as long as the atoms are.
 
     Raises `InputError` for arguments of the wrong shape, type or range, non-finite x, atoms that are not unit-norm, and
     a backend that cannot compute this.
     """
     given = atoms
     x, atoms = _checked(x, atoms)
-    _check_settings(k, method, tol, backend)
+    _check_settings(k, method, tol, backend, max_gram_bytes)
     if x.device.type == "mps":  # which has no float64
         codes = pursue(x.cpu(), atoms.cpu(), k, method=method, nonneg=nonneg, tol=tol, backend=backend)
         return codes.to(x.device)
@@ -90,7 +90,11 @@ def pursue(
         return _pursue_reference(x, atoms, k, method, nonneg, tol)
     flat = x.reshape(-1, x.shape[-1])
     gram = _prepared(given, atoms, max_gram_bytes)
-    parts = [_pack(steps, gram.n, x.dtype) for steps in encode(flat, gram, k, method, nonneg, tol, backend)]
+    try:
+        parts = [_pack(steps, gram.n, x.dtype) for steps in encode(flat, gram, k, method, nonneg, float(tol), backend)]
+    except BaseException:
+        _kept.pop(id(given), None)  # interrupted, its rows may be half written
+        raise
     codes = Codes.concat(parts) if parts else _pack(dense.no_steps(0, k, x.device), gram.n, x.dtype)
     return codes.reshape(*x.shape[:-1])
 
@@ -128,7 +132,7 @@ def _encoder(x: Tensor, gram: Gram, k: int, method: str, backend: str) -> tuple[
     gram.asked += len(x) * k
     if name == "cpu" and method == "mp":
         return name, _kernels("cpu").mp
-    filled = gram.complete or (gram.asked >= gram.n and (name != "dense" or method == "mp") and gram.fill())
+    filled = gram.complete or (gram.asked >= gram.n and (name == "cpu" or method == "mp") and gram.fill())
     if name == "gpu" and method == "mp" and filled:
         return name, _kernels("gpu").mp
     if name == "cpu" and filled:
@@ -175,15 +179,17 @@ _kept: dict[int, tuple[weakref.ref, Gram]] = {}  # by the `id` of the atoms give
 def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: int | float | None) -> Gram:
     """The Gram matrix of `atoms`, checked: one that was kept, if it is of the same atoms with the same values."""
     key = id(given)
-    if key in _kept:
-        gram = _kept[key][1]
+    _, gram = _kept.get(key, (None, None))
+    if gram is not None:
         if gram.is_of(atoms) and max_bytes in (None, gram.max_bytes):
             return gram
         _kept.pop(key, None)
     check_unit_norm(given)
     gram = Gram(atoms.clone(), max_bytes)
-    while len(_kept) >= KEPT:
-        _kept.pop(next(iter(_kept)), None)
+    while others := list(_kept.items()):
+        if len(others) < KEPT and sum(old.table.nbytes for _, (_, old) in others) + gram.table.nbytes <= gram.max_bytes:
+            break
+        _kept.pop(others[0][0], None)
     _kept[key] = weakref.ref(given, lambda _: _kept.pop(key, None)), gram
     return gram
 
@@ -280,7 +286,7 @@ def check_unit_norm(atoms: Float[Tensor, "n d"] | ndarray) -> None:
         )
 
 
-def _check_settings(k, method, tol, backend) -> None:
+def _check_settings(k, method, tol, backend, max_gram_bytes) -> None:
     if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MOST_STEPS:
         raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 0 to {MOST_STEPS:,}, was wanted.")
     if method not in tuple(METHODS):
@@ -289,3 +295,5 @@ def _check_settings(k, method, tol, backend) -> None:
         raise InputError(f"`tol` is {tol!r}; a share of the energy between 0 and 1 was wanted.")
     if backend not in BACKENDS:
         raise InputError(f"`backend` is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}.")
+    if max_gram_bytes is not None and not (isinstance(max_gram_bytes, Real) and float(max_gram_bytes) >= 0):
+        raise InputError(f"`max_gram_bytes` is {max_gram_bytes!r}; a number of bytes, 0 or more, or None was wanted.")

@@ -16,6 +16,8 @@ import inspect
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,9 @@ from itda.pursuit.dense import Steps, bound_factors, no_steps
 from itda.pursuit.gram import BLOCK, STEP, Gram
 
 LANES = 16
+NEWEST = max(path.stat().st_mtime_ns for path in Path(__file__).parent.glob("*.py"))
 FLAGS = {"reassoc", "nnan", "ninf", "nsz", "contract", "arcp"}  # sums in any order; no NaN comes in
-FLOOR, TIE, DEPENDENT = reference.FLOOR, reference.TIE, reference.DEPENDENT
+FLOOR, TIE = reference.FLOOR, reference.TIE
 
 
 def kernel(function: Callable) -> Callable:
@@ -41,9 +44,12 @@ def kernel(function: Callable) -> Callable:
     function = inspect.unwrap(function)  # from what checks types at run time
     options: Any = dict(nogil=True, fastmath=FLAGS, error_model="numpy")
     try:
-        return njit(cache=True, **options)(function)
+        compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written
         return njit(**options)(function)
+    with suppress(AttributeError):  # numba would look for changes in one file, but these take from several
+        compiled._cache._cache_file._source_stamp = NEWEST
+    return compiled
 
 
 @intrinsic
@@ -234,15 +240,16 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
     tokens, d = x.shape
     steps = no_steps(tokens, k, x.device)
     if not gram.n or not k or not tokens:
-        return steps._replace(energy=x.double().square().sum(1))
+        energy = x.double().square().sum(1)
+        return steps._replace(energy=energy, overlap=energy)
     x, corr = x.contiguous(), gram.correlate(x)
-    residual = torch.empty(tokens, d, dtype=torch.float64)
-    total, anchor, spent = torch.zeros(3, tokens, dtype=torch.float64)
-    work, waiting = torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), -1)
+    residual = x.new_empty(tokens, d, dtype=torch.float64)
+    total, anchor, spent = x.new_zeros(3, tokens, dtype=torch.float64)
+    work, waiting = x.new_zeros(tokens, dtype=torch.long), x.new_full((tokens,), -1, dtype=torch.long)
     token = tuple(a.numpy() for a in (x, corr, residual, total, anchor, spent, work, waiting))
     out = tuple(a.numpy() for a in steps)
     settings = (k, np.float32(0 if nonneg else -1), tol, bound_factors(d, x.dtype))
-    todo, fresh = torch.arange(tokens), True
+    todo, fresh = torch.arange(tokens, device=x.device), True
     while len(todo):
         tables = tuple(a.numpy() for a in (gram.atoms, gram.table, gram.slot, gram.used))
         spread(mp_tokens, todo.numpy(), fresh, *settings, tables, token, out)
@@ -261,13 +268,15 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 def spread(function: Callable, todo: np.ndarray, *arguments) -> None:
     """`function(part of todo, *arguments)` on as many threads as torch uses; a pool serves one process only."""
-    threads = min(torch.get_num_threads(), len(todo))
-    if threads == 1:
+    threads = torch.get_num_threads()
+    if min(threads, len(todo)) == 1:
         return function(todo, *arguments)
     key = os.getpid(), threads
-    if key not in _pools:
+    pool = _pools.get(key)
+    if pool is None:
+        pool = ThreadPoolExecutor(threads, "itda-pursuit")
         _pools.clear()
-        _pools[key] = ThreadPoolExecutor(threads, "itda-pursuit")
+        _pools[key] = pool
     parts = np.array_split(todo, min(len(todo), 4 * threads))
-    for future in [_pools[key].submit(function, part, *arguments) for part in parts]:
+    for future in [pool.submit(function, part, *arguments) for part in parts]:
         future.result()

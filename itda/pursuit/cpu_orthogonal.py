@@ -8,7 +8,6 @@ do not add up over steps. Residuals, bases and coefficients are float64, and cho
 from __future__ import annotations
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,7 +26,7 @@ def next_atom(x, total, m, support, a, excluded, atoms, found, mirror, tol, limi
     `support` are (chosen, gram, target): the atoms chosen, <d_i, d_j> and <x, d_i> of them in float64. Those of the
     atom taken are put in place m, so that its exact correlation <x, d> - sum_i a_i <d_i, d> needs no residual.
     """
-    corr, tops = found
+    corr, tops, table = found
     chosen, gram, target = support
     option, exact, residual, narrow = scratch
     per_norm, per_step, underflow, terms = limits
@@ -36,6 +35,9 @@ def next_atom(x, total, m, support, a, excluded, atoms, found, mirror, tol, limi
     for i in range(m):
         energy += a[i] * (dot(gram[i, :m], a[:m]) - 2 * target[i])
         spent += abs(a[i])
+    if energy <= (tol + TIE) * total + 1e-15 * spent * spent:  # where the sum above cancels
+        rebuild(residual, x, atoms, chosen, a, m)
+        energy = dot(residual, residual)
     if energy <= (tol + TIE) * total:
         return -1, False
     bound = (per_norm + unit) * norm + (per_step + unit) * spent + underflow + TIE * norm
@@ -44,10 +46,7 @@ def next_atom(x, total, m, support, a, excluded, atoms, found, mirror, tol, limi
         rebuild(residual, x, atoms, chosen, a, m)
     if count > 8 and count > n // 8:
         correlate(corr, residual, atoms, n, narrow)
-        for b in range(len(tops)):
-            tops[b] = 0
-            for i in range(b * BLOCK, min(b * BLOCK + BLOCK, n)):
-                tops[b] = max(tops[b], max(corr[i], mirror * corr[i]))
+        subtract(corr, corr, table, option, narrow, 0, 0, mirror, tops)
         bound = per_norm * np.sqrt(max(energy, 0.0)) + underflow + TIE * norm
         count = candidates(corr, n, tops, bound, mirror, option)
     place = 0
@@ -80,12 +79,13 @@ def rebuild(residual, x, atoms, chosen, a, m):
 
 @kernel
 def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
-    """Orthogonal matching pursuit of the tokens `todo`; `dictionary` and `token` as in `_refit`."""
+    """Orthogonal matching pursuit of the tokens `todo`; `dictionary` are (atoms, table,
+    slot), `token` (corr, x, residual, total), `limits` the factors of the bound and how many terms a sum has."""
     atoms, table, slot = dictionary
     corr, x, residual, total = token
     indices, coefficients, length, settled = steps
     n, d = atoms.shape
-    found = np.empty(corr.shape[1], np.float32), np.empty(corr.shape[1] // BLOCK, np.float32)
+    found = np.empty(corr.shape[1], np.float32), np.empty(corr.shape[1] // BLOCK, np.float32), table
     scratch = np.empty(n, np.int64), np.empty(n + 1), np.empty(d), np.empty(d, np.float32)
     excluded, tried = np.zeros(n, np.bool_), np.empty(k, np.int64)
     most = min(k, n) + 1  # atoms that a support can have, and the one that is looked at
@@ -209,7 +209,7 @@ def gp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
     corr, x, residual, total = token
     indices, coefficients, length, settled = steps
     n, d = atoms.shape
-    found = np.empty(corr.shape[1], np.float32), np.empty(corr.shape[1] // BLOCK, np.float32)
+    found = np.empty(corr.shape[1], np.float32), np.empty(corr.shape[1] // BLOCK, np.float32), table
     scratch = np.empty(n, np.int64), np.empty(n + 1), np.empty(d), np.empty(d, np.float32)
     excluded = np.zeros(n, np.bool_)
     most = min(k, n) + 1  # atoms that a support can have, and the one that is looked at
@@ -259,13 +259,14 @@ def gp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
 
 def _refit(tokens_of, x: Tensor, gram: Gram, k: int, nonneg: bool, tol: float) -> Steps:
     steps = no_steps(len(x), k, x.device)
+    x = x.contiguous()
     residual = x.double()
     total = residual.square().sum(1)
     if gram.n and k and len(x):
         limits = (*bound_factors(x.shape[1], x.dtype), k)
         tables = tuple(a.numpy() for a in (gram.atoms, gram.table, gram.slot))
-        token = tuple(a.numpy() for a in (gram.correlate(x), x.contiguous(), residual, total))
+        token = tuple(a.numpy() for a in (gram.correlate(x), x, residual, total))
         out = tuple(a.numpy() for a in steps[:4])
         settings = (k, nonneg, np.float32(0 if nonneg else -1), tol, limits)
-        spread(tokens_of, torch.arange(len(x)).numpy(), *settings, tables, token, out)
+        spread(tokens_of, np.arange(len(x)), *settings, tables, token, out)
     return steps._replace(energy=residual.square().sum(1), overlap=(residual * x).sum(1))

@@ -4,12 +4,13 @@ The float32 correlations C only *propose* an atom. Each token carries its exact 
 is never in doubt, and an error bound on C says when a proposal is: then the few atoms within the bound are compared
 in float64. Choices are therefore those of the reference, on every device, for every chunk shape.
 
-The bound. A float32 dot product of unit vectors errs by at most g u with u = 2^-24 and, for the blocked sums of every
-BLAS we know, g well below 8 + sqrt(d) (the worst case for one long chain is d). C starts with an error of g u |x|; the
+The bound. A float32 dot product of unit vectors errs by at most g u with u = 2^-24 and g = 8 + d / 4: that of a chain
+of d equal terms, whose roundings within a power of two all go one way (a blocked sum, or terms of mixed sign, err far
+less; the most that one chain could is d). C starts with an error of g u |x|; the
 update C -= c G[j] with the float64 coefficient c adds (g + 3) u |c|, from G, from rounding c and from the product and
 the difference, and e |c|, where e = STEP / 2 is what an entry of G is rounded by (`gram`). Hence
 |error| <= u (g |x| + (g + 3) sum_s |c_s|) + e sum_s |c_s|: errors add, they do not feed back. To this comes what
-underflows, less than the smallest normal number in each of d products and 4 k sums, d + 4096 of them being ample.
+underflows, less than the smallest normal number in each of d products and 4 k sums, k steps being at most 2^16.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ class Steps(NamedTuple):
     indices: Int[Tensor, "tokens k"]  # the atom chosen, int64
     coefficients: Float[Tensor, "tokens k"]  # its coefficient, float64
     length: Int[Tensor, " tokens"]  # steps taken, int64
-    settled: Int[Tensor, " tokens"]  # of them, those whose choice was settled in float64
+    settled: Int[Tensor, " tokens"]  # choices settled in float64, the one that ended it included
     energy: Float[Tensor, " tokens"]  # |r|^2 of the last residual, float64
     overlap: Float[Tensor, " tokens"]  # <x, r>, float64
 
 
 def bound_factors(d: int, dtype: torch.dtype, entry: float = STEP / 2) -> tuple[float, float, float]:
     """What a correlation may be wrong by: of each unit of |x|, of each unit of sum |c_s|, and in any case."""
-    unit, g = torch.finfo(dtype).eps / 2, 8 + d**0.5
-    return unit * g, unit * (g + 3) + entry, (d + 4096) * torch.finfo(dtype).tiny
+    unit, g = torch.finfo(dtype).eps / 2, 8 + d / 4
+    return unit * g, unit * (g + 3) + entry, (d + (1 << 18)) * torch.finfo(dtype).tiny
 
 
 def error_bound(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from itda.pursuit import reference
 from itda.pursuit.dense import Steps, bound_factors, no_steps
-from itda.pursuit.gram import BLOCK, STEP, Gram, full_float32
+from itda.pursuit.gram import STEP, Gram
 
 # What is gone over in blocks is 4 entries a thread or more: two threads that held the same entry would race.
 LONGEST = 1 << 15  # correlations of a token that are kept in registers
@@ -224,7 +224,7 @@ def go_on(
 ) -> Int[Tensor, " waiting"]:
     """Take the tokens `todo` on with new correlations, in `residual` and `steps`; those that need them once more."""
     rest, norm = residual[todo], total[todo].sqrt()
-    d, corr = rest.shape[1], correlations(rest.float(), gram)
+    d, corr = rest.shape[1], gram.correlate(rest.float())
     energy, waiting = rest.square().sum(1), torch.zeros_like(todo, dtype=torch.int32)
     per_norm, per_step, underflow = bound_factors(d, torch.float32)
     enough, tie = max(tol + reference.TIE, NOTHING) * total[todo], reference.TIE * norm
@@ -248,12 +248,3 @@ def form(width: int, d: int, nonneg: bool) -> dict[str, int | bool]:
     chosen = dict(NONNEG=nonneg, KEPT=kept, SPAN=span, HELD=held, PART=part)
     limited = {} if torch.version.hip else dict(maxnreg=128)
     return dict(**chosen, num_warps=min(max(warps, 4), 16), enable_fp_fusion=True, **limited)
-
-
-def correlations(x: Float[Tensor, "tokens d"], gram: Gram) -> Float[Tensor, "tokens width"]:
-    """All correlations, with zeros up to a whole number of blocks."""
-    corr = x.new_empty(len(x), triton.cdiv(gram.n, BLOCK) * BLOCK)
-    corr[:, gram.n :] = 0
-    with full_float32():
-        torch.mm(x, gram.atoms.T, out=corr[:, : gram.n])
-    return corr

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itda.pursuit.products import full_float32, onednn, pack
+from itda.pursuit.products import full_float32, onednn, product
 
 # Rows are int16 multiples of STEP, so that unit atoms (|G_ij| <= 1.02 in half precision) fit: half the memory of
 # float32 and half the traffic, for an error of at most STEP / 2 an entry, which `dense.error_bound` accounts for.
@@ -20,7 +20,7 @@ STEP = 1 / 32000
 
 BLOCK = 64  # columns of the table come in blocks of this many, the last filled up with zeros
 FEWEST = 16  # rows are computed at least this many at a time: one row costs as much memory traffic as 16
-PACKED = 128  # tokens whose correlations are worth a copy of the atoms as oneDNN wants them
+PACKED = 128  # tokens whose correlations are worth a copy of the atoms for oneDNN
 WANTED = 2  # the mark, in `used`, of rows that stay whatever comes
 AT_ONCE = 1 << 26  # bytes of float32 products that are turned into rows at once
 
@@ -35,11 +35,12 @@ class Gram:
 
     def __init__(self, atoms: Float[Tensor, "n d"], max_bytes: int | float | None = None) -> None:
         self.n = len(atoms)
+        self._limit = max_bytes
         self.max_bytes = free_bytes(atoms.device) / 2 if max_bytes is None else max_bytes
         self._atoms = atoms.contiguous()
         self.asked = 0  # steps of all pursuits so far
         self.lock = threading.RLock()  # held by whoever pursues, since rows come and go
-        self._packed: tuple[int, Tensor] | None = None  # the atoms as oneDNN wants them, and how many they were
+        self._packed: tuple[int, Tensor] | None = None  # how many atoms oneDNN has a copy of, and that
         self._allocate(self.n)
 
     @property
@@ -62,7 +63,7 @@ class Gram:
         width = -(-self.n // BLOCK) * BLOCK
         faster = onednn() if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEWEST else None
         if faster and len(x) >= PACKED and (self._packed is None or self._packed[0] != self.n):
-            self._packed = self.n, pack(torch.nn.functional.pad(self.atoms, (0, 0, 0, width - self.n)))
+            self._packed = self.n, torch.nn.functional.pad(self.atoms, (0, 0, 0, width - self.n)).to_mkldnn()
         if faster and self._packed is not None and self._packed[0] == self.n:
             with full_float32():
                 return faster(x, self._packed[1])
@@ -74,7 +75,7 @@ class Gram:
 
     def to(self, device: torch.device | str) -> Gram:
         """The same atoms on `device`."""
-        return Gram(self.atoms.to(device), None if self.atoms.device != torch.device(device) else self.max_bytes)
+        return Gram(self.atoms.to(device), self._limit)
 
     def is_of(self, atoms: Float[Tensor, "n d"]) -> bool:
         """Whether these are the atoms it was made of, value by value."""
@@ -119,8 +120,7 @@ class Gram:
             self._grow(max(256, 2 * self.n))
         self._atoms[self.n] = atom
         self.n += 1
-        with full_float32():
-            row = self.atoms @ atom
+        row = product(atom[None], self.atoms)[0]
         if len(self.table):
             whole = (row / STEP).round_().to(torch.int16)
             present = (self.owner >= 0).nonzero()[:, 0]
@@ -134,7 +134,7 @@ class Gram:
     def _allocate(self, capacity: int) -> None:
         """An empty table for `capacity` atoms, of which untouched pages take no memory on a CPU."""
         width = -(-capacity // BLOCK) * BLOCK
-        rows = min(capacity, int(self.max_bytes // (2 * width))) if width else 0
+        rows = int(min(capacity, self.max_bytes / (2 * width))) if width else 0
         rows = rows if rows >= min(capacity, FEWEST) else 0
         device = self._atoms.device
         if device.type == "cpu":
@@ -159,9 +159,9 @@ class Gram:
         self._taken = kept
 
     def _compute(self, wanted: Tensor) -> None:
-        rows = self.correlate(self._atoms[wanted]).mul_(1 / STEP).round_()
+        rows = self.correlate(self._atoms[wanted]).mul_(1 / STEP).round_().to(torch.int16)
         place = self._room(len(wanted))
-        self.table[place, : rows.shape[1]] = rows.to(torch.int16)
+        self.table[place, : rows.shape[1]] = rows
         self._own(place, wanted)
 
     def _fill_by_symmetry(self) -> None:
@@ -169,8 +169,7 @@ class Gram:
         everything = torch.arange(self.n, device=self.table.device)
         for part in everything.split(self._rows_at_once()):
             start, stop = int(part[0]), int(part[-1]) + 1
-            with full_float32():
-                rows = (self._atoms[start:stop] @ self._atoms[start : self.n].T).mul_(1 / STEP).round_()
+            rows = product(self._atoms[start:stop], self._atoms[start : self.n]).mul_(1 / STEP).round_()
             self.table[start:stop, start : self.n] = rows.to(torch.int16)
             self.table[stop : self.n, start:stop] = self.table[start:stop, stop : self.n].T.contiguous()
         self._taken = self.n

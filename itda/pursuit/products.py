@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,22 +20,17 @@ def product(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"]) -> Float[
         return x @ atoms.T
 
 
-def pack(atoms: Float[Tensor, "n d"]) -> Tensor:
-    """A copy of the atoms for `onednn`."""
-    return atoms.to_mkldnn()
-
-
 @cache
 def onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """oneDNN's float32 product of x and packed atoms, where torch has it, it agrees with torch's own and is faster.
+    """oneDNN's product of x and `atoms.to_mkldnn()`, where torch has it, it agrees with torch's own and is faster.
 
     Torch's own is MKL's on x86, which leaves the wider vectors of some processors unused. One trial of a few
     milliseconds decides; no result depends on it, as pursuit settles in float64 whatever float32 leaves open.
     """
     g = torch.Generator().manual_seed(0)
-    x, atoms = torch.randn(128, 512, generator=g), torch.randn(2048, 512, generator=g)
+    x, atoms = (torch.randn(n, 512, generator=g, device="cpu", dtype=torch.float32) for n in (128, 2048))
     try:
-        packed = pack(atoms)
+        packed = atoms.to_mkldnn()
         with full_float32():
             faster = _seconds(lambda: _linear(x, packed)) < 0.8 * _seconds(lambda: x @ atoms.T)
             close = torch.allclose(_linear(x, packed), x @ atoms.T, rtol=0, atol=512 * 2.0**-20)
@@ -57,9 +53,29 @@ def _seconds(run: Callable[[], Any]) -> float:
     return min(times)
 
 
+def is_full_float32() -> bool:
+    """Whether the caller's own settings leave float32 products as they are."""
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    if not hasattr(places[0], "fp32_precision"):  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return all(place.fp32_precision in ("none", "ieee") for place in places)
+
+
+_precision = threading.RLock()
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 products in float32: TF32 and bfloat16 short cuts off, the caller's setting restored."""
+    """Float32 products in float32: TF32, bfloat16 short cuts and autocast off, the caller's settings restored.
+
+    They are the process's, so that one thread at a time may change them.
+    """
+    with _precision, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), _settings():
+        yield
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
