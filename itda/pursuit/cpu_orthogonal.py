@@ -89,7 +89,8 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
     scratch = np.empty(n, np.int64), np.empty(n + 1), np.empty(d), np.empty(d, np.float32)
     excluded, tried = np.zeros(n, np.bool_), np.empty(k, np.int64)
     most = min(k, n) + 1  # atoms that a support can have, and the one that is looked at
-    gram, factor, target, a = np.empty((most, most)), np.empty((most, most)), np.empty(most), np.zeros(most)
+    gram, factor = np.empty((most, most)), np.empty((most, most))
+    target, halfway, a = np.empty(most), np.empty(most), np.zeros(most)
     rows, weights = np.empty(most, np.int64), np.empty(most, np.float32)
     for t in todo:
         support = indices[t], gram, target
@@ -109,7 +110,7 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
             if nonneg:
                 nnls(gram, target, m, a, np.sqrt(total[t]))
             else:
-                least_squares(factor, gram, target, m, a)
+                least_squares(factor, gram, target, m, halfway, a)
             if attempts < k:
                 for i in range(m):
                     weights[i] = a[i] * STEP
@@ -124,30 +125,49 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
 @kernel
 def extend(factor, gram, m):
     """Row m of the Cholesky factor of gram, and its mirror image; False, if the atom depends on those before it."""
-    height = gram[m, m]
+    row, height = factor[m], gram[m, m]
+    row[:m] = gram[m, :m]
     for j in range(m):
-        factor[m, j] = factor[j, m] = (gram[m, j] - dot(factor[m, :j], factor[j, :j])) / factor[j, j]
-        height -= factor[m, j] * factor[m, j]
-    factor[m, m] = np.sqrt(max(height, 0.0))
+        row[j] /= factor[j, j]
+        height -= row[j] * row[j]
+        for i in range(j + 1, m):
+            row[i] -= row[j] * factor[j, i]
+    for j in range(m):
+        factor[j, m] = row[j]
+    row[m] = np.sqrt(max(height, 0.0))
     return height >= DEPENDENT
 
 
 @kernel
-def least_squares(factor, gram, target, m, a):
-    """gram a = target for the first m, from the Cholesky factor, refined where atoms nearly depend on each other."""
-    y, steep = np.empty(m), 1.0
-    a[:m] = 0
-    for refined in range(2):
+def least_squares(factor, gram, target, m, halfway, a):
+    """gram a = target for the first m, from the Cholesky factor, refined where atoms nearly depend on each other.
+
+    `halfway` is factor^-1 target, to which each call adds its last entry.
+    """
+    last, steep = m - 1, 1.0
+    halfway[last] = (target[last] - dot(factor[last, :last], halfway[:last])) / factor[last, last]
+    a[:m] = halfway[:m]
+    solve_upper(factor, m, a)
+    for i in range(m):
+        steep = min(steep, factor[i, i])
+    if steep < 1e-2:
+        y = np.empty(m)
         for i in range(m):
-            rest = target[i] - dot(gram[i, :m], a[:m]) if refined else target[i]
-            y[i] = (rest - dot(factor[i, :i], y[:i])) / factor[i, i]
-            steep = min(steep, factor[i, i])
-        for i in range(m - 1, -1, -1):
-            y[i] = (y[i] - dot(factor[i, i + 1 : m], y[i + 1 : m])) / factor[i, i]
+            y[i] = target[i] - dot(gram[i, :m], a[:m])
+        for i in range(m):
+            y[i] = (y[i] - dot(factor[i, :i], y[:i])) / factor[i, i]
+        solve_upper(factor, m, y)
         for i in range(m):
             a[i] += y[i]
-        if steep > 1e-2:
-            break
+
+
+@kernel
+def solve_upper(factor, m, y):
+    """factor^T a = y for the first m, in place."""
+    for i in range(m - 1, -1, -1):
+        y[i] /= factor[i, i]
+        for j in range(i):
+            y[j] -= y[i] * factor[i, j]
 
 
 @kernel
