@@ -82,7 +82,7 @@ class Dictionary:
 
     def load(self, atoms: Float[Tensor, "n d"], norms: list[float], losses: list[float]) -> None:
         """Take over the atoms of an earlier process, in place of none."""
-        self.gram = Gram(atoms, self.gram.max_bytes)
+        self.gram = Gram(atoms, self.gram.limit)
         self.norms, self.losses = norms, losses
 
     def to(self, device: torch.device | str) -> None:

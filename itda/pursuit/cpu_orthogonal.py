@@ -2,7 +2,7 @@
 
 Both subtract all atoms of the support, with their present coefficients, from the first correlations at every step
 (Batch-OMP: Rubinstein, Zibulevsky & Elad 2008): k/2 rows of the Gram table a step on average, all in cache, and errors
-do not add up over steps. Residuals, bases and coefficients are float64, and choices are made as in `cpu`.
+do not add up over steps. All else is float64 and works on the coefficients alone; choices are made as in `cpu`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOOR, TIE, DEPENDENT = reference.FLOOR, reference.TIE, reference.DEPENDENT
 
 @kernel
 def next_atom(x, total, m, support, a, excluded, atoms, found, mirror, tol, limits, scratch):
-    """The atom that is taken next or -1, whether the choice was settled in float64, and how often it was computed.
+    """The atom that is taken next or -1, and whether the choice was settled in float64.
 
     `support` are (chosen, gram, target): the atoms chosen, <d_i, d_j> and <x, d_i> of them in float64. Those of the
     atom taken are put in place m, so that its exact correlation <x, d> - sum_i a_i <d_i, d> needs no residual.
@@ -78,20 +78,29 @@ def rebuild(residual, x, atoms, chosen, a, m):
 
 
 @kernel
+def workspace(corr, atoms, table, k):
+    """What the pursuit of one token after another needs: arguments of `next_atom`, coefficients, rows of the table."""
+    n, d = atoms.shape
+    most = min(k, n) + 1  # atoms that a support can have, and the one that is looked at
+    found = np.empty(corr.shape[1], np.float32), np.empty(corr.shape[1] // BLOCK, np.float32), table
+    scratch = np.empty(n, np.int64), np.empty(n + 1), np.empty(d), np.empty(d, np.float32)
+    gram, target, a = np.empty((most, most)), np.empty(most), np.zeros(most)
+    rows, weights = np.empty(most, np.int64), np.empty(most, np.float32)
+    return found, scratch, np.zeros(n, np.bool_), gram, target, a, rows, weights
+
+
+@kernel
 def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
-    """Orthogonal matching pursuit of the tokens `todo`; `dictionary` are (atoms, table,
-    slot), `token` (corr, x, residual, total), `limits` the factors of the bound and how many terms a sum has."""
+    """Orthogonal matching pursuit of the tokens `todo`.
+
+    `dictionary` are (atoms, table, slot), `token` (corr, x, residual, total), `limits` the factors of the bound and how
+    many terms a sum has.
+    """
     atoms, table, slot = dictionary
     corr, x, residual, total = token
     indices, coefficients, length, settled = steps
-    n, d = atoms.shape
-    found = np.empty(corr.shape[1], np.float32), np.empty(corr.shape[1] // BLOCK, np.float32), table
-    scratch = np.empty(n, np.int64), np.empty(n + 1), np.empty(d), np.empty(d, np.float32)
-    excluded, tried = np.zeros(n, np.bool_), np.empty(k, np.int64)
-    most = min(k, n) + 1  # atoms that a support can have, and the one that is looked at
-    gram, factor = np.empty((most, most)), np.empty((most, most))
-    target, halfway, a = np.empty(most), np.empty(most), np.zeros(most)
-    rows, weights = np.empty(most, np.int64), np.empty(most, np.float32)
+    found, scratch, excluded, gram, target, a, rows, weights = workspace(corr, atoms, table, k)
+    factor, halfway, tried = np.empty_like(gram), np.empty_like(a), np.empty(k, np.int64)
     for t in todo:
         support = indices[t], gram, target
         m = attempts = 0
@@ -228,13 +237,8 @@ def gp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
     atoms, table, slot = dictionary
     corr, x, residual, total = token
     indices, coefficients, length, settled = steps
-    n, d = atoms.shape
-    found = np.empty(corr.shape[1], np.float32), np.empty(corr.shape[1] // BLOCK, np.float32), table
-    scratch = np.empty(n, np.int64), np.empty(n + 1), np.empty(d), np.empty(d, np.float32)
-    excluded = np.zeros(n, np.bool_)
-    most = min(k, n) + 1  # atoms that a support can have, and the one that is looked at
-    gram, target, a, gradient = np.empty((most, most)), np.empty(most), np.zeros(most), np.empty(most)
-    rows, weights = np.empty(most, np.int64), np.empty(most, np.float32)
+    found, scratch, excluded, gram, target, a, rows, weights = workspace(corr, atoms, table, k)
+    gradient = np.empty_like(a)
     for t in todo:
         support = indices[t], gram, target
         m = 0

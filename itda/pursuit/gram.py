@@ -35,7 +35,7 @@ class Gram:
 
     def __init__(self, atoms: Float[Tensor, "n d"], max_bytes: int | float | None = None) -> None:
         self.n = len(atoms)
-        self._limit = max_bytes
+        self.limit = max_bytes
         self.max_bytes = free_bytes(atoms.device) / 2 if max_bytes is None else max_bytes
         self._atoms = atoms.contiguous()
         self.asked = 0  # steps of all pursuits so far
@@ -75,7 +75,7 @@ class Gram:
 
     def to(self, device: torch.device | str) -> Gram:
         """The same atoms on `device`."""
-        return Gram(self.atoms.to(device), self._limit)
+        return Gram(self.atoms.to(device), self.limit)
 
     def is_of(self, atoms: Float[Tensor, "n d"]) -> bool:
         """Whether these are the atoms it was made of, value by value."""
