@@ -94,7 +94,7 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
     """Orthogonal matching pursuit of the tokens `todo`.
 
     `dictionary` are (atoms, table, slot), `token` (corr, x, residual, total), `limits` the factors of the bound and how
-    many terms a sum has.
+    many terms a sum has. `nonneg` is True or None: numba drops a branch on None before it compiles, and `nnls` with it.
     """
     atoms, table, slot = dictionary
     corr, x, residual, total = token
@@ -116,7 +116,7 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
                 continue
             indices[t, m], rows[m], a[m] = j, slot[j], 0.0
             m += 1
-            if nonneg:
+            if nonneg is not None:
                 nnls(gram, target, m, a, np.sqrt(total[t]))
             else:
                 least_squares(factor, gram, target, m, halfway, a)
@@ -262,7 +262,7 @@ def gp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
                 across += gradient[i] * dot(gram[i, :m], gradient[:m])
             for i in range(m):
                 a[i] += along / max(across, 1e-300) * gradient[i]
-                a[i] = max(a[i], 0.0) if nonneg else a[i]
+                a[i] = max(a[i], 0.0) if nonneg is not None else a[i]
                 weights[i] = a[i] * STEP
             if s + 1 < k:
                 subtract(found[0], corr[t], table, rows, weights, 0, m, mirror, found[1])
@@ -291,6 +291,6 @@ def _refit(tokens_of, x: Tensor, gram: Gram, k: int, nonneg: bool, tol: float) -
         tables = tuple(a.numpy() for a in (gram.atoms, gram.table, gram.slot))
         token = tuple(a.numpy() for a in (gram.correlate(x), x, residual, total))
         out = tuple(a.numpy() for a in steps[:4])
-        settings = (k, nonneg, np.float32(0 if nonneg else -1), tol, limits)
+        settings = (k, nonneg or None, np.float32(0 if nonneg else -1), tol, limits)
         spread(tokens_of, np.arange(len(x)), *settings, tables, token, out)
     return steps._replace(energy=residual.square().sum(1), overlap=(residual * x).sum(1))
