@@ -226,7 +226,7 @@ def scaling(device, settings, args):
     few = dict(settings, fast=settings["fast"] // 4, slow=settings["slow"] // 4, checked=16, repeats=3)
     both, folder = ("itda", "Algorithm 2 in torch"), Path(args.out) if settings["quick"] else ROOT / "docs"
     over_atoms, over_tokens = [], []
-    for n in [1 << i for i in range(10, 14 if settings["quick"] else 17)]:
+    for n in [1 << i for i in range(10, 14 if settings["quick"] else 18)]:
         names = both if n <= 16384 else both[:1]
         over_atoms += compare(replace(case, n=n), few, names, peaks=False)
     for tokens in [1 << i for i in range(4, 10 if settings["quick"] else 15)]:
