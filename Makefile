@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-similarity clean
 
 demo: .venv/ready
 	$(BIN)/itda demo
@@ -25,6 +25,10 @@ format: .venv/dev
 # Flags: QUICK=1, DEVICE=cuda, ONLY="encoding large".
 bench: .venv-bench/ready
 	.venv-bench/bin/python benchmarks/speed.py $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
+
+# Flags: QUICK=1, DATA=folder of texts and models, ONLY="matching diffing".
+bench-similarity: .venv/dev
+	$(BIN)/python benchmarks/similarity.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
 
 # torch first and from the constraints file: a range would pull in a newer release with packages of several GB.
 .venv/ready: pyproject.toml constraints.txt

@@ -17,7 +17,9 @@ _HOMES = {
     "PAPER": "build",
     "activations": "hooks",
     "build": "build",
+    "compare": "compare",
     "decompose": "report",
+    "match_layers": "similarity",
     "normalize": "pursuit",
     "pursue": "pursuit",
     "train": "runs",
@@ -25,7 +27,7 @@ _HOMES = {
 
 __all__ = [*_HOMES, "__version__"]
 
-_MODULES = ("metrics", "report")
+_MODULES = ("metrics", "report", "similarity")
 
 
 def __getattr__(name: str) -> Any:

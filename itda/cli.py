@@ -225,6 +225,96 @@ def show(dictionary: Dictionary, *, atom: MaybeWhole = None, json: Flag = False)
     terminal.output(result.to_json(), None if json else result)
 
 
+def compare(
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="DIR DIR [DIR ...]")],
+    *,
+    data: MaybeText = None,
+    measure: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]", help_behavior_hint="")] = (),
+    layer: Annotated[tuple[Whole, ...], arg(metavar="N [N ...]", help_behavior_hint="")] = (),
+    hook: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = (),
+    tokens: Whole = 50_000,
+    n_atoms: MaybeWhole = None,
+    threshold: MaybeReal = None,
+    k: Whole = 8,
+    atoms: Whole = 1500,
+    no_controls: Flag = False,
+    align: Flag = False,
+    names: Annotated[tuple[str, ...], arg(metavar="NAME [NAME ...]", help_behavior_hint="")] = (),
+    heatmap: Annotated[tuple[str, ...], arg(metavar="PICTURE [PICTURE ...]", help_behavior_hint="")] = (),
+    context_length: Whole = 128,
+    seed: MaybeWhole = None,
+    column: Text = "text",
+    split: Text = "train",
+    config: MaybeText = None,
+    dtype: Text = "auto",
+    device: MaybeText = None,
+    trust_remote_code: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Compare the layers of two or more models that read one text, or of their dictionaries.
+
+    itda compare gpt2 distilgpt2 --data book.txt --heatmap layers.png
+
+    itda compare gpt2-itda other-itda
+
+    Args:
+        models: folders of dictionaries (of several layers, the folder of their folders), or with --data models by id
+            or folder
+        data: the text that models read; with dictionaries, the one they were built on, which aligns different rows
+        measure: only these, such as shared_atoms, jaccard, cka, relative_centred; all by default
+        layer: read models after these blocks only
+        hook: read models at these modules instead
+        tokens: read so many tokens at most
+        n_atoms: aim at so many atoms in each layer's dictionary; a hundredth of the tokens by default
+        threshold: build dictionaries at this threshold instead, to whatever size comes
+        k: pursuit steps
+        atoms: how many atoms the models share
+        no_controls: leave out untrained models and shuffled tokens, which cost two thirds of the time
+        align: compare tokens by where they end in the text also where rows are alike
+        names: what to call the models
+        heatmap: draw the first measure as .png, .svg or .pdf
+        context_length: tokens in a row
+        seed: shuffle the rows
+        column: where the text of a record is
+        split: of a hub dataset
+        config: of a hub dataset
+        dtype: of the models: auto, float32, bfloat16 or float16
+        device: cpu, cuda, ...; the fastest there is by default
+        trust_remote_code: run code that the models' repositories bring
+        json: print the result as JSON
+    """
+    from itda import plots
+    from itda.compare import compare as run
+
+    for picture in heatmap:
+        plots.check(picture)
+    reading: dict[str, Any] = dict(
+        context_length=context_length, seed=seed, column=column, split=split, config=config, dtype=dtype
+    )
+    result = run(
+        models,
+        data,
+        measures=measure or None,
+        layer=layer or None,
+        hook=hook or None,
+        tokens=tokens,
+        n_atoms=n_atoms,
+        threshold=threshold,
+        k=k,
+        atoms=atoms,
+        controls=not no_controls,
+        align=align or None,
+        names=names or None,
+        progress=True,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        **reading,
+    )
+    for picture in heatmap:
+        result.heatmap(picture)
+    terminal.output(result.to_json(), None if json else result)
+
+
 def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None, json: Flag = False) -> None:
     """Train a dictionary of the small model in the package, with no network, and look at it.
 
@@ -269,7 +359,7 @@ def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")
         terminal.output({"trained": trained.to_json(), **found})
 
 
-COMMANDS = {command.__name__: command for command in (train, decompose, show, demo)}
+COMMANDS = {command.__name__: command for command in (train, decompose, show, compare, demo)}
 HELP = """\
 usage: itda COMMAND ... [--json] [--debug]
 

@@ -116,6 +116,66 @@ def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
             yield table
 
 
+def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
+    """Who was compared on what, a row for each measure with its controls, and the first one layer by layer."""
+    from rich.text import Text
+
+    for model in report.models:
+        shared = "" if model["share"] == 1 else f", {model['share']:.1%} of them in common"
+        sizes = sorted(set(model["n_atoms"]))
+        atoms = f", {sizes[0]:,} to {sizes[-1]:,} atoms" if sizes else ""
+        line = f"{model['name']}: {len(model['hook_points'])} layers, {model['tokens']:,} tokens{shared}{atoms}"
+        yield Text(one_line(line), overflow="fold")
+    where = "at the same character" if report.aligned else "at the same row and position"
+    yield Text(f"{report.tokens:,} tokens compared, {where}", style="dim")
+    kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
+    names = ("matched", "with self", "rank", "margin", "alike", *kinds, "seconds")
+    yield Text()
+    table = _table(*names, first="measure", label="")
+    for name, measure in report.measures.items():
+        score = measure.matching.without_self if measure.matching else None
+        both = measure.matching.with_self if measure.matching else None
+        found = (score.accuracy, score.reciprocal_rank, score.margin_sd) if score else (math.nan,) * 3
+        alike = [value for value in measure.models.values() if math.isfinite(value)]
+        levels = [_level(measure.controls.get(kind)) for kind in kinds]
+        table.add_row(
+            name,
+            _number(found[0]),
+            _number(both.accuracy if both else math.nan),
+            *(f"{value:.2f}" if math.isfinite(value) else "-" for value in found[1:]),
+            _number(sum(alike) / len(alike) if alike else math.nan),
+            *levels,
+            f"{measure.seconds:.1f}",
+        )
+    yield table
+    yield from _layer_by_layer(report)
+
+
+def _level(control: dict[str, Any] | None) -> str:
+    """What a control gives: between layers of equal number, or where depths differ between all."""
+    values = [v for v in ((control or {}).get(key) for key in ("diagonal", "all")) if v is not None]
+    return _number(values[0]) if values else "-"
+
+
+def _layer_by_layer(report: Any) -> RenderResult:
+    """The first measure between the first model and each other one, while there is room for it."""
+    from rich.text import Text
+
+    name, first = next(iter(report.measures)), report.models[0]["name"]
+    for other in [model["name"] for model in report.models[1:3]]:
+        matrix = report.measures[name].pairs[first, other]
+        if len(matrix.T) > SHOWN:
+            continue
+        label = f"{name}: layer of {one_line(first)} in rows, of {one_line(other)} in columns"
+        yield Text()
+        yield Text(label, style="bold")
+        table = _table(*map(str, range(len(matrix.T))), first=" ", label="")
+        for i, row in enumerate(matrix):
+            best = row.argmax() if not any(map(math.isnan, row)) else -1
+            table.add_row(str(i), *(Text(f"{v:.3f}", style="bold" if j == best else "") for j, v in enumerate(row)))
+        yield table
+
+
 def section(cfg: dict[str, Any], key: str) -> dict[str, Any]:
     """What a dictionary from elsewhere has there, if that is a dict as it should be."""
     value = cfg.get(key)
@@ -198,3 +258,51 @@ def _in_context(label: dict[str, Any], width: int) -> Text:
     if cell_len(after) > right:
         after = set_cell_size(after, max(0, right - 1)) + "…" * (right > 0)
     return Text.assemble(before, *_marked(token), after, no_wrap=True)
+
+
+def diff(report: Any, options: ConsoleOptions) -> RenderResult:
+    """What fine-tuning changed: layers, transfer, the tokens that changed most, and the atoms of only one model."""
+    from rich.text import Text
+
+    null, held = report.null, "what is usual at its position"
+    if null["kind"] == "model":
+        held = f"what {one_line(null['name'])} changed there"
+    yield Text(one_line(f"{report.base} → {report.tuned}"), style="bold")
+    where = f"{report.tokens:,} tokens at {len(report.hook_points)} hook points"
+    beyond = f"{report.pooled['above']:.1%} of tokens beyond the null's 99 % ({_number(null['99 %'])})"
+    yield Text(f"{where} · score: a token's change beyond {held} · {beyond}", style="dim")
+    fvus = {"own": "own", "reread": "re-read", "as_is": "as is", "random": "random"}
+    nulls = ["of null"] if null["kind"] == "model" else []
+    table = _table("change", *nulls, "beyond null", *fvus.values(), "only tuned", "only base", label="", first="layer")
+    for layer in report.layers:
+        moved = [_number(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
+        errors = ["-" if layer["transfer"][name] is None else _number(layer["transfer"][name]) for name in fvus]
+        atoms = [f"{layer[name]['tokens']:,}" for name in ("only_tuned", "only_base")]
+        table.add_row(one_line(layer["hook_point"]), *moved, f"{layer['above']:.1%}", *errors, *atoms)
+    yield Text()
+    yield table
+    yield Text(
+        "own to random: FVU of the tuned model under its own, the base's re-read, its vectors, random", style="dim"
+    )
+    table, width = _table("score", label="tokens that changed most", first="strongest at"), _room(options, 34)
+    for token in report.top[:SHOWN]:
+        table.add_row(one_line(token["strongest"]), _number(token["score"]), _in_context(token["label"], width))
+    yield Text()
+    yield table
+    for key, who in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
+        found = [(layer["hook_point"], atom) for layer in report.layers for atom in layer[key]["atoms"]]
+        found.sort(key=lambda pair: _ratio(pair[1]["loss"], key))
+        table = _table("in tuned", "in base", label=f"atoms that {who} needs", first="losses at")
+        width = _room(options, 44)
+        for hook, atom in found[:SHOWN]:
+            losses = (_number(atom["loss"][name]) for name in ("tuned", "base"))
+            table.add_row(one_line(hook), *losses, _in_context(atom["label"], width))
+        if found:
+            yield Text()
+            yield table
+
+
+def _ratio(loss: dict[str, float], key: str) -> float:
+    """The largest loss of an atom in a model that does not need it, over that in the only one that does."""
+    need = loss[key.removeprefix("only_")]
+    return max((other for name, other in loss.items() if key != f"only_{name}"), default=0.0) / need

@@ -16,7 +16,7 @@ from torch import nn
 
 from itda.errors import InputError
 from itda.labels import Batch, Labels
-from itda.loading import Layout, load_tokenizer, pretrained
+from itda.loading import Layout, load_tokenizer, pretrained, random_model
 from itda.prompts import Row, StreamHash, TokenStream
 from itda.prompts import valid as valid_tokens
 from itda.reading import HookedModel
@@ -63,6 +63,17 @@ def load(
         raise InputError("`model` is a loaded module, which does not know its tokenizer: pass `tokenizer=` too.")
     layout = Layout.of(model.base_model, model.config._name_or_path or type(model).__name__)
     return HookedModel(model, model.base_model, load_tokenizer(tokenizer), layout, hooks)
+
+
+def untrained(
+    model: str | Path | HookedModel, tokenizer: Any, *, seed: int = 0, trust_remote_code: bool = False
+) -> HookedModel:
+    """A model of the same config with random weights as its family draws them, float32, with all of its blocks.
+
+    What such models share is architecture, tokens and chance: the control of every comparison.
+    """
+    base = random_model(model if isinstance(model, str | Path) else model.module.config, seed, trust_remote_code)
+    return load(base, tokenizer, hooks=-1)
 
 
 def activations(

@@ -153,6 +153,21 @@ def pretrained(
     return base.eval(), tokenizer, layout, missing
 
 
+def random_model(model: Any, seed: int, trust_remote_code: bool = False) -> nn.Module:
+    """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
+    name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__
+    with _quiet(), _door(str(name), None):
+        from transformers import AutoConfig, AutoModel
+
+        if isinstance(model, str | Path):
+            model = AutoConfig.from_pretrained(_checked(str(model), ""), trust_remote_code=trust_remote_code)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = copy.deepcopy(model)
+            config.dtype = torch.float32
+            return AutoModel.from_config(config, trust_remote_code=trust_remote_code).float().eval()
+
+
 def _skeleton(config, trust_remote_code: bool) -> nn.Module | None:
     """The base model without storage for its weights; None where it cannot be built so."""
     from transformers import AutoModel

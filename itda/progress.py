@@ -33,7 +33,23 @@ class Progress(NamedTuple):
         return " · ".join(parts)
 
 
-def bar() -> Callable[[Progress | None], None]:
+class Step(NamedTuple):
+    """How far one of several works is: `tokens` done of `total`, and seconds since it began."""
+
+    what: str
+    tokens: int
+    total: int | None
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = [self.what, f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "")]
+        if self.total and self.tokens and self.seconds:
+            left = max(0, round(self.seconds / self.tokens * (self.total - self.tokens)))
+            parts.append(f"{left // 60}:{left % 60:02d} left")
+        return " · ".join(parts)
+
+
+def bar() -> Callable[[Progress | Step | None], None]:
     """A reporter that keeps one line of standard error up to date, if that is a terminal; None ends the line."""
     if not sys.stderr.isatty():
         return lambda progress: None
@@ -46,7 +62,7 @@ def bar() -> Callable[[Progress | None], None]:
     console = Console(stderr=True)
     live = Live(console=console, transient=True, refresh_per_second=8)
 
-    def report(progress: Progress | None) -> None:
+    def report(progress: Progress | Step | None) -> None:
         if progress is None:
             live.stop()
             return

@@ -15,10 +15,10 @@ ROOT = Path(itda.__file__).parent
 # not a floor: neither may import the other.
 FLOORS = {
     "values": ["_version", "errors", "labels", "codes", "progress"],
-    "kernels": ["pursuit", "metrics"],
+    "kernels": ["pursuit", "metrics", "similarity"],
     "objects": ["folder", "tables", "model", "admission", "threshold", "builder", "checkpoint", "build"],
     "world": ["documents", "prompts", "loading", "reading", "hooks", "demo"],
-    "work": ["runs", "report", "drawing"],
+    "work": ["runs", "report", "drawing", "aligned", "layers", "saved", "compare", "plots", "diff", "page"],
     "cli": ["cli", "terminal", "__main__", "__init__"],
 }
 BELOW = {
@@ -36,8 +36,8 @@ HOMES = {
     "transformers": {"loading", "reading", "hooks"},
     "datasets": {"prompts", "documents"},
     "ray": {"runs"},
-    "matplotlib": {"report"},
-    "plotly": {"report"},
+    "matplotlib": {"plots"},
+    "plotly": {"plots"},
     "sae_lens": set(),
     "numba": {"pursuit"},
     "triton": {"pursuit"},

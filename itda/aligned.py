@@ -1,0 +1,286 @@
+"""Several models read the same text: which tokens they have in common, and what each of them makes of these.
+
+Models with one tokenizer see the same rows, so their tokens are compared as (prompt, position). With different
+tokenizers a token is known by where it ends, (document, character), and the tokens in common are those whose end is
+one for all tokenizers: there, every model has read the same characters of the document, as far as its row reaches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from itda.errors import InputError
+from itda.hooks import activations, load, untrained
+from itda.labels import Batch, Labels
+from itda.loading import load_tokenizer
+from itda.progress import Step, bar
+from itda.prompts import Row, TokenStream, tokenizer_hash, valid
+from itda.pursuit.gram import free_bytes
+from itda.reading import HookedModel
+
+TOKENS = 50_000
+
+
+@dataclass(frozen=True, repr=False)
+class Reading:
+    """What one model makes of the tokens in common; made by `read`.
+
+    `activations` has (tokens, d) float32 by hook point, on the CPU, in the order of the forward pass; rows are the same
+    tokens for all models that were read together, in the stream order of the first. `labels` say what those tokens are
+    in this model's stream. `valid` counts the tokens its stream had, common or not.
+    """
+
+    name: str
+    activations: Mapping[str, Float[Tensor, "tokens d"]]
+    labels: Labels
+    valid: int
+    provenance: dict[str, dict]
+
+    def __repr__(self) -> str:
+        return f"Reading({self.name}, {len(self)} tokens at {len(self.activations)} hook points)"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def share(self) -> float:
+        """Of the valid tokens that this model's tokenizer made, the share that all models have."""
+        return len(self) / self.valid
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """Canonical names of the hook points."""
+        return tuple(self.activations)
+
+    def batch(self, hook: str) -> Batch:
+        """All activations at `hook` with their labels, as `itda.build` takes them."""
+        return Batch(self.activations[hook], self.labels)
+
+
+def read(
+    models: Sequence[Any],
+    data: Any,
+    *,
+    layer: int | Sequence[int] | None = None,
+    hook: str | Sequence[str] | None = None,
+    tokens: int = TOKENS,
+    align: bool | None = None,
+    names: Sequence[str] | None = None,
+    context_length: int = 128,
+    batch_rows: int = 32,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    special_tokens: bool = False,
+    random_weights: int | None = None,
+    progress: bool | Callable[[Step | None], None] = False,
+    **stream: Any,
+) -> list[Reading]:
+    """Read `data` with every one of `models`, each in one pass over the text, and keep the tokens in common.
+
+    models      hub ids, folders, or what `itda.hooks.load` returned; each is loaded, read and released in turn
+    layer, hook where, as for `itda.activations`; every block's residual stream if neither is given
+    tokens      valid tokens that each model reads at most
+    align       compare by (document, character end) rather than by (prompt, position); None does so where tokenizers
+                differ
+    random_weights  a seed: read models of the same configs that were never trained, as a control
+    stream      further arguments of `itda.prompts.TokenStream` (`truncate`, `pack`, `seed`, `column`, ...)
+
+    Raises `InputError` for different tokenizers with `align=False`, for models without a token in common, and where
+    the activations would not fit into memory.
+    """
+    names = _checked(models, layer, hook, tokens, names)
+    report = progress if callable(progress) else bar() if progress else None
+    tokenizers = [m.tokenizer if isinstance(m, HookedModel) else load_tokenizer(m) for m in models]
+    streams = _streams(data, tokenizers, dict(stream, context_length=context_length))
+    where_common = _common(streams, tokens, special_tokens, align, names)
+    how: dict[str, Any] = dict(tokens=tokens, batch_rows=batch_rows, special_tokens=special_tokens)
+    where: dict[str, Any] = dict(layer=layer, hook=hook)
+    readings = []
+    for i, (model, name) in enumerate(zip(models, names, strict=True)):
+        if random_weights is not None:
+            model = untrained(model, tokenizers[i], seed=random_weights + i, trust_remote_code=trust_remote_code)
+        elif not isinstance(model, HookedModel):
+            hooks = layer if hook is None else hook
+            hooks = -1 if hooks is None else hooks  # all blocks are loaded for the last one
+            loading: dict[str, Any] = dict(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            model = load(model, tokenizers[i], hooks=hooks, **loading)
+        every = dict(layer=list(range(model.n_layers))) if layer is None and hook is None else _lists(where)
+        what = f"reading {name} ({i + 1} of {len(models)})" if len(models) > 1 else f"reading {name}"
+        source = activations(model, streams[i], **every, **how)
+        readings.append(Reading(name, *_gather(source, where_common[i], len(models) - i, what, report)))
+    if report:
+        report(None)
+    return readings
+
+
+def named(names: Sequence[str] | None, found: Sequence[str]) -> list[str]:
+    """`names`, one for each model; or those `found`, with a number behind any that came before: a, b, b#2."""
+    if names is None:
+        names = []
+        for name in found:
+            same = (f"{name}#{number}" for number in itertools.count(2))
+            names.append(name if name not in names else next(other for other in same if other not in names))
+    if isinstance(names, str) or len(names) != len(found) or len(set(names)) < len(names):
+        raise InputError(f"`names` is {names!r}; a different one for each of the {len(found)} models was wanted.")
+    return list(names)
+
+
+def _checked(models: Sequence[Any], layer: Any, hook: Any, tokens: int, names: Sequence[str] | None) -> list[str]:
+    """The names of the models, after every check that needs no model."""
+    if isinstance(models, str | Path | HookedModel) or not len(models):
+        raise InputError(f"`models` is {models!r}; a list of one or more models was wanted.")
+    for model in models:
+        if not isinstance(model, str | Path | HookedModel):
+            raise InputError(
+                f"A model is of type {type(model).__name__}: pass its id or folder, or load it with `itda.hooks.load`."
+            )
+    if layer is not None and hook is not None:
+        raise InputError("Both `layer` and `hook` were given: choose one of them.")
+    if not isinstance(tokens, int | np.integer) or tokens < 1:
+        raise InputError(f"`tokens` is {tokens!r}; a whole number, 1 or more, was wanted.")
+    return named(names, [_name(model) for model in models])
+
+
+def _name(model: str | Path | HookedModel) -> str:
+    """What tables call a model: the last part of its id or path."""
+    said = model._layout.model if isinstance(model, HookedModel) else str(model)
+    return said.rstrip("/").split("/")[-1] or said
+
+
+def _lists(where: dict[str, Any]) -> dict[str, Any]:
+    """The same places as lists, so that a reading is a dict by hook point."""
+    one = {name: isinstance(value, str) or not hasattr(value, "__iter__") for name, value in where.items()}
+    return {name: [value] if one[name] else list(value) for name, value in where.items() if value is not None}
+
+
+def _streams(data: Any, tokenizers: Sequence[Any], settings: dict[str, Any]) -> list[TokenStream]:
+    """The stream of each tokenizer; one and the same for equal ones."""
+    streams: dict[str, TokenStream] = {}
+    hashes = [tokenizer_hash(tokenizer) for tokenizer in tokenizers]
+    for key, tokenizer in zip(hashes, tokenizers, strict=True):
+        if key not in streams:
+            streams[key] = TokenStream(data, tokenizer, **settings)
+    return [streams[key] for key in hashes]
+
+
+def _common(streams: list[TokenStream], tokens: int, special_tokens: bool, align: bool | None, names) -> list[ndarray]:
+    """For each model the place that every valid token of its stream has among those in common; -1 if it is not."""
+    keys = {id(stream): valid_tokens(stream, tokens, special_tokens)[1] for stream in streams}
+    if len(keys) == 1 and not align:
+        return [np.arange(len(keys[id(streams[0])]))] * len(streams)
+    if align is False:
+        a, b = names[0], next(n for n, stream in zip(names, streams, strict=True) if stream is not streams[0])
+        raise InputError(
+            f"{a} and {b} have different tokenizers, so their rows differ: compare them where tokens end at the same "
+            "character with `align=True` (the default)."
+        )
+    shared = reduce(np.intersect1d, (key[key >= 0] for key in keys.values()))
+    if not len(shared):
+        raise InputError(
+            f"{' and '.join(names)} have no token in common: no token ends at one character for all; give more text, "
+            "or models whose tokenizers are more alike."
+        )
+    first = keys[id(streams[0])]
+    in_order = first[np.isin(first, shared)]
+    return [places(keys[id(stream)], in_order) for stream in streams]
+
+
+def places(keys: Int[ndarray, " n"], among: Int[ndarray, " m"]) -> Int[ndarray, " n"]:
+    """Where each of `keys` stands in `among`, which has each once; -1 where it does not."""
+    by_key = np.argsort(among)
+    at = by_key[np.minimum(np.searchsorted(among, keys, sorter=by_key), len(among) - 1)]
+    return np.where(among[at] == keys, at, -1)
+
+
+def valid_tokens(
+    rows: Iterable[Row], tokens: int | None = None, special_tokens: bool = False
+) -> tuple[Labels, Int[ndarray, " tokens"]]:
+    """Labels, without texts, of the valid tokens of a stream's `rows`, the first `tokens` if given; and their `ends`.
+
+    Raises `InputError` if there is none.
+    """
+    parts, kept, count, enough = [], [], 0, False
+    for row in rows:
+        parts.append(_labels(row))
+        kept.append(valid(row, special_tokens))
+        count += int(kept[-1].sum())
+        if enough:  # one row more, since it may begin with what is left of a character
+            break
+        enough = tokens is not None and count >= tokens
+    if not count:
+        raise InputError("`data` holds no valid token, which is none that is special or first in its row: give more.")
+    labels, found = Labels.concat(parts), np.flatnonzero(np.concatenate(kept))[:tokens]
+    return labels[found], ends(labels)[found]
+
+
+def _labels(row: Row) -> Labels:
+    """Those of all tokens of a row, without text."""
+    length = len(row.ids)
+    prompt, document, nothing = (np.full(length, number) for number in (row.prompt, row.document, -1))
+    ids, starts, ends = (np.asarray(values, np.int64) for values in (row.ids, row.starts, row.ends))
+    return Labels(prompt, np.arange(length), ids, document, starts, ends, nothing)
+
+
+def ends(labels: Labels) -> Int[ndarray, " tokens"]:
+    """(document, end) of each token as one number; -1 for tokens without text, and all but the last with one end.
+
+    Byte-level tokens share an end where one character is several of them: only with the last has all of it been read.
+    """
+    key = np.where(labels.end > labels.start, (labels.document << 40) + labels.end, -1)
+    last = np.zeros(len(key), bool)
+    last[len(key) - 1 - np.unique(key[::-1], return_index=True)[1]] = True
+    return np.where(last, key, -1)
+
+
+def _gather(stream: Any, place: Int[ndarray, " valid"], readings: int, what: str, report: Any):
+    """Activations by hook point, labels, count and provenance of the tokens that have a `place`, put into it.
+
+    `readings` is how many as large as this one have to fit into memory.
+    """
+    common, done, began = int((place >= 0).sum()), 0, time.monotonic()
+    read_at: dict[str, Tensor] = {}
+    labels: list[Labels] = []
+    for item in stream:
+        size = len(next(iter(item.values())).activations)
+        to = place[done : done + size]
+        rows = np.flatnonzero(to >= 0)
+        if not read_at:
+            _check_room({name: batch.activations.shape[1] for name, batch in item.items()}, common, readings)
+            read_at = {name: torch.empty(common, batch.activations.shape[1]) for name, batch in item.items()}
+        for name, batch in item.items():
+            x = batch.activations[torch.from_numpy(rows).to(batch.activations.device)].float().cpu()
+            if not bool(torch.isfinite(x).all()):
+                raise InputError(f"An activation at {name} is not finite ({what}): use a wider `dtype`, 'float32'.")
+            read_at[name][torch.from_numpy(to[rows])] = x
+        labels.append(next(iter(item.values())).labels[rows])
+        done += size
+        if report:
+            report(Step(what, done, len(place), time.monotonic() - began))
+    kept = place[place >= 0]
+    order = np.empty_like(kept)
+    order[kept] = np.arange(len(kept))
+    return read_at, Labels.concat(labels)[order], len(place), stream.provenance
+
+
+def _check_room(widths: dict[str, int], tokens: int, readings: int) -> None:
+    """Refuse at the first batch what would not fit at the last."""
+    wanted = 4.0 * tokens * sum(widths.values()) * readings
+    free = free_bytes(torch.device("cpu"))
+    if wanted > 0.9 * free:
+        raise InputError(
+            f"{tokens:,} activations at {len(widths)} hook points of {readings} models take {wanted / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: choose fewer `tokens` or fewer layers."
+        )

@@ -1,0 +1,99 @@
+"""Pictures of a `Comparison`, by matplotlib, which is an extra (`itda[plot]`).
+
+Comparisons are of type Any here: they know how they are drawn, and imports go one way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from itda.errors import InputError, one_line
+
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check(path: str | os.PathLike) -> Path:
+    """`path`, if a picture can be drawn there.
+
+    Raises `InputError` for an ending other than PNG, SVG and PDF, a folder that is not there, and without matplotlib.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"`heatmap` is {str(path)!r}; a picture that ends with {', '.join(ENDINGS)} was wanted.")
+    if not path.parent.is_dir():
+        raise InputError(f"There is no folder {path.parent} to write {path.name} to: make it first.")
+    if path.is_dir():
+        raise InputError(f"`heatmap` is {str(path)!r}, and that is a folder: choose another name.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("Pictures need matplotlib, which is not installed: `pip install 'itda[plot]'`.")
+    return path
+
+
+def heatmap(comparison: Any, path: str | os.PathLike, measure: str | None = None) -> None:
+    """One square of similarities for each pair of models, the most similar layer of each row framed.
+
+    `measure` is the first of the comparison unless given. Colours span the values between different models, so that a
+    model compared with itself does not wash out the rest. Raises `InputError` as `check` does, and for a measure that
+    is not there.
+    """
+    path = check(path)
+    import matplotlib
+
+    name = next(iter(comparison.measures)) if measure is None else measure
+    if name not in comparison.measures:
+        raise InputError(
+            f"There is no measure {name!r} in this comparison: choose of {', '.join(comparison.measures)}."
+        )
+    # Without dates and random ids the same comparison gives the same bytes.
+    metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
+    with matplotlib.rc_context({"svg.hashsalt": "itda"}):
+        _drawn(comparison, name).savefig(path, dpi=160, metadata=metadata)
+
+
+def _drawn(comparison: Any, name: str) -> Any:
+    """The figure, made without the state that pyplot keeps."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    names = [model["name"] for model in comparison.models]
+    pairs = comparison.measures[name].pairs
+    across = np.concatenate([matrix.ravel() for (a, b), matrix in pairs.items() if a != b])
+    known = across[np.isfinite(across)]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    figure = Figure(figsize=(1.2 + 2.2 * len(names), 1.0 + 2.2 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), len(names), squeeze=False)
+    for row, a in enumerate(names):
+        for column, b in enumerate(names):
+            matrix, axis = pairs[a, b], axes[row, column]
+            image = axis.imshow(matrix, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+            for i, values in enumerate(matrix):
+                if np.isfinite(values).any():
+                    best = int(np.nanargmax(values))
+                    corner = (best - 0.5, i - 0.5)
+                    axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.2))
+            axis.set_xticks(_ticks(matrix.shape[1]))
+            axis.set_yticks(_ticks(matrix.shape[0]))
+            axis.tick_params(labelsize=7)
+            if row == len(names) - 1:
+                axis.set_xlabel(f"layer of {_plain(b)}", fontsize=8)
+            if column == 0:
+                axis.set_ylabel(f"layer of {_plain(a)}", fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.6)
+    figure.suptitle(f"{name.replace('_', ' ')}, {comparison.tokens:,} tokens", fontsize=10)
+    return figure
+
+
+def _ticks(layers: int) -> list[int]:
+    return list(range(0, layers, max(1, layers // 6)))
+
+
+def _plain(text: str) -> str:
+    """Names of models are no mathematics, and one line of text that XML can hold."""
+    text = one_line(text)
+    shown = text if len(text) <= 24 else text[:21] + "..."
+    return shown.replace("$", r"\$")

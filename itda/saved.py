@@ -1,0 +1,217 @@
+"""Dictionaries that were saved, as sets of tokens of one stream: how `itda.compare` reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from itda import folder
+from itda.aligned import named, places, valid_tokens
+from itda.errors import InputError
+from itda.labels import Labels
+from itda.layers import grouped, groups_of
+from itda.loading import load_tokenizer
+from itda.model import ITDA
+from itda.prompts import Row, StreamHash, TokenStream, tokenizer_hash, valid
+from itda.similarity.sets import check_same_stream, stream_of
+
+_CUT = ("context_length", "truncate", "pack", "seed")  # what says how a text becomes rows
+
+
+@dataclass(frozen=True, repr=False)
+class Sides:
+    """What is compared: `atoms[m][i]` are the atoms of layer i of model m, as rows of `token_id`.
+
+    `token_id` (tokens,) has an entry for every token that could have been an atom, -1 where it is not known, as it is
+    not without the text. `groups` says which of them a bootstrap draws together.
+    """
+
+    names: list[str]
+    about: list[dict[str, Any]]
+    atoms: list[list[Int[ndarray, " n"]]]
+    token_id: Int[ndarray, " tokens"]
+    groups: Int[ndarray, " tokens"]
+    aligned: bool
+
+    @property
+    def token_ids_known(self) -> bool:
+        """Whether the token ids of all tokens are known, not of the atoms alone."""
+        return bool((self.token_id >= 0).all())
+
+
+def are_dictionaries(models: Sequence[Any]) -> bool:
+    """Whether all of them are ITDAs, folders of one, or folders of their folders; `InputError` if some are."""
+    kinds = [isinstance(model, ITDA | list | tuple) or bool(_folders(model)) for model in models]
+    if any(kinds) and not all(kinds):
+        one, other = models[kinds.index(True)], models[kinds.index(False)]
+        raise InputError(f"{one!r} is a dictionary and {other!r} is not: compare dictionaries, or models on a text.")
+    return all(kinds)
+
+
+def _folders(path: Any) -> list[Path]:
+    """The folder of a dictionary, or the folders of those of several layers in it; [] for anything else."""
+    if not isinstance(path, str | os.PathLike) or not Path(path).is_dir():
+        return []
+    if (Path(path) / folder.MANIFEST).is_file():
+        return [Path(path)] if not (Path(path) / "config.json").is_file() else []
+    return sorted(child.parent for child in Path(path).glob(f"*/{folder.MANIFEST}"))
+
+
+def read(models: Sequence[Any], data: Any, align: bool | None, names: Sequence[str] | None) -> Sides:
+    """Load the dictionaries, by layer, and find out which tokens they have in common.
+
+    Raises `InputError` where their streams differ and there is no text to align them by, or it is not theirs.
+    """
+    sides = [_layers(model) for model in models]
+    names = named(names, [_name(model, side) for model, side in zip(models, sides, strict=True)])
+    every = [dictionary for side in sides for dictionary in side]
+    if data is None:
+        for dictionary in every[1:]:
+            check_same_stream(every[0], dictionary)
+        return _without_text(names, sides)
+    hashes = dict.fromkeys(map(_hash, every))
+    streams = {stream: _tokens_of([d for d in every if _hash(d) == stream], data) for stream in hashes}
+    return _on_text(names, sides, streams, align)
+
+
+def _layers(model: Any) -> list[ITDA]:
+    """The dictionaries of one model, by layer."""
+    if isinstance(model, ITDA):
+        return [model]
+    found = list(model) if isinstance(model, list | tuple) else [ITDA.load(path) for path in _folders(model)]
+    if not found or not all(isinstance(dictionary, ITDA) for dictionary in found):
+        raise InputError(f"A model is {model!r}; one dictionary or more in a list was wanted, one for each layer.")
+    for first, other in pairwise(found):
+        check_same_stream(first, other)
+    return sorted(
+        found, key=lambda dictionary: (_model(dictionary).get("layer") is None, _model(dictionary).get("layer"))
+    )
+
+
+def _model(dictionary: ITDA) -> dict[str, Any]:
+    return dictionary.cfg.get("model") or {}
+
+
+def _hash(dictionary: ITDA) -> str:
+    return stream_of(dictionary).get("hash") or ""
+
+
+def _name(model: Any, side: Sequence[ITDA]) -> str:
+    if isinstance(model, str | os.PathLike):
+        return Path(model).name or str(model)
+    return str(_model(side[0]).get("id") or "dictionary").rstrip("/").split("/")[-1]
+
+
+def _without_text(names: list[str], sides: Sequence[Sequence[ITDA]]) -> Sides:
+    """All of one stream, of which the atoms alone are known; the others are as many as there are tokens."""
+    every = Labels.concat([dictionary.labels for side in sides for dictionary in side])
+    pairs, first, row = np.unique(every.pairs(), axis=0, return_index=True, return_inverse=True)
+    row = row.reshape(-1)
+    if (every.token_id != every.token_id[first][row]).any():
+        raise InputError("The dictionaries come from different text: the same prompt and position is another token.")
+    tokens = max([int(d.cfg.get("tokens") or 0) for side in sides for d in side] + [len(pairs)])
+    token_id = np.full(tokens, -1)
+    token_id[: len(pairs)] = every.token_id[first]
+    groups = np.zeros(tokens, np.int64)
+    groups[: len(pairs)] = grouped(pairs[:, 0])
+    ends_at = np.cumsum([len(d) for side in sides for d in side])
+    parts = iter(np.split(row, ends_at[:-1]))
+    atoms = [[next(parts) for _ in side] for side in sides]
+    return Sides(names, _about(names, sides, [1.0] * len(sides)), atoms, token_id, groups, False)
+
+
+def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[ndarray, " tokens"]]:
+    """The valid tokens of the one stream that dictionaries were built on, and where they end, from the text.
+
+    Raises `InputError` if the text is another.
+    """
+    one, cfgs = dictionaries[0], [dictionary.cfg for dictionary in dictionaries]
+    stream, name = stream_of(one), _model(one).get("id")
+    if not stream.get("hash") or not name:
+        raise InputError(f"{one!r} does not say what it was built on, so no text can align it: build it again.")
+    if any(cfg.get("padding") for cfg in cfgs):
+        raise InputError(f"{one!r} has atoms of padding, which stand nowhere in a text: build it without.")
+    tokenizer = load_tokenizer(name, **({"revision": r} if (r := _model(one).get("revision")) else {}))
+    if tokenizer_hash(tokenizer) != stream.get("tokenizer_hash"):
+        raise InputError(f"The tokenizer of {name} is not the one that {one!r} was built with: restore it.")
+    settings = {key: stream[key] for key in (*_CUT, "column", "split", "config") if stream.get(key) is not None}
+    rows = TokenStream(data, tokenizer, revision=stream.get("revision"), **settings)
+    special = any(cfg.get("special_tokens") for cfg in cfgs)
+    tokens = max(int(cfg.get("tokens") or 1 << 60) for cfg in cfgs)  # all if they do not say
+    found, ends = valid_tokens(_same_rows(rows, stream["hash"], one.cfg.get("batch_rows") or 1, tokens), None, special)
+    return found[:tokens], ends[:tokens]
+
+
+def _same_rows(rows: Iterable[Row], until: str, group: int, tokens: int) -> Iterator[Row]:
+    """`rows` until their hash is `until`, after one of their groups of so many or at the end.
+
+    Raises `InputError` if it never is; no more is read once there are more than the `tokens` that were read.
+    """
+    so_far, count = StreamHash(), 0
+    for number, row in enumerate(rows, 1):
+        yield row
+        so_far.update(row)
+        count += int(valid(row).sum())
+        if number % group == 0 and (so_far.hexdigest() == until or count > tokens):
+            break
+    if so_far.hexdigest() != until:
+        raise InputError("The text is not the one that this dictionary was built on: give that, unchanged.")
+
+
+def _on_text(names, sides, streams: dict[str, tuple[Labels, ndarray]], align: bool | None) -> Sides:
+    """The atoms as tokens of the text; where streams differ, those whose end is one in all streams."""
+    if len(streams) > 1 and align is False:
+        a, b = list(streams)[:2]
+        raise InputError(
+            f"The dictionaries were built on different rows ({a[:8]} and {b[:8]}): compare them where tokens end at "
+            "the same character with `align=True` (the default with a text)."
+        )
+    alike = len(streams) == 1 and not align
+    keys = {name: np.arange(len(labels)) if alike else ends for name, (labels, ends) in streams.items()}
+    common = reduce(np.intersect1d, (key[key >= 0] for key in keys.values()))
+    if not len(common):
+        raise InputError("The dictionaries have no token in common: no token ends at one character in all streams.")
+    first, first_labels = next(iter(keys.values())), next(iter(streams.values()))[0]
+    kept = np.flatnonzero(np.isin(first, common))
+    atoms, shares = [], []
+    for side in sides:
+        rows = []
+        for dictionary in side:
+            labels, key = streams[_hash(dictionary)][0], keys[_hash(dictionary)]
+            at = places(_numbers(dictionary.labels), _numbers(labels))
+            if (at < 0).any():
+                raise InputError(f"{dictionary!r} has an atom that is no valid token of the text: give its own text.")
+            rows.append(places(key[at], first[kept]))
+        shares.append(float(np.mean(np.concatenate(rows) >= 0)) if sum(map(len, rows)) else 1.0)
+        atoms.append([row[row >= 0] for row in rows])
+    if not any(len(row) for of in atoms for row in of):
+        raise InputError("The dictionaries have no atom at a token that all of them have: nothing can be compared.")
+    found = first_labels[kept]
+    return Sides(names, _about(names, sides, shares), atoms, found.token_id, groups_of(found), not alike)
+
+
+def _numbers(labels: Labels) -> Int[ndarray, " n"]:
+    """(prompt, position) as one number."""
+    return (labels.prompt << 24) + labels.position
+
+
+def _about(names, sides: Sequence[Sequence[ITDA]], shares: Sequence[float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "hook_points": [str(_model(d).get("hook_point") or f"layer {i}") for i, d in enumerate(side)],
+            "tokens": max(int(d.cfg.get("tokens") or 0) for d in side),
+            "share": share,
+            "n_atoms": [len(d) for d in side],
+        }
+        for name, side, share in zip(names, sides, shares, strict=True)
+    ]

@@ -1,0 +1,181 @@
+"""Dictionaries as sets of labels: how many tokens two of them share, and how many they would share by chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from itda.errors import InputError
+from itda.labels import Labels
+
+
+def jaccard(a: Any, b: Any) -> float:
+    """|A ∩ B| / |A ∪ B| of two dictionaries (eq. 8); NaN if both are empty.
+
+    `a` and `b` are ITDAs, `Labels`, integer arrays, (n,) or (n, 2), or collections of hashable things. It depends on
+    their sizes, and two untrained models can share half of their atoms: see `corrected_jaccard`. Raises `InputError`
+    for ITDAs of different token streams.
+    """
+    common, size_a, size_b = counts(a, b)
+    union = size_a + size_b - common
+    return common / union if union else math.nan
+
+
+def overlap(a: Any, b: Any) -> float:
+    """The overlap coefficient |A ∩ B| / min(|A|, |B|), arguments as for `jaccard`; NaN if one is empty."""
+    common, *sizes = counts(a, b)
+    return common / min(sizes) if min(sizes) else math.nan
+
+
+def counts(a: Any, b: Any) -> tuple[int, int, int]:
+    """|A ∩ B|, |A| and |B|."""
+    check_same_stream(a, b)
+    left, right = _members(a), _members(b)
+    return len(left & right), len(left), len(right)
+
+
+def expected_jaccard(size_a: int, size_b: int, n: int) -> float:
+    """The mean Jaccard of two random sets of these sizes out of `n` tokens, exactly; NaN if both are empty.
+
+    The intersection is hypergeometric. About p / (2 - p) for equal sizes p n.
+    """
+    if not 0 <= max(size_a, size_b) <= n or min(size_a, size_b) < 0:
+        raise InputError(f"Sets of {size_a} and {size_b} out of {n} tokens were given: no set can be larger than that.")
+    if not size_a + size_b:
+        return math.nan
+    common = torch.arange(max(0, size_a + size_b - n), min(size_a, size_b) + 1, dtype=torch.float64)
+
+    def log_choose(whole: Any, part: Tensor) -> Tensor:
+        whole = torch.as_tensor(whole, dtype=torch.float64)
+        return torch.lgamma(whole + 1) - torch.lgamma(part + 1) - torch.lgamma(whole - part + 1)
+
+    log_p = log_choose(size_a, common) + log_choose(n - size_a, size_b - common)
+    p = torch.softmax(log_p, 0)  # the pmf up to its constant
+    return float((p * common / (size_a + size_b - common)).sum())
+
+
+def expected_jaccard_by_token(
+    a: Int[ndarray, " a"], b: Int[ndarray, " b"], stream: Int[ndarray, " n"]
+) -> tuple[float, float]:
+    """Mean and standard deviation of the Jaccard of two sets whose atoms are shuffled among tokens of equal id.
+
+    `a`, `b` and `stream` are the token ids of the atoms of both and of all tokens. Of a token id that occurs N times,
+    with A and B atoms, the intersection is hypergeometric with mean A B / N, and ids are independent; from the moments
+    of their sum, the Jaccard's by its Taylor series to second order. This is what two dictionaries share that prefer
+    the same words, whatever their models do with context. NaN for empty sets.
+    """
+    ids, count = np.unique(np.asarray(stream), return_counts=True)
+    of = []
+    for name, atoms in (("a", np.asarray(a)), ("b", np.asarray(b))):
+        at = np.minimum(np.searchsorted(ids, atoms), max(len(ids) - 1, 0))
+        per_id = np.bincount(at, minlength=len(ids)).astype(float)
+        if len(atoms) and (not len(ids) or (ids[at] != atoms).any() or (per_id > count).any()):
+            raise InputError(f"`{name}` has more atoms of a token id than `stream` has tokens: pass that of both.")
+        of.append(per_id)
+    total = len(a) + len(b)
+    if not total:
+        return math.nan, math.nan
+    mean = of[0] * of[1] / count
+    variance = mean * (count - of[0]) / count * (count - of[1]) / np.maximum(count - 1, 1)
+    mean, variance = float(mean.sum()), float(variance.sum())
+    union = total - mean
+    return mean / union + variance * total / union**3, math.sqrt(variance) * total / union**2
+
+
+def corrected_jaccard(a: Any, b: Any, stream: int | Int[ndarray, " n"]) -> float:
+    """(J - E[J]) / (1 - E[J]): 0 at the level of chance, 1 for equal sets.
+
+    With `stream` a number of tokens, chance is two random sets of these sizes (`expected_jaccard`). With the token ids
+    of all tokens, (n,), it is sets stratified by token id (`expected_jaccard_by_token`), for which `a` and `b` must
+    be ITDAs or `Labels`.
+    """
+    found = jaccard(a, b)
+    if isinstance(stream, int | np.integer):
+        _, size_a, size_b = counts(a, b)
+        chance = expected_jaccard(size_a, size_b, int(stream))
+    else:
+        left, right = (getattr(_labels(x), "token_id", None) for x in (a, b))
+        if left is None or right is None:
+            raise InputError("Token ids are needed to correct by token: pass ITDAs or `Labels`, or a number of tokens.")
+        chance, _ = expected_jaccard_by_token(left, right, np.asarray(stream))
+    return (found - chance) / (1 - chance) if chance < 1 else math.nan
+
+
+def soft_overlap(
+    a: Float[Tensor, "n_a d_a"],
+    b: Float[Tensor, "n_b d_b"],
+    a_in_b: Float[Tensor, "n_a d_b"],
+    b_in_a: Float[Tensor, "n_b d_a"],
+) -> float:
+    """How close the atoms of each dictionary come to those of the other, in (-1, 1]; NaN if one is empty.
+
+    `a` are the atoms of A in model A, and `a_in_b` what model B makes of the same tokens; `b` and `b_in_a` likewise.
+    An atom of A counts with its cosine to the nearest atom of B, in model B, where it need not be an atom; the mean
+    over A, and the same with both exchanged, averaged. 1 where the sets are equal. Rows need not have unit norm.
+    """
+    if not len(a) or not len(b):
+        return math.nan
+    nearest = (_nearest(a_in_b, b), _nearest(b_in_a, a))
+    return float(sum(float(cosine.mean()) for cosine in nearest) / 2)
+
+
+def _nearest(x: Tensor, atoms: Tensor, chunk: int = 4096) -> Tensor:
+    """The largest cosine of each row of `x` with a row of `atoms`."""
+    unit = torch.nn.functional.normalize(atoms.double(), dim=1)
+    rows = torch.nn.functional.normalize(x.double(), dim=1).split(chunk)
+    return torch.cat([(part @ unit.T).amax(1) for part in rows])
+
+
+def _labels(of: Any) -> Any:
+    return getattr(of, "labels", of)
+
+
+def _members(of: Any) -> set:
+    """The set that something stands for."""
+    of = _labels(of)
+    if isinstance(of, Labels):
+        of = of.pairs()
+    if isinstance(of, Tensor):
+        of = of.cpu().numpy()
+    if isinstance(of, ndarray):
+        if of.ndim not in (1, 2):
+            raise InputError(f"A set of labels has shape {of.shape}: pass (n,), or (n, 2) with prompt and position.")
+        return set(map(tuple, of.tolist())) if of.ndim == 2 else set(of.tolist())
+    if isinstance(of, str | bytes) or not isinstance(of, Iterable):
+        raise InputError(f"A set of labels is of type {type(of).__name__}: pass an ITDA, `Labels`, or a collection.")
+    return set(of)
+
+
+def stream_of(dictionary: Any) -> dict[str, Any]:
+    """What a dictionary's `cfg` says about its token stream; {} for anything that has none."""
+    cfg = getattr(dictionary, "cfg", None)
+    stream = cfg.get("stream") if isinstance(cfg, dict) else None
+    return stream if isinstance(stream, dict) else {}
+
+
+def check_same_stream(a: Any, b: Any) -> None:
+    """Raise `InputError`, naming both, if two dictionaries are known to come from different token streams."""
+    one, other = stream_of(a), stream_of(b)
+    if not one.get("hash") or not other.get("hash") or one["hash"] == other["hash"]:
+        return
+    if one.get("tokenizer_hash") != other.get("tokenizer_hash"):
+        what, advice = "made by different tokenizers", "`itda.compare` aligns them if it is given the text"
+    elif changed := [k for k in ("context_length", "truncate", "pack", "seed", "prefix") if one.get(k) != other.get(k)]:
+        what, advice = f"cut differently ({changed[0]})", "`itda.compare` aligns them if it is given the text"
+    else:
+        what, advice = "of different text, or of more of it", "train both on the same data and number of tokens"
+    raise InputError(
+        f"The dictionaries come from token streams {what}, {_brief(one)} and {_brief(other)}, so their labels "
+        f"mean different tokens: {advice}."
+    )
+
+
+def _brief(stream: dict[str, Any]) -> str:
+    return f"{stream.get('data') or stream.get('kind') or 'texts'} ({stream['hash'][:8]})"
