@@ -19,6 +19,7 @@ _HOMES = {
     "build": "build",
     "compare": "compare",
     "decompose": "report",
+    "diff": "diff",
     "match_layers": "similarity",
     "normalize": "pursuit",
     "pursue": "pursuit",

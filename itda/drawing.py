@@ -129,7 +129,7 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
     where = "at the same character" if report.aligned else "at the same row and position"
     yield Text(f"{report.tokens:,} tokens compared, {where}", style="dim")
     kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
-    names = ("matched", "with self", "rank", "margin", "alike", *kinds, "seconds")
+    names = ("matched", "95 %", "ties", "with self", "rank", "margin", "alike", *kinds, "seconds")
     yield Text()
     table = _table(*names, first="measure", label="")
     for name, measure in report.measures.items():
@@ -141,6 +141,8 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
         table.add_row(
             name,
             _number(found[0]),
+            _interval(measure),
+            str(score.ties) if score else "-",
             _number(both.accuracy if both else math.nan),
             *(f"{value:.2f}" if math.isfinite(value) else "-" for value in found[1:]),
             _number(sum(alike) / len(alike) if alike else math.nan),
@@ -148,7 +150,17 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
             f"{measure.seconds:.1f}",
         )
     yield table
+    if report.sizes:
+        cuts = [f"{cut['n_atoms']:,} atoms {_level(cut)}" for cut in report.sizes]
+        yield Text(f"jaccard of dictionaries cut to {', '.join(cuts)}", style="dim")
     yield from _layer_by_layer(report)
+
+
+def _interval(measure: Any) -> str:
+    """Of the accuracy, the wider of the intervals over models and over documents."""
+    found = [i for i in (measure.documents, measure.matching and measure.matching.interval) if i]
+    low, high = max(found, key=lambda interval: interval[1] - interval[0], default=(math.nan, math.nan))
+    return f"{low:.2f}-{high:.2f}" if found else "-"
 
 
 def _level(control: dict[str, Any] | None) -> str:
@@ -269,11 +281,12 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
         held = f"what {one_line(null['name'])} changed there"
     yield Text(one_line(f"{report.base} → {report.tuned}"), style="bold")
     where = f"{report.tokens:,} tokens at {len(report.hook_points)} hook points"
-    beyond = f"{report.pooled['above']:.1%} of tokens beyond the null's 99 % ({_number(null['99 %'])})"
+    limit = "the null's 99 %" if null["kind"] == "model" else "measurement error"
+    beyond = f"{report.pooled['above']:.1%} of tokens beyond {limit} ({_number(null['99 %'])})"
     yield Text(f"{where} · score: a token's change beyond {held} · {beyond}", style="dim")
     fvus = {"own": "own", "reread": "re-read", "as_is": "as is", "random": "random"}
     nulls = ["of null"] if null["kind"] == "model" else []
-    table = _table("change", *nulls, "beyond null", *fvus.values(), "only tuned", "only base", label="", first="layer")
+    table = _table("change", *nulls, "beyond", *fvus.values(), "only tuned", "only base", label="", first="layer")
     for layer in report.layers:
         moved = [_number(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
         errors = ["-" if layer["transfer"][name] is None else _number(layer["transfer"][name]) for name in fvus]

@@ -24,7 +24,7 @@ from itda.build import build
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.progress import Step
-from itda.similarity import codes, sets, spaces
+from itda.similarity import clouds, codes, sets, spaces
 
 CHUNK = 4096  # tokens whose cosines or codes are held at every layer at a time
 GROUPS = 20  # stretches of text that a bootstrap draws where there are fewer documents
@@ -44,7 +44,7 @@ class Settings:
     threshold: float | None  # in place of a size: then each has the size that comes
     groups: Int[ndarray, " tokens"]  # which tokens a bootstrap draws together
     report: Callable[[Step], None]
-    dictionaries: list[list[Int[ndarray, " n"]]] | None = None  # rows of the readings, by model and layer
+    dictionaries: list[list[Int[ndarray, " _"]]] | None = None  # rows of the readings, by model and layer
 
 
 @dataclass
@@ -135,13 +135,13 @@ MEASURES: dict[str, str] = {
 
 def _by_sums(readings: Sequence[Reading], names: list[str], settings: Settings) -> dict[str, Similarity]:
     began = time.monotonic()
-    clouds = [[spaces.Cloud().update(x) for x in reading.activations.values()] for reading in readings]
+    summed = [[clouds.Cloud().update(x) for x in reading.activations.values()] for reading in readings]
     shared = time.monotonic() - began
     found = {name: Similarity(_empty(readings)) for name in names}
     pairs = list(_layer_pairs(readings))
     for done, (m, i, n, j) in enumerate(pairs):
         began = time.monotonic()
-        pair = spaces.Pair(clouds[m][i], clouds[n][j]).update_cross(_at(readings[m], i), _at(readings[n], j))
+        pair = clouds.Pair(summed[m][i], summed[n][j]).update_cross(_at(readings[m], i), _at(readings[n], j))
         shared += time.monotonic() - began
         for name in names:
             began = time.monotonic()
@@ -230,7 +230,7 @@ class _Coded:
         return common / (a[1].sum(1) + b[1].sum(1) - common).double()
 
 
-def dictionaries(readings: Sequence[Reading], settings: Settings) -> list[list[Int[ndarray, " n"]]]:
+def dictionaries(readings: Sequence[Reading], settings: Settings) -> list[list[Int[ndarray, " _"]]]:
     """The atoms of a dictionary for each layer of each model, built from all tokens in common, as rows of these.
 
     All are cut to the size of the smallest, unless a threshold says which size they have.
@@ -268,7 +268,7 @@ def rows_of(labels: Labels, among: Labels) -> Int[ndarray, " n"]:
 
 
 def compare_sets(
-    atoms: Sequence[Sequence[Int[ndarray, " n"]]],
+    atoms: Sequence[Sequence[Int[ndarray, " _"]]],
     names: Sequence[str],
     token_id: Int[ndarray, " tokens"],
     groups: Int[ndarray, " tokens"],

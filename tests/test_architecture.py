@@ -19,7 +19,7 @@ FLOORS = {
     "objects": ["folder", "tables", "model", "admission", "threshold", "builder", "checkpoint", "build"],
     "world": ["documents", "prompts", "loading", "reading", "hooks", "demo"],
     "work": ["runs", "report", "drawing", "aligned", "layers", "saved", "compare", "plots", "diff", "page"],
-    "cli": ["cli", "terminal", "__main__", "__init__"],
+    "cli": ["cli", "commands", "flags", "terminal", "__main__", "__init__"],
 }
 BELOW = {
     "values": {"values"},

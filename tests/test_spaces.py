@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from itda import InputError
+from itda.similarity import clouds as clouds_module
 from itda.similarity import paper, spaces
-from itda.similarity.spaces import INVARIANCES, MEASURES, Cloud, Pair
+from itda.similarity.clouds import Cloud, Pair
+from itda.similarity.spaces import INVARIANCES, MEASURES
 
 FROM_SUMS = [name for name, measure in MEASURES.items() if measure.from_sums]
 NAN = float("nan")
@@ -199,7 +201,7 @@ def test_how_many_anchors_draws_the_same_for_both(monkeypatch):
     assert spaces.relative_representations(x, 7).shape == (40, 7)
     assert paper.paper_relative(x, y, 7) == spaces.relative(x, y, drawn, exclude_anchors=False)
     whole = spaces.relative(x, y, 7, center=True), spaces.relative_representations(x, 7)
-    monkeypatch.setattr(spaces, "CHUNK", 20)  # three tokens at a time
+    monkeypatch.setattr(clouds_module, "CHUNK", 20)  # three tokens at a time
     assert spaces.relative(x, y, 7, center=True) == pytest.approx(whole[0], abs=1e-12)
     torch.testing.assert_close(spaces.relative_representations(x, 7), whole[1])
 
@@ -232,7 +234,7 @@ def test_uneven_batches_equal_one(name, monkeypatch):
     for part in torch.arange(400).split(90):
         crossing.update_cross(x[part], y[part])
     assert MEASURES[name].function(crossing) == pytest.approx(want, abs=1e-10)
-    monkeypatch.setattr(spaces, "CHUNK", 50)
+    monkeypatch.setattr(clouds_module, "CHUNK", 50)
     assert measure(name, x, y) == pytest.approx(want, abs=1e-10)
 
 
@@ -476,6 +478,10 @@ BAD = [
         lambda: spaces.cka(Pair(PAIR.x, PAIR.y).update_cross(X[:4], Y[:4])),
         "summed 10 and 10 tokens of its clouds, but 4",
     ),
+    (
+        lambda: spaces.cka(Pair(PAIR.x, Cloud().update(Y).update(Y)).update_cross(X, Y)),
+        "summed 10 and 20 tokens of its",
+    ),
     (lambda: Pair().update_cross(X, Y), "`update_cross` needs clouds that have a shift"),
     (lambda: Pair().update(X, Y).update(Y, Y), "`X` is 3 wide on cpu, its cloud 4 on cpu"),
     (lambda: Cloud().update(X).update(Y), "`X` is 3 wide on cpu, its cloud 4"),
@@ -503,7 +509,7 @@ BAD = [
     (lambda: spaces.relative_representations(X, []), "`anchors` are torch.float32 of shape (0,); indices of tokens"),
     (lambda: spaces.relative(X, Y, X[0] > 0), "`anchors` are torch.bool of shape (4,)"),
     (lambda: spaces.relative(X, Y, 10), "each of the 10 tokens is an anchor"),
-    (lambda: plain(spaces._vectors)([[1.0]], "X"), "`X` has type list; real numbers in a tensor or array"),
+    (lambda: plain(clouds_module.vectors)([[1.0]], "X"), "`X` has type list; real numbers in a tensor or array"),
 ]
 
 

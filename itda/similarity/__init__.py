@@ -5,6 +5,7 @@
 """
 
 from itda.similarity import paper
+from itda.similarity.clouds import Cloud, Pair
 from itda.similarity.codes import code_cosine, shared_atom_codes, shared_atoms, support_overlap
 from itda.similarity.matching import Matching, Score, match_layers, model_similarity
 from itda.similarity.sets import (
@@ -17,9 +18,7 @@ from itda.similarity.sets import (
 )
 from itda.similarity.spaces import (
     INVARIANCES,
-    Cloud,
     Measure,
-    Pair,
     cca,
     cca_coefficients,
     cka,

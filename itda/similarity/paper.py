@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from itda.errors import InputError
-from itda.similarity.spaces import Array, Pair, _pair, _same_tokens, _vectors, cka_standardised, relative
+from itda.similarity.clouds import Array, Pair, same_tokens, vectors
+from itda.similarity.spaces import _pair, cka_standardised, relative
 
 MOST_TOKENS = 100_000  # that the published CKA looks at
 
@@ -21,7 +22,7 @@ def paper_cka(X: Array, Y: Array) -> float:
     The scaling makes it a different measure than the CKA it is called: rotating a cloud changes it.
     Equals `cka_standardised`.
     """
-    x, y = _same_tokens(_vectors(X, "X"), _vectors(Y, "Y"))
+    x, y = same_tokens(vectors(X, "X"), vectors(Y, "Y"))
     return cka_standardised(x[:MOST_TOKENS], y[:MOST_TOKENS])
 
 
@@ -52,7 +53,7 @@ def paper_linear_regression(X: Array, Y: Array) -> float:
     nearly nothing of X, and R^2 then says how massive those of Y are. NaN where Y is constant. `linear_regression` is
     the correct one.
     """
-    x, y = (a.float() for a in _same_tokens(_vectors(X, "X"), _vectors(Y, "Y")))
+    x, y = (a.float() for a in same_tokens(vectors(X, "X"), vectors(Y, "Y")))
     tolerance = max(x.shape) * torch.finfo(x.dtype).eps
     residual = y - x @ (torch.linalg.pinv(x, rtol=tolerance) @ y)
     varied = (y - y.mean(0)).square().sum()
