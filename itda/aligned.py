@@ -235,11 +235,15 @@ def _labels(row: Row) -> Labels:
 
 
 def ends(labels: Labels) -> Int[ndarray, " tokens"]:
-    """(document, end) of each token as one number; -1 for tokens without text, and all but the last with one end.
+    """(document, end) of each token as one number; -1 for tokens without text, and where a character is not all read.
 
-    Byte-level tokens share an end where one character is several of them: only with the last has all of it been read.
+    Byte-level tokens may hold a part of their last character, which is in their span nevertheless: then the next one
+    begins inside it. Of tokens with one end only the last counts.
     """
     key = np.where(labels.end > labels.start, (labels.document << 40) + labels.end, -1)
+    now, then = (np.flatnonzero(key >= 0)[part] for part in (slice(None, -1), slice(1, None)))
+    inside = (labels.start[then] < labels.end[now]) & (labels.end[now] <= labels.end[then])
+    key[now[inside & (labels.document[now] == labels.document[then])]] = -1
     last = np.zeros(len(key), bool)
     last[len(key) - 1 - np.unique(key[::-1], return_index=True)[1]] = True
     return np.where(last, key, -1)

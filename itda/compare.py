@@ -77,7 +77,7 @@ class Comparison(Report):
     tokens: int
     aligned: bool
     measures: dict[str, Measured]
-    sizes: list[dict[str, float | None]]
+    sizes: list[dict[str, Any]]
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _check(measures: Sequence[str], n_atoms: int | None, threshold: float | None
         raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.MEASURES)}.")
     if atoms < 1:
         raise InputError(f"`atoms` is {atoms!r}; a whole number, 1 or more, was wanted.")
-    Builder(k=k, n_atoms=n_atoms, threshold=threshold, total=1)  # which checks the rest
+    Builder(k=k, n_atoms=n_atoms, threshold=threshold, total=1 << 60)  # which checks the rest
 
 
 def _settings(readings: Sequence[Reading], measures, n_atoms, threshold, k: int, atoms, draw: int, report) -> Settings:
@@ -279,7 +279,7 @@ def _interval_over_documents(similarity: Similarity, draw: int) -> tuple[float, 
     return float(low), float(high)
 
 
-def _sizes(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, groups: ndarray) -> list[dict[str, float | None]]:
+def _sizes(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, groups: ndarray) -> list[dict[str, Any]]:
     """How the Jaccard moves with the size of the dictionaries, cut to a quarter, half and all of the smallest."""
     smallest, rows = min(len(d) for of in atoms for d in of), []
     for size in sorted({max(1, smallest // 4), max(1, smallest // 2), smallest}):

@@ -101,7 +101,7 @@ def grouped(documents: Int[ndarray, " tokens"]) -> Int[ndarray, " tokens"]:
 
 def compare_layers(readings: Sequence[Reading], names: Sequence[str], settings: Settings) -> dict[str, Similarity]:
     """The similarities of all pairs of layers by every measure in `names`. Readings must be of the same tokens."""
-    families: dict[str, Callable] = {"sums": _by_sums, "tokens": _by_tokens, "sets": _by_sets}
+    families: dict[str, Callable] = {"atoms": _by_atoms, "sums": _by_sums, "tokens": _by_tokens, "sets": _by_sets}
     unknown = [name for name in names if name not in MEASURES]
     if unknown:
         raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(MEASURES)}.")
@@ -115,6 +115,7 @@ def compare_layers(readings: Sequence[Reading], names: Sequence[str], settings: 
 
 # Every measure, by what it is computed from.
 MEASURES: dict[str, str] = {
+    "shared_atoms_procrustes": "atoms",
     "shared_atoms": "tokens",
     "jaccard": "sets",
     "jaccard_corrected": "sets",
@@ -154,6 +155,21 @@ def _by_sums(readings: Sequence[Reading], names: list[str], settings: Settings) 
     for similarity in found.values():
         similarity.seconds += shared
     return found
+
+
+def _by_atoms(readings: Sequence[Reading], names: list[str], settings: Settings) -> dict[str, Similarity]:
+    """Procrustes of the shared atoms alone: how well the best rotation takes the atoms of one layer to another's."""
+    began = time.monotonic()
+    at = torch.from_numpy(settings.atoms)
+    found = Similarity(_empty(readings))
+    atoms = [[x[at] for x in reading.activations.values()] for reading in readings]
+    summed = [[clouds.Cloud().update(x) for x in of] for of in atoms]
+    for m, i, n, j in _layer_pairs(readings):
+        pair = clouds.Pair(summed[m][i], summed[n][j]).update_cross(atoms[m][i], atoms[n][j])
+        value = spaces.procrustes(pair)
+        _put(found.pairs, m, i, n, j, value, value)
+    found.seconds = time.monotonic() - began
+    return dict.fromkeys(names, found)
 
 
 def _by_tokens(readings: Sequence[Reading], names: list[str], settings: Settings) -> dict[str, Similarity]:

@@ -37,7 +37,7 @@ class Sides:
 
     names: list[str]
     about: list[dict[str, Any]]
-    atoms: list[list[Int[ndarray, " n"]]]
+    atoms: list[list[Int[ndarray, " _"]]]
     token_id: Int[ndarray, " tokens"]
     groups: Int[ndarray, " tokens"]
     aligned: bool
