@@ -18,7 +18,7 @@ FLOORS = {
     "kernels": ["pursuit", "metrics", "similarity"],
     "objects": ["folder", "tables", "model", "admission", "threshold", "builder", "checkpoint", "build"],
     "world": ["documents", "prompts", "loading", "reading", "hooks", "demo"],
-    "work": ["runs", "report", "drawing", "aligned", "layers", "saved", "compare", "plots", "diff", "page"],
+    "work": ["runs", "report", "drawing", "aligned", "layers", "saved", "compare", "plots", "diff", "changes", "page"],
     "cli": ["cli", "commands", "flags", "terminal", "__main__", "__init__"],
 }
 BELOW = {

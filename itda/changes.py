@@ -1,0 +1,183 @@
+"""How far every token moved between two models, and which atoms only one of them needs: the measures of a diff."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from itda.aligned import Reading
+from itda.build import build
+from itda.labels import Labels
+from itda.metrics import fvu, relative_error
+from itda.model import ITDA
+from itda.pursuit import normalize, pursue
+
+NAMES = ("base", "tuned", "null")
+SAMPLE = 4096  # tokens that the transfer is measured on
+MOST_ATOMS = 20  # that only one model needs, per layer
+ALIKE = 0.7  # cosine of residuals from which on two tokens would be one new atom
+CHUNK = 4096  # tokens whose codes are held at a time
+ROUNDING = 1e-5  # a change that float32 makes by itself
+
+# -- changes of codes -------------------------------------------------------------------------------------------------
+
+
+def code_change(
+    x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens e"], anchors: Int[ndarray, " n"]
+) -> Float[ndarray, " tokens"]:
+    """How far each token moved among the shared atoms: the distance of its two unit codes, between 0 and 2.
+
+    `x` and `y` are what two models make of the same tokens. Both are centred, their rows brought to unit norm, and
+    rotated into the frame where the rows at `anchors` agree best: with x_a' y_a = U S V', codes are x U and y V.
+    Unchanged by orthogonal maps, translations and positive scale of either.
+    """
+    if torch.equal(x, y):
+        return np.zeros(len(x))
+    x, y = (torch.nn.functional.normalize(a.float() - a.float().mean(0), dim=1) for a in (x, y))
+    at = torch.from_numpy(anchors)
+    u, s, v = torch.linalg.svd(x[at].T @ y[at], full_matrices=False)
+    seen = s > s[0] * 1e-6  # beyond the span of the anchors, singular vectors are arbitrary
+    parts = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
+    moved = [(a @ u[:, seen] - b @ v[seen].T).norm(dim=1) for a, b in parts]
+    return torch.cat(moved).double().numpy()
+
+
+def measure(x: list[Tensor], anchors: Int[ndarray, "2 n"], positions: Int[ndarray, " tokens"]) -> dict[str, ndarray]:
+    """Change, score and noise of all tokens at one hook point; `x` of base, tuned and, if there is one, the null.
+
+    With a null, noise is the score with tuned and null exchanged: were the tuned model but another such fine-tune, both
+    would be distributed alike. Without one, it is half the difference of what both sets of anchors say, of either sign.
+    """
+    if len(x) == 3:
+        change, null_change = (code_change(x[0], other, anchors.reshape(-1)) for other in x[1:])
+        score = change / _usual(change) - null_change / _usual(null_change)
+        return {"change": change, "null_change": null_change, "score": score, "noise": -score}
+    halves = [code_change(x[0], x[1], half) for half in anchors]
+    change = np.sqrt((halves[0] ** 2 + halves[1] ** 2) / 2)
+    usual = _usual_at(change, positions)
+    scale = np.maximum(usual, _usual(change) / 2)
+    noise = (halves[0] - halves[1]) / scale / 2
+    return {"change": change, "score": (change - usual) / scale, "noise": np.concatenate([noise, -noise])}
+
+
+def _usual(change: Float[ndarray, " tokens"]) -> float:
+    """What a layer's changes are measured in: their median; not far less than the mean, nor than rounding."""
+    return max(float(np.median(change)), float(change.mean()) / 10, ROUNDING)
+
+
+def _usual_at(change: Float[ndarray, " tokens"], positions: Int[ndarray, " tokens"]) -> Float[ndarray, " tokens"]:
+    """The usual change at the position of each token, and at those next to it, up to a quarter of it away.
+
+    The first tokens of a row have little context and change most under any fine-tune.
+    """
+    usual = np.empty_like(change)
+    for position in np.unique(positions):
+        near = np.abs(positions - position) <= position // 4
+        usual[positions == position] = np.median(change[near])
+    return usual
+
+
+def draw_anchors(tokens: int, n: int, seed: int) -> Int[ndarray, "2 half"]:
+    """Tokens to be shared atoms, drawn at random, as many from the first half of the data as from the second."""
+    draw, middle = np.random.default_rng(seed), tokens // 2
+    first = draw.choice(middle, n // 2, replace=False)
+    return np.sort(np.stack([first, middle + draw.choice(tokens - middle, n // 2, replace=False)]), axis=1)
+
+
+# -- dictionaries -----------------------------------------------------------------------------------------------------
+
+
+def compare_atoms(
+    readings: Sequence[Reading], names: tuple[str, ...], n_atoms: int, k: int, seed: int
+) -> dict[str, Any]:
+    """What dictionaries say at one hook point: their sizes, the atoms only one model needs, and the transfer."""
+    x, labels = at_places(readings, names), [reading.labels for reading in readings]
+    threshold = _built(x[0], k, n_atoms=n_atoms).cfg["threshold"]
+    base, tuned = (_built(a, k, threshold=threshold).labels.position for a in x[:2])
+    losses = [_losses(a, _placed(x[0], a, base), k) for a in x]
+    rest = x[1] - _reconstructed(x[1], _placed(x[0], x[1], base), k)
+    found = {"only_tuned": _only(dict(zip(NAMES, losses, strict=False)), "tuned", rest, labels[1], threshold)}
+    losses = [_losses(x[0], _placed(a, x[0], tuned), k) for a in x]
+    losses[0] = _losses(x[1], x[1][tuned], k)  # which the tuned model's own atoms explain
+    named = {"tuned": losses[0], "base": losses[1]} | ({"null": losses[2]} if len(x) == 3 else {})
+    rest = x[0] - _reconstructed(x[0], _placed(x[1], x[0], tuned), k)
+    found |= {"only_base": _only(named, "base", rest, labels[0], threshold)}
+    sizes = {"threshold": threshold, "n_base": len(base), "n_tuned": len(tuned)}
+    sizes |= {"common": len(np.intersect1d(base, tuned))}
+    return sizes | {"transfer": _transfer(x[0], x[1], base, tuned, k, seed)} | found
+
+
+def _built(x: Tensor, k: int, **size: Any) -> ITDA:
+    """A dictionary of `x` whose labels count tokens."""
+    model = build([(x, Labels.counted(0, len(x)))], k=k, **size)
+    assert isinstance(model, ITDA)
+    return model
+
+
+def _placed(own: Tensor, other: Tensor, rows: ndarray) -> Tensor:
+    """The atoms of a model as they are, for another one to be explained by; re-read there if it has another width."""
+    return own[rows] if own.shape[1] == other.shape[1] else other[rows]
+
+
+def _only(
+    losses: dict[str, ndarray], who: str, rest: Float[Tensor, "tokens d"], labels: Labels, threshold: float
+) -> dict[str, Any]:
+    """Tokens that the model `who` needs as new atoms and no other does: how many, and the most telling of them.
+
+    A model needs a token if its loss exceeds the threshold. Those whose loss exceeds the others' by the largest factor
+    come first; one whose residual (`rest`) is much like that of a token before it says nothing new, and is left out.
+    """
+    others = np.max([loss for name, loss in losses.items() if name != who], axis=0)
+    found = np.flatnonzero((losses[who] > threshold) & (others <= threshold))
+    found = found[np.argsort(others[found] / losses[who][found], kind="stable")]
+    kept: list[int] = []
+    unit = torch.nn.functional.normalize(rest, dim=1)
+    for i in found.tolist():
+        if not kept or float((unit[kept] @ unit[i]).max()) < ALIKE:
+            kept.append(i)
+        if len(kept) == MOST_ATOMS:
+            break
+    told = [{"loss": {name: float(loss[i]) for name, loss in losses.items()}, "label": label(labels, i)} for i in kept]
+    return {"tokens": len(found), "atoms": told}
+
+
+def _losses(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"], k: int) -> Float[ndarray, " tokens"]:
+    """Relative errors of `x` under the activations `atoms`, which need not be normalised."""
+    return relative_error(x, _reconstructed(x, atoms, k)).double().numpy()
+
+
+def _reconstructed(x: Tensor, atoms: Tensor, k: int) -> Tensor:
+    atoms = normalize(atoms)
+    return pursue(x, atoms, k=k).decode(atoms)
+
+
+def _transfer(x: Tensor, y: Tensor, base: ndarray, tuned: ndarray, k: int, seed: int) -> dict[str, Any]:
+    """FVU of the tuned model `y` under dictionaries of equal size, on tokens that are an atom of none of them."""
+    size, draw = min(len(base), len(tuned)), np.random.default_rng(seed)
+    chance = draw.choice(len(y), size, replace=False)
+    rest = np.setdiff1d(np.arange(len(y)), np.concatenate([base, tuned, chance]))
+    rest = np.sort(draw.permutation(rest)[:SAMPLE])
+    atoms = {"own": y[tuned[:size]], "reread": y[base[:size]], "as_is": x[base[:size]], "random": y[chance]}
+    out: dict[str, Any] = {"n_atoms": size, "tokens": len(rest)}
+    for name, chosen in atoms.items():
+        fits = chosen.shape[1] == y.shape[1]
+        out[name] = fvu(y[rest], _reconstructed(y[rest], chosen, k)) if fits else None
+    return out
+
+
+def label(labels: Labels, i: int) -> dict[str, Any]:
+    """What token `i` is, as JSON can hold it, with some context."""
+    before, token, after = labels.context(i, 120, 60)
+    numbers = {name: int(getattr(labels, name)[i]) for name in ("prompt", "position", "token_id", "document", "start")}
+    return numbers | {"before": before, "token": token, "after": after}
+
+
+def at_places(readings: Sequence[Reading], names: tuple[str, ...]) -> list[Tensor]:
+    """The activations of every reading at its hook point."""
+    return [reading.activations[name] for reading, name in zip(readings, names, strict=True)]
