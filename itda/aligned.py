@@ -111,7 +111,8 @@ def read(
     readings = []
     for i, (model, name) in enumerate(zip(models, names, strict=True)):
         if random_weights is not None:
-            model = untrained(model, tokenizers[i], seed=random_weights + i, trust_remote_code=trust_remote_code)
+            chosen: dict[str, Any] = dict(device=device, trust_remote_code=trust_remote_code)
+            model = untrained(model, tokenizers[i], seed=random_weights + i, **chosen)
         elif not isinstance(model, HookedModel):
             hooks = layer if hook is None else hook
             hooks = -1 if hooks is None else hooks  # all blocks are loaded for the last one

@@ -211,7 +211,7 @@ def compare(
     n_atoms: MaybeWhole = None,
     threshold: MaybeReal = None,
     k: Whole = 8,
-    atoms: Whole = 1500,
+    atoms: MaybeWhole = None,
     no_controls: Flag = False,
     align: Flag = False,
     names: Words = (),
@@ -243,7 +243,7 @@ def compare(
         n_atoms: aim at so many atoms in each layer's dictionary; a hundredth of the tokens by default
         threshold: build dictionaries at this threshold instead, to whatever size comes
         k: pursuit steps
-        atoms: how many atoms the models share
+        atoms: how many atoms the models share; 1500, or half of the tokens where these are few
         no_controls: leave out untrained models and shuffled tokens, which cost two thirds of the time
         align: compare tokens by where they end in the text also where rows are alike
         names: what to call the models

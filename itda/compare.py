@@ -109,7 +109,7 @@ def compare(
     n_atoms: int | None = None,
     threshold: float | None = None,
     k: int = K,
-    atoms: int = ATOMS,
+    atoms: int | None = None,
     controls: bool = True,
     align: bool | None = None,
     names: Sequence[str] | None = None,
@@ -129,7 +129,7 @@ def compare(
     n_atoms     of each layer's dictionary, about: a hundredth of the tokens. All are cut to the size of the smallest,
                 since set measures move with it (`sizes`); with a `threshold` instead, each has the size that comes
     k           pursuit steps of the dictionaries and of the shared-atom codes
-    atoms       of the shared-atom codes
+    atoms       that the models share: 1,500, or half of the tokens where these are few
     controls    measure also what there is where nothing is to be found: "untrained", models of the same configs with
                 random weights; "shuffled", every model's tokens in another order; of sets "random", drawn at random in
                 the same sizes, and "random by token", drawn among tokens of the same ids
@@ -184,17 +184,18 @@ def compare(
     return Comparison(about, len(token_id), by_end, measured, sizes, spent)
 
 
-def _check(measures: Sequence[str], n_atoms: int | None, threshold: float | None, k: int, atoms: int) -> None:
+def _check(measures: Sequence[str], n_atoms: int | None, threshold: float | None, k: int, atoms: int | None) -> None:
     """What can be wrong with the settings, before any model is read."""
     if unknown := [name for name in measures if name not in layers.MEASURES]:
         raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.MEASURES)}.")
-    if atoms < 1:
+    if atoms is not None and atoms < 1:
         raise InputError(f"`atoms` is {atoms!r}; a whole number, 1 or more, was wanted.")
     Builder(k=k, n_atoms=n_atoms, threshold=threshold, total=1 << 60)  # which checks the rest
 
 
 def _settings(readings: Sequence[Reading], measures, n_atoms, threshold, k: int, atoms, draw: int, report) -> Settings:
     tokens = len(readings[0])
+    atoms = min(ATOMS, max(1, tokens // 2)) if atoms is None else atoms
     if "shared_atoms" in measures and atoms >= tokens:
         raise InputError(f"`atoms` is {atoms!r}, and {tokens:,} tokens are in common: choose fewer, or give more text.")
     if n_atoms is None and threshold is None:

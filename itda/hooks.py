@@ -66,13 +66,21 @@ def load(
 
 
 def untrained(
-    model: str | Path | HookedModel, tokenizer: Any, *, seed: int = 0, trust_remote_code: bool = False
+    model: str | Path | HookedModel,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> HookedModel:
     """A model of the same config with random weights as its family draws them, float32, with all of its blocks.
 
     What such models share is architecture, tokens and chance: the control of every comparison.
     """
-    base = random_model(model if isinstance(model, str | Path) else model.module.config, seed, trust_remote_code)
+    if isinstance(model, HookedModel):
+        base = random_model(model.module.config, seed, model.device, trust_remote_code)
+    else:
+        base = random_model(model, seed, device, trust_remote_code)
     return load(base, tokenizer, hooks=-1)
 
 

@@ -153,7 +153,7 @@ def pretrained(
     return base.eval(), tokenizer, layout, missing
 
 
-def random_model(model: Any, seed: int, trust_remote_code: bool = False) -> nn.Module:
+def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: bool = False) -> nn.Module:
     """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
     name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__
     with _quiet(), _door(str(name), None):
@@ -165,7 +165,8 @@ def random_model(model: Any, seed: int, trust_remote_code: bool = False) -> nn.M
             torch.manual_seed(seed)
             config = copy.deepcopy(model)
             config.dtype = torch.float32
-            return AutoModel.from_config(config, trust_remote_code=trust_remote_code).float().eval()
+            base = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        return base.float().eval().to(_device(device))
 
 
 def _skeleton(config, trust_remote_code: bool) -> nn.Module | None:
