@@ -24,7 +24,7 @@ from torch import Tensor
 from itda.errors import InputError
 from itda.hooks import activations, load, untrained
 from itda.labels import Batch, Labels
-from itda.loading import load_tokenizer
+from itda.loading import checked_name, load_tokenizer
 from itda.progress import Step, bar
 from itda.prompts import Row, TokenStream, tokenizer_hash, valid
 from itda.pursuit.gram import free_bytes
@@ -148,6 +148,9 @@ def _checked(models: Sequence[Any], layer: Any, hook: Any, tokens: int, names: S
             raise InputError(
                 f"A model is of type {type(model).__name__}: pass its id or folder, or load it with `itda.hooks.load`."
             )
+    for model in models:
+        if not isinstance(model, HookedModel):
+            checked_name(str(model))  # says what is wrong with a path before its tokenizer is asked for
     if layer is not None and hook is not None:
         raise InputError("Both `layer` and `hook` were given: choose one of them.")
     if not isinstance(tokens, int | np.integer) or tokens < 1:

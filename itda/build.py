@@ -75,6 +75,7 @@ def build(
     settings |= dict(max_atoms=max_atoms, chunk_size=chunk_size)
     if tokens is not None and (not isinstance(tokens, Integral) or isinstance(tokens, bool) or tokens < 1):
         raise InputError(f"`tokens` is {tokens!r}; a whole number, 1 or more, was wanted.")
+    tokens = None if tokens is None else int(tokens)
     if n_atoms is not None:
         settings["total"] = _length(stream, tokens)
     Builder(**settings)  # bad settings are refused before anything is read

@@ -99,7 +99,7 @@ class Builder:
         activations = _checked(activations, labels, self._d())
         self.position += len(activations)
         if self._head_wanted():
-            self._head.append(Batch(activations, labels))
+            self._head.append(Batch(activations.clone(), labels))  # the stream may use its memory again
             self._head_tokens += len(activations)
             if self._head_tokens >= self._head_wanted():
                 self._start()

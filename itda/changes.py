@@ -135,7 +135,9 @@ def _only(
     """
     others = np.max([loss for name, loss in losses.items() if name != who], axis=0)
     found = np.flatnonzero((losses[who] > threshold) & (others <= threshold))
-    found = found[np.argsort(others[found] / losses[who][found], kind="stable")]
+    # Below a hundredth of the threshold, losses differ by rounding: then the largest come first.
+    explained = np.maximum(others[found], threshold / 100)
+    found = found[np.argsort(explained / losses[who][found], kind="stable")]
     kept: list[int] = []
     unit = torch.nn.functional.normalize(rest, dim=1)
     for i in found.tolist():

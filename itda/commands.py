@@ -287,6 +287,7 @@ def compare(
     )
     for picture in heatmap:
         result.heatmap(picture)
+        terminal.say(f"{picture} written")
     terminal.output(result.to_json(), None if json else result)
 
 
@@ -350,6 +351,7 @@ def diff(
     result = run(**given, layer=layer or None, hook=hook or None, progress=True)
     if html is not None:
         result.save_html(html)
+        terminal.say(f"{html} written")
     terminal.output(result.to_json(), None if json else result)
 
 

@@ -284,8 +284,8 @@ def _fitting(tokens: int, n_anchors: int | None, n_atoms: int = 1) -> int:
     n_anchors = max(2, min(ANCHORS, tokens // 2)) if n_anchors is None else n_anchors
     if max(n_anchors, n_atoms) > max(2, tokens // 2):
         raise InputError(
-            f"`n_atoms` is {n_atoms} and `n_anchors` {n_anchors}, but the models have {tokens:,} tokens in common: "
-            "give more text, or choose at most half as many as there are tokens."
+            f"{'`n_atoms`' if n_atoms >= n_anchors else '`n_anchors`'} is {max(n_atoms, n_anchors)}, but the models "
+            f"have {tokens:,} tokens in common: give more text, or choose at most half as many as there are tokens."
         )
     return n_anchors
 

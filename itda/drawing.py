@@ -6,6 +6,7 @@ The reports are of type Any here: they know how they are drawn, and imports go o
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from itda.errors import one_line
@@ -150,9 +151,12 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
             f"{measure.seconds:.1f}",
         )
     yield table
+    said = "matched: accuracy of eq. 9 between different models, and its interval; rank: mean of 1 / rank of the right "
+    said += "layer; margin: over the best other layer, in standard deviations of the row; alike: mean of equal layers"
+    yield Text(said, style="dim")
     if report.sizes:
-        cuts = [f"{cut['n_atoms']:,} atoms {_level(cut)}" for cut in report.sizes]
-        yield Text(f"jaccard of dictionaries cut to {', '.join(cuts)}", style="dim")
+        cuts = [f"{_level(cut)} at {cut['n_atoms']:,} atoms" for cut in report.sizes]
+        yield Text(f"jaccard of dictionaries cut to one size: {', '.join(cuts)}", style="dim")
     yield from _layer_by_layer(report)
 
 
@@ -181,11 +185,21 @@ def _layer_by_layer(report: Any) -> RenderResult:
         label = f"{name}: layer of {one_line(first)} in rows, of {one_line(other)} in columns"
         yield Text()
         yield Text(label, style="bold")
-        table = _table(*map(str, range(len(matrix.T))), first=" ", label="")
+        numbers = {model["name"]: layer_numbers(model["hook_points"]) for model in report.models}
+        table = _table(*numbers[other], first=" ", label="")
         for i, row in enumerate(matrix):
             best = row.argmax() if not any(map(math.isnan, row)) else -1
-            table.add_row(str(i), *(Text(f"{v:.3f}", style="bold" if j == best else "") for j, v in enumerate(row)))
+            table.add_row(
+                numbers[first][i], *(Text(f"{v:.3f}", style="bold" if j == best else "") for j, v in enumerate(row))
+            )
         yield table
+
+
+def layer_numbers(hook_points: list[str]) -> list[str]:
+    """The numbers of the layers at these hook points, or where these do not tell them apart, of the hook points."""
+    found = [re.findall(r"(?<=\.)\d+(?=\.|$)", hook)[-1:] for hook in hook_points]
+    numbers = [number for part in found for number in part]
+    return numbers if len(set(numbers)) == len(hook_points) else [str(i) for i in range(len(hook_points))]
 
 
 def section(cfg: dict[str, Any], key: str) -> dict[str, Any]:

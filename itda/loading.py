@@ -128,7 +128,7 @@ def pretrained(
     Returns module, tokenizer, layout and the names of the parameters that the checkpoint did not have. Everything
     that can be checked on the config (the layers, the hook points) is checked before any weight is read.
     """
-    model = _checked(str(model), kwargs.get("subfolder", ""))
+    model = checked_name(str(model), kwargs.get("subfolder", ""))
     device = _device(device)
     dtype = _dtype(dtype, device)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -160,7 +160,7 @@ def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: b
         from transformers import AutoConfig, AutoModel
 
         if isinstance(model, str | Path):
-            model = AutoConfig.from_pretrained(_checked(str(model), ""), trust_remote_code=trust_remote_code)
+            model = AutoConfig.from_pretrained(checked_name(str(model)), trust_remote_code=trust_remote_code)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = copy.deepcopy(model)
@@ -281,7 +281,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"`device` is {str(device)!r}, which cannot be used here: pass {names}.") from error
 
 
-def _checked(model: str, subfolder: str) -> str:
+def checked_name(model: str, subfolder: str = "") -> str:
     """`model`; what is a path, or looks like one, must be a folder with a config and safetensors."""
     folder = Path(model).expanduser()
     if not (folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model):

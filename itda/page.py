@@ -97,6 +97,8 @@ def check(path: str | os.PathLike) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise InputError(f"The page cannot be written to {path}, because {what}: choose another file.")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"`html` is {str(path)!r}; a file that ends with .html was wanted.")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

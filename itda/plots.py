@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from itda.drawing import layer_numbers
 from itda.errors import InputError, one_line
 
 ENDINGS = (".png", ".svg", ".pdf")
@@ -60,7 +61,8 @@ def _drawn(comparison: Any, name: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    names = [model["name"] for model in comparison.models]
+    models = comparison.models
+    names = [model["name"] for model in models]
     pairs = comparison.measures[name].pairs
     across = np.concatenate([matrix.ravel() for (a, b), matrix in pairs.items() if a != b])
     known = across[np.isfinite(across)]
@@ -76,8 +78,9 @@ def _drawn(comparison: Any, name: str) -> Any:
                     best = int(np.nanargmax(values))
                     corner = (best - 0.5, i - 0.5)
                     axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.2))
-            axis.set_xticks(_ticks(matrix.shape[1]))
-            axis.set_yticks(_ticks(matrix.shape[0]))
+            for set_ticks, model in ((axis.set_xticks, models[column]), (axis.set_yticks, models[row])):
+                numbers = layer_numbers(model["hook_points"])
+                set_ticks(_ticks(len(numbers)), numbers[:: max(1, len(numbers) // 6)])
             axis.tick_params(labelsize=7)
             if row == len(names) - 1:
                 axis.set_xlabel(f"layer of {_plain(b)}", fontsize=8)

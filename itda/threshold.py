@@ -85,9 +85,10 @@ def pilot(x: Float[Tensor, "tokens d"], wish: int, total: int, k: int, loss: str
     zero = LOSSES[loss](x.double().cpu().numpy(), np.zeros(tuple(x.shape)))
     high, low = math.log(float(zero.max())), math.log(float(zero.max()) * 1e-7)  # too few atoms, too many
     few, many = 1.0, float(total)
-    for _ in range(10):
-        # Regula falsi on log n against log threshold, kept off the ends of the bracket.
-        share = math.log(wish / few) / math.log(many / few) if many > few else 0.5
+    for i in range(16):
+        # Regula falsi on log n against log threshold, kept off the ends of the bracket, and every other time the
+        # middle: where n cannot grow beyond the stream, regula falsi alone creeps.
+        share = math.log(wish / few) / math.log(many / few) if many > few and i % 2 == 0 else 0.5
         middle = high + min(max(share, 0.1), 0.9) * (low - high)
         n = max(1.0, _extrapolated(x, math.exp(middle), wish, total, k, loss))
         if abs(math.log(n / wish)) < 0.05:

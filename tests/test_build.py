@@ -151,7 +151,7 @@ def test_rounding_never_decides(make, given, threshold, monkeypatch):
 def test_few_tokens_need_float64():
     seen = []
     itda.build(low_rank().split(500), k=4, threshold=0.02, progress=seen.append)
-    assert 0 < seen[-2].settled < 0.08  # an entry of the Gram matrix has 15 bits
+    assert 0 < seen[-2].settled < 0.1  # an entry of the Gram matrix has 15 bits, and any order of sums is allowed for
 
 
 def test_zero_vectors_and_repeats_are_never_admitted():
@@ -551,3 +551,22 @@ def test_n_atoms_of_nothing():
 def test_n_atoms_needs_the_length_of_the_stream():
     with pytest.raises(itda.InputError, match="give `tokens`"):
         itda.build((part for part in gaussian(100).split(10)), n_atoms=5)
+
+
+@pytest.mark.parametrize(("d", "k", "tokens", "wish"), [(8, 2, 2000, 700), (32, 4, 3000, 1000), (64, 8, 5000, 2500)])
+def test_a_wished_size_is_met_on_short_streams(d, k, tokens, wish):
+    x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(1))
+    assert abs(len(itda.build(x, k=k, n_atoms=wish)) / wish - 1) < 0.1
+
+
+def test_a_stream_may_use_its_memory_again():
+    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
+
+    def stream():
+        buffer = torch.empty(100, 16)
+        for part in x.split(100):
+            buffer.copy_(part)
+            yield buffer
+
+    found = itda.build(stream(), k=3, threshold=0.3, center=True)
+    assert torch.equal(found.atoms, itda.build(x.split(100), k=3, threshold=0.3, center=True).atoms)

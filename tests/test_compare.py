@@ -191,11 +191,11 @@ def test_every_measure_is_the_plain_function_of_each_two_layers(engine, name):
 
 def test_dictionaries_are_those_that_build_makes_cut_to_one_size(home):
     readings = readings_of("a", "llama", layer=[1], tokens=150)
-    settings = settings_of(readings, n_atoms=8, threshold=None)
+    settings = settings_of(readings, n_atoms=40, threshold=None)
     found, sizes = layers.dictionaries(readings, settings), []
     for reading, side in zip(readings, found, strict=True):
         for hook, rows in zip(reading.hook_points, side, strict=True):
-            built = itda.build([reading.batch(hook)], k=settings.k, n_atoms=8)
+            built = itda.build([reading.batch(hook)], k=settings.k, n_atoms=40)
             sizes.append(len(built))
             assert reading.labels[rows].pairs().tolist() == built.labels.pairs()[: len(rows)].tolist()
     assert {len(rows) for side in found for rows in side} == {min(sizes)} != {max(sizes)}

@@ -218,3 +218,19 @@ def test_bad_backends():
         itda.pursue(x, atoms, 2, backend="gpu")
     with pytest.raises(itda.InputError, match="computes in float32"):
         itda.pursue(x.double(), atoms.double(), 2, backend="cpu")
+
+
+def test_damaged_compiled_kernels_are_compiled_again(tmp_path):
+    code = "import torch, itda; print(itda.pursue(torch.eye(3), torch.eye(3), 2).indices[:, 0].tolist())"
+
+    def run():
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout == "[0, 1, 2]\n", done.stderr
+
+    run()
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[:7])
+    run()

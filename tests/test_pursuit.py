@@ -1,5 +1,7 @@
 """Laws of pursuit, over methods x backends x dtypes x shapes; the reference judges, other libraries witness."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -504,3 +506,43 @@ def test_numpy_arrays_are_welcome():
 def test_decode_wants_its_own_dictionary():
     with pytest.raises(itda.InputError, match="codes are over 5 atoms"):
         itda.pursue(X, D, 2).decode(D[:4])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_how_many_tokens_come_at_once_decides_no_close_choice(backend):
+    # Products of matrices may add d terms in one chain, and each partial sum of these rounds the same way.
+    d = 128
+    x = torch.full((d,), 2.0**-12 * 0.998)
+    x[0], x[-1] = 1 + 2**-10, 0.25
+    second = x.clone()
+    second[-1] = 0
+    second = itda.normalize(second[None])[0]
+    close = float(x.double() @ second.double()) - 20 * 2**-24
+    angle = math.atan2(0.25, float(x[0])) + math.acos(close / math.hypot(float(x[0]), 0.25))
+    first = torch.zeros(d)
+    first[0], first[-1] = math.cos(angle), math.sin(angle)
+    atoms = torch.cat([first[None], second[None], torch.eye(d)[1:40]])
+    for tokens in (1, 16, 300):
+        codes = itda.pursue(x.repeat(tokens, 1), atoms.clone(), 1, backend=backend)
+        assert (codes.indices == 1).all()
+
+
+def test_excluded_atoms_hide_no_others():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        d, n = (int(torch.randint(*ends, (1,), generator=generator)) for ends in ((1, 5), (2, 9)))
+        half = itda.normalize(torch.randn(n, d, generator=generator))
+        atoms, x = torch.cat([half, -half]), torch.randn(30, d, generator=generator)
+        want, found = (
+            itda.pursue(x, atoms, 8, method="omp", nonneg=True, backend=backend).indices
+            for backend in ("reference", "cpu")
+        )
+        assert torch.equal(want, found)
+
+
+def test_inference_mode_leaves_nothing_behind():
+    x, atoms = torch.randn(50, 16), itda.normalize(torch.randn(100, 16))
+    with torch.inference_mode():
+        itda.pursue(x[:1], atoms, 4)
+    again = itda.pursue(x, atoms, 4)
+    assert torch.equal(again.indices, itda.pursue(x, atoms.clone(), 4).indices)

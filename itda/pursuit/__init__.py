@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itda.codes import Codes
 from itda.errors import InputError
-from itda.pursuit import dense, orthogonal, reference
+from itda.pursuit import dense, orthogonal, products, reference
 from itda.pursuit.gram import Gram
 
 METHODS = ("mp", "omp", "gp")
@@ -38,6 +38,7 @@ WORKSPACE_BYTES = {"dense": 8e6, "cpu": 3e7, "gpu": 1e9}
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, for which OpenMP would wait forever, as for a lock they held."""
     torch.set_num_threads(1)
+    products.renew_lock()
     _kept.clear()
 
 
@@ -45,6 +46,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+@torch.inference_mode(False)  # a Gram matrix made in it could not grow outside, and it is kept
 @torch.no_grad()
 def pursue(
     x: Float[Tensor, "*batch d"] | ndarray,
@@ -181,7 +183,7 @@ def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: int | float | N
     key = id(given)
     _, gram = _kept.get(key, (None, None))
     if gram is not None:
-        if gram.is_of(atoms) and max_bytes in (None, gram.max_bytes):
+        if gram.is_of(atoms) and max_bytes in (gram.limit, gram.max_bytes):
             return gram
         _kept.pop(key, None)
     check_unit_norm(given)

@@ -47,9 +47,26 @@ def kernel(function: Callable) -> Callable:
         compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written
         return njit(**options)(function)
+    with suppress(AttributeError):
+        _forgive(compiled._cache)
     with suppress(AttributeError):  # numba would look for changes in one file, but these take from several
         compiled._cache._cache_file._source_stamp = NEWEST
     return compiled
+
+
+def _forgive(cache: Any) -> None:
+    """A full disk, or files that are damaged, cost the time of compiling again and nothing else."""
+    save, load = cache.save_overload, cache.load_overload
+
+    def save_overload(*args: Any) -> None:
+        with suppress(Exception):
+            save(*args)
+
+    def load_overload(*args: Any) -> Any:
+        with suppress(Exception):
+            return load(*args)
+
+    cache.save_overload, cache.load_overload = save_overload, load_overload
 
 
 @intrinsic

@@ -42,6 +42,14 @@ def next_atom(x, total, m, support, a, excluded, atoms, found, mirror, tol, limi
         return -1, False
     bound = (per_norm + unit) * norm + (per_step + unit) * spent + underflow + TIE * norm
     count = candidates(corr, n, tops, bound, mirror, option)
+    barred = False
+    for i in range(count):
+        barred |= excluded[option[i]]
+    if barred:  # excluded atoms would hide the others
+        for i in range(n):
+            corr[i] = 0.0 if excluded[i] else corr[i]
+        subtract(corr, corr, table, option, narrow, 0, 0, mirror, tops)
+        count = candidates(corr, n, tops, bound, mirror, option)
     if count > 1:
         rebuild(residual, x, atoms, chosen, a, m)
     if count > 8 and count > n // 8:

@@ -41,8 +41,12 @@ class Steps(NamedTuple):
 
 
 def bound_factors(d: int, dtype: torch.dtype, entry: float = STEP / 2) -> tuple[float, float, float]:
-    """What a correlation may be wrong by: of each unit of |x|, of each unit of sum |c_s|, and in any case."""
-    unit, g = torch.finfo(dtype).eps / 2, 8 + d / 4
+    """What a correlation may be wrong by: of each unit of |x|, of each unit of sum |c_s|, and in any case.
+
+    Whatever the order in which a product of matrices adds its d terms, it errs by at most d roundings of |x| |a|; and
+    for few tokens at a time some libraries do add them in one chain.
+    """
+    unit, g = torch.finfo(dtype).eps / 2, 8 + d
     return unit * g, unit * (g + 3) + entry, (d + (1 << 18)) * torch.finfo(dtype).tiny
 
 

@@ -64,6 +64,12 @@ def is_full_float32() -> bool:
 _precision = threading.RLock()
 
 
+def renew_lock() -> None:
+    """After a fork: the thread that held the lock may be gone."""
+    global _precision
+    _precision = threading.RLock()
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Float32 products in float32: TF32, bfloat16 short cuts and autocast off, the caller's settings restored.
