@@ -20,6 +20,7 @@ _HOMES = {
     "compare": "compare",
     "decompose": "report",
     "diff": "diff",
+    "evaluate": "evaluate",
     "match_layers": "similarity",
     "normalize": "pursuit",
     "pursue": "pursuit",

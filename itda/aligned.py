@@ -7,6 +7,8 @@ one for all tokenizers: there, every model has read the same characters of the d
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,6 +129,16 @@ def read(
     return readings
 
 
+def check_names(given: Iterable[str], function: Callable) -> None:
+    """Raise `InputError` for the first name that neither `function` nor what it reads with knows as an argument."""
+    known = [name for each in (function, read, TokenStream) for name in inspect.signature(each).parameters]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            advice = f"perhaps `{near[0]}` was meant" if near else "those of reading are in `itda.aligned.read`"
+            raise InputError(f"`{function.__name__}` has no setting `{name}`: {advice}.")
+
+
 def named(names: Sequence[str] | None, found: Sequence[str]) -> list[str]:
     """`names`, one for each model; or those `found`, with a number behind any that came before: a, b, b#2."""
     if names is None:
@@ -218,7 +230,7 @@ def valid_tokens(
     """
     parts, kept, count, enough = [], [], 0, False
     for row in rows:
-        parts.append(_labels(row))
+        parts.append(row_labels(row))
         kept.append(valid(row, special_tokens))
         count += int(kept[-1].sum())
         if enough:  # one row more, since it may begin with what is left of a character
@@ -230,7 +242,7 @@ def valid_tokens(
     return labels[found], ends(labels)[found]
 
 
-def _labels(row: Row) -> Labels:
+def row_labels(row: Row) -> Labels:
     """Those of all tokens of a row, without text."""
     length = len(row.ids)
     prompt, document, nothing = (np.full(length, number) for number in (row.prompt, row.document, -1))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from itda import checkpoint as checkpoints
-from itda.builder import Builder
+from itda.builder import Builder, Content
 from itda.errors import InputError
+from itda.folder import check_writable_target
 from itda.labels import Batch, Labels
 from itda.model import ITDA
 from itda.progress import Progress, bar
@@ -81,7 +82,7 @@ def build(
     Builder(**settings)  # bad settings are refused before anything is read
     names, items = _peek(stream)
     builders = {name: Builder(**settings) for name in names}
-    folders = {} if checkpoint is None else {name: Path(checkpoint) / name for name in names}
+    folders = {} if checkpoint is None else {name: Path(checkpoint) / _file_name(name) for name in names}
     start = _resume(builders, folders, stream)
     if tokens is not None and start > tokens:
         raise InputError(
@@ -115,7 +116,9 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
             size = min(size, tokens - position)
         atoms = sum(map(len, builders.values()))
         for name, (activations, labels) in batches.items():
-            skipped = max(0, builders[name].position - position)  # a checkpoint of this one may be ahead of the others
+            skipped = min(size, max(0, builders[name].position - position))  # its checkpoint may be ahead of the others
+            if skipped:
+                builders[name].pass_over(activations[:skipped])
             if skipped < size:
                 builders[name].update(activations[skipped:size], labels[skipped:size])
         position += size
@@ -135,6 +138,12 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
             break
     else:
         read = getattr(stream, "hash", None)
+        ahead = max(builder.position for builder in builders.values())
+        if position < ahead:
+            raise InputError(
+                f"The stream ends after {position:,} tokens, and the unfinished build has read {ahead:,}: give the "
+                "same activations to go on, or another folder to start anew."
+            )
     if len(folders) > 1:  # they are saved one after another, and a kill in between must find all of them
         _save(stream, read, builders, folders)
     if report:
@@ -190,6 +199,16 @@ def _batches(item, position: int) -> dict[str, Batch]:
     return {"": Batch(*item) if pair else Batch(item, Labels.counted(position, shape[0]))}
 
 
+def _file_name(name: Any) -> str:
+    """A hook point of the stream, which becomes the name of a folder, if it can."""
+    if not isinstance(name, str) or set(name) & set("/\\\0") or name in (".", ".."):
+        raise InputError(
+            f"The stream has a hook point {name!r}, and with a `checkpoint` each has a folder of its name: give it a "
+            "name without slashes."
+        )
+    return name
+
+
 def _size(batches: dict[str, Batch], names: Iterable[str]) -> int:
     """How many tokens an item of the stream has, the same at every one of the hook points `names`."""
     sizes = {name: len(batch.activations) for name, batch in batches.items()}
@@ -216,6 +235,9 @@ def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Any)
     """Restore what checkpoints there are; how many tokens of the stream every builder has had."""
     identity = _identity(stream, builders)
     for name, folder in folders.items():
+        check_writable_target(folder)
+        if not hasattr(stream, "hash"):
+            builders[name].content = Content()
         checkpoints.restore(builders[name], folder, identity[name])
     return min(builder.position for builder in builders.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -14,6 +15,7 @@ from torch import Tensor
 from itda._version import __version__
 from itda.admission import Batched, Sequential
 from itda.errors import InputError
+from itda.folder import bytes_of
 from itda.labels import Batch, Labels
 from itda.metrics import LOSSES, fvu
 from itda.model import ITDA, Sample
@@ -66,6 +68,8 @@ class Builder:
         self.position = 0  # tokens of the stream that were given to `update`
         self.seen = 0  # of them, those judged: not those that came when it was full
         self.stream_hash: str | None = None  # of the rows up to `position`, when a checkpoint was last written
+        self.content: Content | None = None  # of the activations, where the stream does not say what it reads
+        self.content_hash: str | None = None  # of those that the checkpoint it goes on from had
         self.labels: list[Labels] = []
         self.mean: Tensor | None = None
         self._dictionary: Sequential | Batched | None = None
@@ -94,9 +98,11 @@ class Builder:
     def __len__(self) -> int:
         return len(self.dictionary) if self.started else 0
 
-    def update(self, activations: Tensor, labels: Labels) -> None:
+    def update(self, activations: Tensor | np.ndarray, labels: Labels) -> None:
         """Take the next batch: activations (tokens, d) and one label each."""
         activations = _checked(activations, labels, self._d())
+        if self.content is not None:
+            self.content.add(activations)
         self.position += len(activations)
         if self._head_wanted():
             self._head.append(Batch(activations.clone(), labels))  # the stream may use its memory again
@@ -105,6 +111,18 @@ class Builder:
                 self._start()
         elif len(activations):
             self._judge(Batch(activations, labels))
+
+    def pass_over(self, activations: Tensor | np.ndarray) -> None:
+        """Compare the next of the activations that a checkpoint had with those it was written for."""
+        if self.content is None:
+            return
+        if (x := as_tensor(activations)) is not None:
+            self.content.add(x)
+        if self.content.tokens >= self.position and self.content.hash() != self.content_hash:
+            raise InputError(
+                f"The activations have changed in their first {self.position:,} tokens since this build began: give "
+                "the same ones to go on, or another folder to start anew."
+            )
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> ITDA:
         """The dictionary of all tokens seen. `provenance` goes into its `cfg` ("model", "stream")."""
@@ -122,7 +140,8 @@ class Builder:
         }
         del cfg["n_atoms"], cfg["total"]
         labels = Labels.concat(self.labels)
-        norms, losses = (torch.tensor(v, dtype=torch.float32) for v in (self.dictionary.norms, self.dictionary.losses))
+        found = (self.dictionary.norms, self.dictionary.losses)
+        norms, losses = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in found)
         model = ITDA(atoms, labels, self.settings["k"], self.mean, norms, losses, cfg | dict(provenance or {}))
         self._measure(model)
         return model
@@ -211,6 +230,23 @@ class Builder:
         self.sample.add(batch, start, seen)
         self.labels.append(batch.labels[np.array(admitted, np.int64)])
         self.seen = seen + start
+
+
+class Content:
+    """A running sha256 of activations, by which a build that goes on knows that they are those it began with."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.tokens = 0
+
+    def add(self, activations: Tensor) -> None:
+        """Take the next of them."""
+        self._digest.update(bytes_of(activations.cpu().contiguous()))
+        self.tokens += len(activations)
+
+    def hash(self) -> str:
+        """The sha256 of all so far."""
+        return self._digest.hexdigest()
 
 
 class SpacedSample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from itda.builder import Builder
 from itda.errors import InputError
-from itda.folder import CHECKPOINT, safetensors_chunks, write_file
+from itda.folder import CHECKPOINT, bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.labels import LABEL_ARRAYS, Labels
 from itda.threshold import Schedule
 
@@ -28,10 +29,10 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
     sample, sample_labels = builder.sample.tokens()
     tensors = {
         "atoms": dictionary.gram.atoms,
-        "norms": torch.tensor(dictionary.norms, dtype=torch.float64),
-        "losses": torch.tensor(dictionary.losses, dtype=torch.float64),
+        "norms": torch.tensor(dictionary.norms, dtype=torch.float64, device="cpu"),
+        "losses": torch.tensor(dictionary.losses, dtype=torch.float64, device="cpu"),
         "sample": sample,
-        "watched": torch.tensor(builder.schedule.losses, dtype=torch.float64),
+        "watched": torch.tensor(builder.schedule.losses, dtype=torch.float64, device="cpu"),
         **_label_tensors("labels", Labels.concat(builder.labels)),
         **_label_tensors("sample_labels", sample_labels),
     }
@@ -44,13 +45,16 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
         "position": builder.position,
         "seen": builder.seen,
         "stream_hash": builder.stream_hash,
+        "content_hash": builder.content and builder.content.hash(),
         "schedule": asdict(builder.schedule) | {"losses": []},
         "counts": [dictionary.choices, dictionary.settled, dictionary.replayed],
         "stride": builder.sample.stride,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(folder / CHECKPOINT, safetensors_chunks(tensors, {"state": json.dumps(state)}))
+    metadata = {"state": json.dumps(state)}
+    metadata["sha256"] = _digest(metadata["state"], tensors)
+    write_file(folder / CHECKPOINT, safetensors_chunks(tensors, metadata))
 
 
 def restore(builder: Builder, folder: Path, identity: dict) -> bool:
@@ -59,21 +63,35 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
     Raises `InputError` if that state belongs to other settings, another model or another stream.
     """
     path = folder / CHECKPOINT
+    remove_leftovers(path)
     if not path.is_file():
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["state"])
+            metadata = file.metadata() or {}
+            state = json.loads(metadata["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if state["version"] != VERSION:
             raise KeyError("version")
+        if metadata["sha256"] != _digest(metadata["state"], tensors):
+            raise ValueError("its sha256 differs, so it is damaged")
         _compare(state["settings"] | state["identity"], builder.settings | identity, path)
         _fill(builder, state, tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}): remove it to start again."
         ) from error
     return True
+
+
+def _digest(state: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(bytes_of(tensors[name]))
+    return digest.hexdigest()
 
 
 def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
@@ -86,6 +104,7 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
     builder.sample.stride = state["stride"]
     builder.sample.activations, builder.sample.labels = [tensors["sample"]], [_labels("sample_labels", tensors)]
     builder.position, builder.seen, builder.stream_hash = state["position"], state["seen"], state["stream_hash"]
+    builder.content_hash = state["content_hash"]
 
 
 def _compare(was: dict, wanted: dict, path: Path) -> None:

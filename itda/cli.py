@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from itda import terminal
 from itda._version import __version__
-from itda.commands import compare, decompose, demo, diff, show, train
+from itda.commands import compare, decompose, demo, diff, eval, export, show, train
 from itda.errors import InputError
 
-COMMANDS = {command.__name__: command for command in (train, decompose, show, compare, diff, demo)}
+COMMANDS = {command.__name__: command for command in (train, decompose, show, eval, compare, diff, export, demo)}
 HELP = """\
 usage: itda COMMAND ... [--json] [--debug]
 
@@ -32,6 +32,7 @@ examples:
   itda train gpt2 book.txt --layer 8 --out gpt2-8
   itda decompose gpt2-8 "The mouse sat on the carpet"
   itda show gpt2-8 --atom 17
+  itda eval gpt2-8 other-book.txt
   itda compare gpt2 distilgpt2 --data book.txt
   itda diff gpt2 gpt2-tuned book.txt --html diff.html
 """

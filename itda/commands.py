@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from itda import terminal
 from itda.flags import (
+    Architecture,
     BatchRows,
     Data,
     Dictionary,
@@ -201,7 +202,7 @@ def show(dictionary: Dictionary, *, atom: MaybeWhole = None, json: Flag = False)
 
 
 def compare(
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="DIR DIR [DIR ...]")],
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL MODEL [MODEL ...]")],
     *,
     data: MaybeText = None,
     measure: Words = (),
@@ -233,10 +234,12 @@ def compare(
     itda compare gpt2-itda other-itda
 
     Args:
-        models: folders of dictionaries (of several layers, the folder of their folders), or with --data models by id
-            or folder
+        models: two or more models by id or folder, with --data; or folders of dictionaries (of several layers, the
+            folder of their folders) without
         data: the text that models read; with dictionaries, the one they were built on, which aligns different rows
-        measure: only these, such as shared_atoms, jaccard, cka, relative_centred; all by default
+        measure: only these of shared_atoms_procrustes, shared_atoms, jaccard, jaccard_corrected, jaccard_by_token,
+            overlap, soft_overlap, cka, cka_standardised, cka_debiased, cca, svcca, linear_regression, procrustes,
+            relative, relative_centred
         layer: read models after these blocks only
         hook: read models at these modules instead
         tokens: read so many tokens at most
@@ -299,12 +302,12 @@ def diff(
     layer: Layers = (),
     hook: Hooks = (),
     tokens: Whole = 50_000,
-    null: MaybeText = None,
+    null: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None,
     n_atoms: Whole = 512,
     k: Whole = 16,
     top: Whole = 100,
     rows: Whole = 40,
-    html: MaybeText = None,
+    html: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     context_length: Whole = 128,
     column: Text = "text",
     split: Text = "train",
@@ -353,6 +356,95 @@ def diff(
         result.save_html(html)
         terminal.say(f"{html} written")
     terminal.output(result.to_json(), None if json else result)
+
+
+def eval(
+    dictionary: Dictionary,
+    data: Data,
+    *,
+    model: MaybeText = None,
+    tokenizer: MaybeText = None,
+    tokens: Whole = 50_000,
+    ce_tokens: Whole = 10_000,
+    k: MaybeWhole = None,
+    method: Method = None,
+    no_controls: Flag = False,
+    sae: Annotated[tuple[str, ...], arg(metavar="FOLDER [FOLDER ...]", help_behavior_hint="")] = (),
+    in_sample: Flag = False,
+    force: Flag = False,
+    seed: Whole = 0,
+    dtype: MaybeText = None,
+    device: MaybeText = None,
+    trust_remote_code: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Measure a dictionary on text that it was not built on, beside random tokens and an untrained model.
+
+    itda eval gpt2-8 other-book.txt
+
+    itda eval gpt2-8 other-book.txt --sae sae-folder
+
+    Args:
+        dictionary: folder of a dictionary, in which eval.json is written, or its repository on the hub
+        data: text; of what the dictionary was built on, the documents that it has not read
+        model: id or folder, where it is not the one that the dictionary names
+        tokenizer: id or folder, where it is not the model's
+        tokens: measure on so many tokens at most
+        ce_tokens: splice reconstructions into the running model on so many of them; 0 for none
+        k: pursuit steps, if not the dictionary's
+        method: matching pursuit, orthogonal matching pursuit or gradient pursuit, if not the dictionary's
+        no_controls: leave out random tokens, random directions and the untrained model
+        sae: measure these SAEs, in SAELens' format, on the same tokens
+        in_sample: measure on text that the dictionary was built on all the same
+        force: use a model or tokenizer that is not the dictionary's
+        seed: of what is drawn
+        dtype: of the model, if not as in training
+        device: cpu, cuda, ...; the fastest there is by default
+        trust_remote_code: run code that the model's repository brings
+        json: print the result as JSON
+    """
+    given = {name: v for name, v in locals().items() if name not in ("json", "no_controls", "sae")}
+    from itda.evaluate import evaluate
+
+    systems = []
+    if sae:
+        from itda.interop.saelens import load_sae
+
+        systems = [load_sae(folder) for folder in sae]
+    result = evaluate(**given, controls=not no_controls, systems=systems, progress=True)
+    if os.path.isdir(dictionary):
+        result.save(dictionary)
+        terminal.say(f"{os.path.join(dictionary, 'eval.json')} written")
+    terminal.output(result.to_json(), None if json else result)
+
+
+def export(
+    dictionary: Dictionary,
+    *,
+    to: Annotated[Literal["saelens"], arg(metavar="{saelens}")],
+    out: Annotated[str, arg(metavar="DIR")],
+    architecture: Architecture = "matching_pursuit",
+    json: Flag = False,
+) -> None:
+    """Write a dictionary in the format of another library.
+
+    itda export gpt2-8 --to saelens --out gpt2-8-sae
+
+    Args:
+        dictionary: folder of a dictionary, or its repository on the hub
+        to: for SAELens, `SAE.load_from_disk` reads the result
+        out: the new folder
+        architecture: SAELens' own, with two latents for each atom of signed codes; or one that needs this library
+        json: print the result as JSON
+    """
+    from itda import report
+    from itda.interop import saelens
+
+    found = report.load(dictionary)
+    path = saelens.export(found, out, architecture=architecture)
+    latents = len(found) * (1 if architecture == "itda" or found.cfg.get("nonneg") else 2)
+    result = {"path": str(path), "architecture": architecture, "n_atoms": len(found), "latents": latents}
+    terminal.output(result, None if json else f"{path}: {latents:,} latents of {len(found):,} atoms, for {to}")
 
 
 def demo(*, out: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None, json: Flag = False) -> None:

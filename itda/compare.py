@@ -15,11 +15,13 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from itda import aligned, drawing, layers, saved
-from itda.aligned import Reading
+from itda.aligned import Reading, check_names
 from itda.builder import Builder
 from itda.errors import InputError
 from itda.layers import Pairs, Settings, Similarity
+from itda.model import ITDA
 from itda.progress import Step, bar
+from itda.reading import HookedModel
 from itda.report import Report, finite
 from itda.similarity.matching import Matching, match_layers, model_similarity
 from itda.similarity.sets import expected_jaccard, expected_jaccard_by_token
@@ -123,7 +125,7 @@ def compare(
                 their folders (of several layers, the folder of their folders), which are compared as sets
     data        the text, as for `itda.activations`; for dictionaries the text they were built on, wanted only where
                 their rows differ, which it aligns, and for what they share by chance
-    measures    some of `itda.layers.MEASURES`; all that can be had by default
+    measures    some of `itda.layers.FAMILIES`; all that can be had by default
     layer, hook where models are read; at every block if neither is given
     tokens      valid tokens that each model reads at most
     n_atoms     of each layer's dictionary, about: a hundredth of the tokens. All are cut to the size of the smallest,
@@ -141,9 +143,15 @@ def compare(
     Raises `InputError` for different texts, for rows that differ where there is no text to align them by, and for
     models without a token in common.
     """
-    if isinstance(models, str | os.PathLike) or len(models) < 2:
-        raise InputError(f"`models` is {models!r}; two or more models, or dictionaries, were wanted.")
+    if isinstance(models, str | os.PathLike | ITDA | HookedModel):
+        raise InputError(f"`models` is {models!r}; a list of two or more was wanted: `compare([a, b], data)`.")
+    if len(models) < 2:
+        came = f"One model came ({models[0]})" if models else "No model came"
+        raise InputError(f"{came}; two or more models, or dictionaries, were wanted.")
+    check_names(reading, compare)
     measures = [measures] if isinstance(measures, str) else list(dict.fromkeys(measures or ()))
+    if unknown := [name for name in measures if name not in layers.FAMILIES]:
+        raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.FAMILIES)}.")
     if draw < 0:
         raise InputError(f"`draw` is {draw}; a whole number, 0 or more, was wanted.")
     if saved.are_dictionaries(models):
@@ -151,8 +159,8 @@ def compare(
     if data is None:
         raise InputError("Models are compared on a text: give `data` (`--data`), or dictionaries in place of models.")
     report = progress if callable(progress) else bar() if progress else lambda step: None
-    wanted = measures or list(layers.MEASURES)
-    _check(wanted, n_atoms, threshold, k, atoms)
+    wanted = measures or list(layers.FAMILIES)
+    _check(n_atoms, threshold, k, atoms)
     where: dict[str, Any] = dict(layer=layer, hook=hook, tokens=tokens, align=align, names=names, progress=report)
     began = time.monotonic()
     readings = aligned.read(models, data, **where, **reading)
@@ -184,10 +192,8 @@ def compare(
     return Comparison(about, len(token_id), by_end, measured, sizes, spent)
 
 
-def _check(measures: Sequence[str], n_atoms: int | None, threshold: float | None, k: int, atoms: int | None) -> None:
+def _check(n_atoms: int | None, threshold: float | None, k: int, atoms: int | None) -> None:
     """What can be wrong with the settings, before any model is read."""
-    if unknown := [name for name in measures if name not in layers.MEASURES]:
-        raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.MEASURES)}.")
     if atoms is not None and atoms < 1:
         raise InputError(f"`atoms` is {atoms!r}; a whole number, 1 or more, was wanted.")
     Builder(k=k, n_atoms=n_atoms, threshold=threshold, total=1 << 60)  # which checks the rest

@@ -23,12 +23,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda import drawing, page
-from itda.aligned import TOKENS, Reading, read
+from itda.aligned import TOKENS, Reading, check_names, read
 from itda.changes import NAMES, at_places, compare_atoms, draw_anchors, label, measure
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.progress import Step, bar
 from itda.report import Report
+from itda.saved import is_dictionary
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -120,8 +121,14 @@ def diff(
     With tokenizers that differ, the tokens in common are compared. Raises `InputError` for settings out of range.
     """
     _check(n_atoms=n_atoms, n_anchors=2 if n_anchors is None else n_anchors, k=k, top=top, rows=rows)
-    report = progress if callable(progress) else bar() if progress else None
+    check_names(reading, diff)
     models = [base, tuned] if null is None else [base, tuned, null]
+    for model in models:
+        if is_dictionary(model):
+            raise InputError(
+                f"{model} is a dictionary, and `diff` reads models: give these, or compare dictionaries with `compare`."
+            )
+    report = progress if callable(progress) else bar() if progress else None
     readings = read(models, data, layer=layer, hook=hook, tokens=tokens, progress=report or False, **reading)
     return of_readings(
         readings, n_atoms=n_atoms, n_anchors=n_anchors, k=k, top=top, rows=rows, seed=seed, progress=report

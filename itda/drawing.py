@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # rows of a table in the terminal
 CONTEXT = 100  # columns of a token in its context at most
+CONTROLS = {
+    "shuffled": "unrelated tokens",
+    "untrained": "models with random weights",
+    "random": "random sets of equal size",
+    "random by token": "random sets of the same token ids",
+}
 PLAIN_WIDTH = 120  # columns where there is no terminal
 
 
@@ -124,25 +130,28 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
     for model in report.models:
         shared = "" if model["share"] == 1 else f", {model['share']:.1%} of them in common"
         sizes = sorted(set(model["n_atoms"]))
-        atoms = f", {sizes[0]:,} to {sizes[-1]:,} atoms" if sizes else ""
-        line = f"{model['name']}: {len(model['hook_points'])} layers, {model['tokens']:,} tokens{shared}{atoms}"
+        atoms = f", {_range(sizes)} atoms" if sizes else ""
+        depth = _counted(len(model["hook_points"]), "layer")
+        line = f"{model['name']}: {depth}, {model['tokens']:,} tokens{shared}{atoms}"
         yield Text(one_line(line), overflow="fold")
     where = "at the same character" if report.aligned else "at the same row and position"
     yield Text(f"{report.tokens:,} tokens compared, {where}", style="dim")
     kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
+    deep = max(len(model["hook_points"]) for model in report.models) > 1  # one layer matches one whatever they are
     names = ("matched", "95 %", "ties", "with self", "rank", "margin", "alike", *kinds, "seconds")
     yield Text()
     table = _table(*names, first="measure", label="")
     for name, measure in report.measures.items():
-        score = measure.matching.without_self if measure.matching else None
-        both = measure.matching.with_self if measure.matching else None
+        matching = measure.matching if deep else None
+        score = matching.without_self if matching else None
+        both = matching.with_self if matching else None
         found = (score.accuracy, score.reciprocal_rank, score.margin_sd) if score else (math.nan,) * 3
         alike = [value for value in measure.models.values() if math.isfinite(value)]
         levels = [_level(measure.controls.get(kind)) for kind in kinds]
         table.add_row(
             name,
             _number(found[0]),
-            _interval(measure),
+            _interval(measure) if deep else "-",
             str(score.ties) if score else "-",
             _number(both.accuracy if both else math.nan),
             *(f"{value:.2f}" if math.isfinite(value) else "-" for value in found[1:]),
@@ -151,13 +160,25 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
             f"{measure.seconds:.1f}",
         )
     yield table
-    said = "matched: accuracy of eq. 9 between different models, and its interval; rank: mean of 1 / rank of the right "
-    said += "layer; margin: over the best other layer, in standard deviations of the row; alike: mean of equal layers"
+    said = (
+        "matched: share of layers whose most similar layer in another model is the one of equal number (eq. 9), its "
+        "interval, and the same counting a model as another of itself; rank: mean of 1 / rank of that layer; margin: "
+        "its lead on the best other one, in standard deviations of the row; alike: mean similarity of layers of equal "
+        f"number{''.join(f'; {kind}: the same of {CONTROLS[kind]}' for kind in kinds if kind in CONTROLS)}"
+    )
     yield Text(said, style="dim")
     if report.sizes:
         cuts = [f"{_level(cut)} at {cut['n_atoms']:,} atoms" for cut in report.sizes]
         yield Text(f"jaccard of dictionaries cut to one size: {', '.join(cuts)}", style="dim")
     yield from _layer_by_layer(report)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def _range(sizes: list[int]) -> str:
+    return f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
 
 
 def _interval(measure: Any) -> str:
@@ -294,13 +315,14 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
     if null["kind"] == "model":
         held = f"what {one_line(null['name'])} changed there"
     yield Text(one_line(f"{report.base} → {report.tuned}"), style="bold")
-    where = f"{report.tokens:,} tokens at {len(report.hook_points)} hook points"
+    where = f"{report.tokens:,} tokens at {_counted(len(report.hook_points), 'hook point')}"
     limit = "the null's 99 %" if null["kind"] == "model" else "measurement error"
     beyond = f"{report.pooled['above']:.1%} of tokens beyond {limit} ({_number(null['99 %'])})"
     yield Text(f"{where} · score: a token's change beyond {held} · {beyond}", style="dim")
     fvus = {"own": "own", "reread": "re-read", "as_is": "as is", "random": "random"}
     nulls = ["of null"] if null["kind"] == "model" else []
-    table = _table("change", *nulls, "beyond", *fvus.values(), "only tuned", "only base", label="", first="layer")
+    only = "only tuned", "only base"
+    table = _table("change", *nulls, "beyond", *fvus.values(), *only, label="", first="layer")
     for layer in report.layers:
         moved = [_number(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
         errors = ["-" if layer["transfer"][name] is None else _number(layer["transfer"][name]) for name in fvus]
@@ -308,9 +330,13 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
         table.add_row(one_line(layer["hook_point"]), *moved, f"{layer['above']:.1%}", *errors, *atoms)
     yield Text()
     yield table
-    yield Text(
-        "own to random: FVU of the tuned model under its own, the base's re-read, its vectors, random", style="dim"
+    said = (
+        "change: mean distance of a token's two unit codes, 0 to 2; beyond: share of tokens that changed more; own, "
+        "re-read, as is, random: FVU of the tuned model with its own dictionary, with the base's atoms as the tuned "
+        "model has them, as the base has them, and with random ones; only tuned, only base: tokens that would need an "
+        "atom more in that model alone"
     )
+    yield Text(said, style="dim")
     table, width = _table("score", label="tokens that changed most", first="strongest at"), _room(options, 34)
     for token in report.top[:SHOWN]:
         table.add_row(one_line(token["strongest"]), _number(token["score"]), _in_context(token["label"], width))
@@ -333,3 +359,51 @@ def _ratio(loss: dict[str, float], key: str) -> float:
     """The largest loss of an atom in a model that does not need it, over that in the only one that does."""
     need = loss[key.removeprefix("only_")]
     return max((other for name, other in loss.items() if key != f"only_{name}"), default=0.0) / need
+
+
+def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
+    """A row for the dictionary and for each control, and what they were measured on."""
+    from rich.text import Text
+
+    yield Text(one_line(f"{report.dictionary} at {report.hook_point} of {report.model}"), style="bold", overflow="fold")
+    held = report.held_out
+    documents = _counted(held["documents"], "document")
+    where = f"{report.tokens:,} tokens of {documents}, held out by {held['by']}"
+    yield Text(f"{where}; random tokens are from {held['random_tokens_from']}", style="dim")
+    scores = any(row["ce"] for row in report.systems.values())
+    ce = ("CE score", "CE 95 %", "from mean", "KL") if scores else ()
+    names = ("atoms", "FVU", "FVU 95 %", "error", "90 %", "99 %", "99.9 %", "above", "cosine", "L0", *ce)
+    table = _table(*names, "alive", "negative", "coherence", first="system", label="")
+    for name, row in report.systems.items():
+        tails = (f"{row['tails'][tail]:.3f}" for tail in ("90 %", "99 %", "99.9 %"))
+        parts = [one_line(name), f"{row['n_atoms']:,}", f"{row['fvu']:.4f}", _span(row["fvu_interval"])]
+        parts += [f"{row['relative_error']:.4f}", *tails, _share(row["above"]), f"{row['cosine']:.4f}"]
+        parts += [f"{row['l0']:.1f}", *(_scores(row["ce"]) if scores else ())]
+        largest = row["coherence"]["max"]
+        table.add_row(*parts, _share(row["alive"]), _share(row["negative"]), _number(largest))
+    yield Text()
+    yield table
+    if report.clean:
+        levels = ", ".join(f"{name} {report.clean[name]:.3f}" for name in ("clean", "mean", "zero"))
+        yield Text(f"cross-entropy of {report.clean['tokens']:,} tokens, in nats: {levels}", style="dim")
+    first = next(iter(report.systems.values()))
+    if first["with_position_0"]:
+        both = first["with_position_0"]
+        line = f"with position 0 and special tokens: FVU {both['fvu']:.4f}, error {both['relative_error']:.4f}"
+        yield Text(line, style="dim")
+    places = [f"{part['first']:,}: {part['fvu']:.4f}" for part in first["positions"] if math.isfinite(part["fvu"])]
+    yield Text(f"FVU from position on: {', '.join(places)}", style="dim")
+
+
+def _span(interval: Any) -> str:
+    return f"{interval[0]:.3f}-{interval[1]:.3f}" if interval and math.isfinite(interval[0]) else "-"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.1%}"
+
+
+def _scores(ce: dict[str, Any] | None) -> tuple[str, ...]:
+    if not ce:
+        return ("-",) * 4
+    return f"{ce['score']:.4f}", _span(ce["score_interval"]), f"{ce['score_mean']:.4f}", f"{ce['kl']:.4f}"

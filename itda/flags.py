@@ -49,4 +49,5 @@ Hooks = Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Data = Annotated[Positional[str], arg(metavar="DATA")]
 Method = Annotated[Literal["mp", "omp", "gp"] | None, arg(metavar="{mp,omp,gp}", help_behavior_hint="")]
+Architecture = Annotated[Literal["matching_pursuit", "itda"], arg(metavar="{matching_pursuit,itda}")]
 BatchRows = Annotated[int | None, _spec(_whole, "N"), arg(help_behavior_hint="(default: 32)")]

@@ -11,8 +11,8 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from itda.errors import InputError
 
 FORMAT, VERSION = "itda", 1
 MANIFEST, ATOMS, LABELS, SAMPLE = "cfg.json", "atoms.safetensors", "labels.parquet", "sample.parquet"
+EVAL = "eval.json"  # what `itda eval` measured of the dictionary beside it; never part of it
 CHECKPOINT = "checkpoint.safetensors"  # of a training that has not finished; never part of a dictionary
 RESERVED = ("format", "version", "sha256", "n_atoms", "d", "files")  # keys of cfg.json that the format itself writes
 
@@ -60,6 +61,12 @@ def check_writable_target(path: str | os.PathLike) -> Path:
         if not os.access(above, os.W_OK | os.X_OK):
             raise InputError(f"No permission to write into {above}: choose another place for {target}.")
     return target
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Make the folder `path`, and those above it, if it is not there; raises `InputError` if that cannot be."""
+    with _as_input_error(f"{path} could not be made", "choose another place"):
+        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def write_file(path: str | os.PathLike, chunks: Iterable) -> None:
@@ -126,10 +133,10 @@ def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str] | No
         offset = end
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    return [len(head).to_bytes(8, "little"), head, *(_bytes_of(cpu[name]) for name in names)]
+    return [len(head).to_bytes(8, "little"), head, *(bytes_of(cpu[name]) for name in names)]
 
 
-def _bytes_of(tensor: Tensor) -> np.ndarray:
+def bytes_of(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor; its strides may still be odd where it has one entry or none."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
@@ -160,7 +167,7 @@ def _move_in(stage: Path, target: Path, names: list[str]) -> None:
     _sync_folder(target)
     for name in names:
         os.replace(stage / name, target / name)
-    for name in {ATOMS, LABELS, SAMPLE} - set(names):
+    for name in {ATOMS, LABELS, SAMPLE, EVAL} - set(names):
         (target / name).unlink(missing_ok=True)
     _sync_folder(target)
     os.replace(stage / MANIFEST, target / MANIFEST)
@@ -168,6 +175,14 @@ def _move_in(stage: Path, target: Path, names: list[str]) -> None:
     for path in sorted(target.iterdir()):
         if _LEFTOVER.fullmatch(path.name):
             _remove_leftover(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of the file `path` left beside it."""
+    for place in path.parent.glob(f".{path.name}.tmp-*"):
+        if _LEFTOVER.fullmatch(place.name):
+            with suppress(OSError):
+                place.unlink()
 
 
 def _remove_leftover(path: Path) -> None:
@@ -183,7 +198,7 @@ def _check_nothing_foreign(folder: Path) -> None:
     """Raise unless all that `folder` holds was written by this library."""
     names = sorted(os.listdir(folder))
     leftovers = [n for n in names if _LEFTOVER.fullmatch(n) and _is_leftover(folder / n)]
-    ours = {CHECKPOINT, *leftovers}
+    ours = {CHECKPOINT, EVAL, *leftovers}
     # File names alone prove nothing: `labels.parquet` may be anybody's data.
     if any(_is_manifest(folder / place / MANIFEST) for place in ("", *leftovers)):
         ours |= {MANIFEST, ATOMS, LABELS, SAMPLE}

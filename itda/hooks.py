@@ -16,7 +16,7 @@ from torch import nn
 
 from itda.errors import InputError
 from itda.labels import Batch, Labels
-from itda.loading import Layout, load_tokenizer, pretrained, random_model
+from itda.loading import Layout, causal, load_tokenizer, pretrained, random_model
 from itda.prompts import Row, StreamHash, TokenStream
 from itda.prompts import valid as valid_tokens
 from itda.reading import HookedModel
@@ -63,6 +63,24 @@ def load(
         raise InputError("`model` is a loaded module, which does not know its tokenizer: pass `tokenizer=` too.")
     layout = Layout.of(model.base_model, model.config._name_or_path or type(model).__name__)
     return HookedModel(model, model.base_model, load_tokenizer(tokenizer), layout, hooks)
+
+
+def language_model(
+    model: str | Path | nn.Module | HookedModel,
+    tokenizer: Any = None,
+    *,
+    hooks: int | str | Sequence[int | str],
+    **kwargs,
+) -> HookedModel:
+    """As `load`, but whole: all blocks and the language modelling head, so that it has `logits`.
+
+    Of a model without a head (an encoder) it is what `load` gives.
+    """
+    if not isinstance(model, nn.Module | HookedModel):
+        found = causal(model, tokenizer=tokenizer, **kwargs)
+        if found is not None:
+            return load(*found, hooks=hooks)
+    return load(model, tokenizer, hooks=hooks, **kwargs)
 
 
 def untrained(

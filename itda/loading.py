@@ -153,6 +153,45 @@ def pretrained(
     return base.eval(), tokenizer, layout, missing
 
 
+def causal(
+    model: str | Path,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    **kwargs,
+) -> tuple[Any, Any] | None:
+    """The whole causal language model `model`, head and all, with its tokenizer; None if what it is has no head."""
+    model = checked_name(str(model), kwargs.get("subfolder", ""))
+    device = _device(device)
+    dtype = _dtype(dtype, device)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    hub |= {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+    with _quiet(), _door(model, revision):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(model, **hub)
+        kinds = [*(config.architectures or ()), *getattr(config, "auto_map", {})]
+        if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+            return None
+        tokenizer = load_tokenizer(model, **hub) if tokenizer is None else load_tokenizer(tokenizer)
+        how = hub | _dtype_argument(dtype) | kwargs
+        loader: Any = AutoModelForCausalLM
+        whole, info = loader.from_pretrained(
+            model, config=config, use_safetensors=True, output_loading_info=True, **how
+        )
+        if info["missing_keys"]:
+            raise InputError(
+                f"`{model}` lacks {len(info['missing_keys'])} weights of its language model "
+                f"(`{sorted(info['missing_keys'])[0]}` for one): download or save it again, with its head."
+            )
+        if "device_map" not in kwargs:
+            whole = whole.to(device)
+    return whole.eval(), tokenizer
+
+
 def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: bool = False) -> nn.Module:
     """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
     name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__

@@ -55,3 +55,42 @@ def fvu(x, x_hat) -> float:
         raise InputError(f"`x_hat` has shape {tuple(x_hat.shape)}; the shape of `x`, {tuple(x.shape)}, was wanted.")
     variance = float(squared_error(x, x.mean(0)).sum())
     return float(squared_error(x, x_hat).sum()) / variance if variance > 0 else float("nan")
+
+
+def cosine(x, x_hat):
+    """Cosine of each activation with its reconstruction, (..., d) -> (...). 0 where either is zero."""
+    norms = ((x * x).sum(-1) * (x_hat * x_hat).sum(-1)) ** 0.5
+    return (x * x_hat).sum(-1) / (norms + (norms == 0))
+
+
+def ce_score(clean: float, loss: float, ablated: float) -> float:
+    """(ablated - loss) / (ablated - clean), cross-entropies (eq. 7); NaN where the ablation costs nothing.
+
+    1 for what changes nothing, 0 for the ablation, and negative for what is worse than that.
+    """
+    gap = float(ablated) - float(clean)
+    return (float(ablated) - float(loss)) / gap if gap else float("nan")
+
+
+def coherence(atoms, most: int = 4096) -> dict[str, float]:
+    """|cosine| of pairs of different atoms (n, d) of unit norm: its maximum, 99.9th percentile and mean.
+
+    Maximum and mean are over all pairs, the percentile over those of at most `most` atoms, evenly spaced. NaN for fewer
+    than two atoms.
+    """
+    import torch
+
+    n = len(atoms)
+    if n < 2:
+        return dict.fromkeys(("max", "99.9 %", "mean"), float("nan"))
+    unit = atoms / torch.linalg.vector_norm(atoms, dim=1, keepdim=True).clamp_min(1e-30)
+    largest, total = 0.0, 0.0
+    for start in range(0, n, 1024):
+        part = (unit[start : start + 1024] @ unit.T).abs()
+        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = 0.0
+        largest, total = max(largest, float(part.amax())), total + float(part.sum(dtype=torch.float64))
+    some = unit[:: -(-n // most)]
+    pairs = (some @ some.T).abs()
+    above = pairs[torch.ones_like(pairs, dtype=torch.bool).triu(1)]
+    place = max(1, round(0.999 * len(above)))
+    return {"max": largest, "99.9 %": float(above.kthvalue(place).values), "mean": total / (n * (n - 1))}

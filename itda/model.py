@@ -88,7 +88,7 @@ class ITDA:
         `x` is moved to the device of the dictionary, where its codes are too (`model.to("cuda")` moves that). The laws
         of `pursue` hold for `x - mean`; an atom's own activation encodes to itself. Raises `InputError`.
         """
-        x = torch.as_tensor(x).to(self.atoms.device)
+        x = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")).to(self.atoms.device)
         if x.ndim < 1 or x.shape[-1] != self.d:
             raise InputError(f"`x` has shape {tuple(x.shape)}, but {self!r} encodes activations (..., {self.d}).")
         if self.mean is not None:

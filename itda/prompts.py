@@ -7,10 +7,11 @@ whole, but in pieces that end at the first line end from their character `PIECE`
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain, groupby, islice, repeat
@@ -131,6 +132,7 @@ class TokenStream:
         self._between = _without_span([] if eos is None else [eos])
         self._special_ids = _special_ids(tokenizer)
         self._encode = _encoder(tokenizer)
+        self._some: tuple[Row, ...] | None = None
         kind, self._documents, revision = open_documents(data, column, split, revision, config)
         self.provenance = {
             "kind": kind,
@@ -148,7 +150,16 @@ class TokenStream:
             "suffix": self.suffix,
         }
 
+    def of(self, rows: Sequence[Row]) -> TokenStream:
+        """Some rows of the stream, as a stream of the same settings that has these alone, numbered as they are."""
+        some = copy.copy(self)
+        some._some = tuple(rows)
+        return some
+
     def __iter__(self) -> Iterator[Row]:
+        if self._some is not None:
+            yield from self._some
+            return
         rows = self._rows()
         if self.seed is not None:
             rows = _shuffled(rows, self.seed, max(1, SHUFFLE_TOKENS // self.context_length))

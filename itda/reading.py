@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -39,10 +40,7 @@ class HookedModel:
     ):
         self.module, self.tokenizer, self.n_layers = module, tokenizer, layout.n_layers
         self._base, self._layout, self._missing = base, layout, missing
-        taken = inspect.signature(base.forward).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        options = ("use_cache", "output_attentions", "output_hidden_states")
-        self._options = {name: False for name in options if takes_any or name in taken}
+        self._is_causal = False  # once it was looked at
         self._vocabulary = base.get_input_embeddings().weight.shape[0]
         weight = next(p for p in base.parameters() if p.is_floating_point())
         self.device, self.dtype = weight.device, weight.dtype
@@ -146,6 +144,73 @@ class HookedModel:
 
         The forward pass stops at the last hook point; nothing is kept for gradients.
         """
+        ids, mask = self._checked(ids, mask)
+        return {self._layout.name(path): x for path, x in self._forward(ids, mask).items()}
+
+    def logits(
+        self,
+        ids: Int[Tensor, "rows length"] | Int[ndarray, "rows length"],
+        mask: Any,
+        replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Float[Tensor, "rows length vocabulary"]:
+        """The logits of the language model, run as it is or with other activations in place of its own.
+
+        `replace` has by hook point a function of the activations there (rows, length, d) whose result, of the same
+        shape, the model goes on with. Raises `InputError` for a model without a language modelling head, and for one
+        that sees the tokens it is to predict.
+        """
+        ids, mask = self._checked(ids, mask)
+        self._check_causal()
+        found = {self._layout.path(hook): function for hook, function in (replace or {}).items()}
+        return self._logits(ids, mask, found)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether this is a language model with its head, so that it has `logits`."""
+        with suppress(InputError):
+            self._check_causal()
+        return self._is_causal
+
+    def _check_causal(self) -> None:
+        """Once: that there is a head, and that no token knows what comes after it."""
+        if self._is_causal:
+            return
+        head = getattr(self.module, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise InputError(
+                f"`{self._layout.model}` is read without a language modelling head, so it predicts nothing: pass a "
+                "causal language model (`AutoModelForCausalLM`)."
+            )
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        ids[1, 2] = self._vocabulary - 1
+        first, second = self._logits(ids, torch.ones_like(ids), {})
+        if not torch.allclose(first[:2].float(), second[:2].float(), rtol=1e-2, atol=1e-3):
+            raise InputError(
+                f"`{self._layout.model}` sees the tokens that it is to predict (it is an encoder): its cross-entropy "
+                "says nothing, so measure it without."
+            )
+        self._is_causal = True
+
+    def _logits(self, ids: Tensor, mask: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        mine, reached = threading.get_ident(), set()
+
+        def replacer(path: str, output: Any) -> Any:
+            if path in reached or threading.get_ident() != mine:  # when called again, the first output counts
+                return None
+            reached.add(path)
+            x = _rows_of(output, *ids.shape)
+            assert x is not None, "a hook point was tried when the model was loaded"
+            return _with_rows(output, replace[path](x))
+
+        with self._hooked(replace, replacer):
+            out = self.module(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self._taken_by(self.module)
+            )
+        assert reached == set(replace), "a hook point was not reached"
+        return out.logits
+
+    def _checked(self, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        """Ids and mask as int64 tensors (rows, length), or an `InputError`."""
         ids, mask = torch.as_tensor(ids).long(), torch.as_tensor(mask)
         if ids.ndim != 2 or mask.shape != ids.shape:
             raise InputError(
@@ -158,7 +223,7 @@ class HookedModel:
                 f"Token id {int(wrong[0])} came, and `{self._layout.model}` has {self._vocabulary} token embeddings: "
                 "pass the tokenizer that belongs to the model."
             )
-        return {self._layout.name(path): x for path, x in self._forward(ids, mask.long()).items()}
+        return ids, mask.long()
 
     def _forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`read` by path, of the hook points that are reached."""
@@ -179,25 +244,36 @@ class HookedModel:
             if last:
                 raise _Stop
 
-        training = [module for module in self._base.modules() if module.training]
+        with self._hooked(self._paths, reader), suppress(_Stop):
+            self._base(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self._taken_by(self._base))
+        return found
+
+    @contextmanager
+    def _hooked(self, paths: Iterable[str], function: Callable[[str, Any], Any]) -> Iterator[None]:
+        """Call `function` with path and output of each of the modules `paths`; eval mode, nothing for gradients."""
+        training = [module for module in self.module.modules() if module.training]
         handles = []
         try:
             for module in training:
                 module.training = False
-            for path in self._paths:
+            for path in paths:
                 hook = self._base.get_submodule(path)
-                handles.append(hook.register_forward_hook(lambda m, args, output, path=path: reader(path, output)))
+                handles.append(hook.register_forward_hook(lambda m, args, output, path=path: function(path, output)))
             with torch.no_grad():
-                ids, mask = ids.to(self.device), mask.to(self.device)
-                self._base(input_ids=ids, attention_mask=mask, **self._options)
-        except _Stop:
-            pass
+                yield
         finally:
             for handle in handles:
                 handle.remove()
             for module in training:
                 module.training = True
-        return found
+
+    @staticmethod
+    def _taken_by(module: Any) -> dict[str, bool]:
+        """What a forward pass need not compute, as far as `module` can be told so."""
+        taken = inspect.signature(module.forward).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        options = ("use_cache", "output_attentions", "output_hidden_states")
+        return {name: False for name in options if takes_any or name in taken}
 
 
 class _Stop(BaseException):
@@ -216,3 +292,13 @@ def _rows_of(output: Any, rows: int, length: int) -> Tensor | None:
     if isinstance(output, Tensor) and output.ndim == 2 and len(output) == rows * length:
         output = output.unflatten(0, (rows, length))
     return output if isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == (rows, length) else None
+
+
+def _with_rows(output: Any, x: Tensor) -> Any:
+    """A module's `output` with `x` (rows, length, d) in place of what `_rows_of` finds in it."""
+    if isinstance(output, Mapping):
+        first = next(iter(output))
+        return type(output)(**{**output, first: _with_rows(output[first], x)})
+    if isinstance(output, tuple | list):
+        return type(output)([_with_rows(output[0], x), *output[1:]])
+    return x.flatten(0, 1) if output.ndim == 2 else x

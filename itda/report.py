@@ -138,7 +138,8 @@ def decompose(
     does not fit into one row of the model.
     """
     dictionary = load(dictionary)
-    hooked, hook = _hooked(dictionary, model, tokenizer, force, dtype, device, trust_remote_code)
+    how: dict[str, Any] = dict(force=force, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    hooked, hook = hooked_for(dictionary, model, tokenizer, **how)
     row = _row(text, hooked)
     places = np.flatnonzero(~row.special)
     spans = np.stack([row.starts, row.ends], axis=1)[places] - row.text_start
@@ -276,8 +277,21 @@ def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[li
     return list(parts.values()), float(energy[-1] / energy[0]) if energy[0] else 0.0
 
 
-def _hooked(dictionary: ITDA, model, tokenizer, force, dtype, device, trust_remote_code):
-    """The model to read, and the name of its hook point, after comparing it with the one the dictionary knows."""
+def hooked_for(
+    dictionary: ITDA,
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    force: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    head: bool = False,
+) -> tuple[Any, str]:
+    """The model to read, and the name of its hook point, after comparing it with the one the dictionary knows.
+
+    With `head` it is the whole language model, where it is one. Raises `InputError` for another model unless `force`.
+    """
     from itda import hooks
 
     was = section(dictionary.cfg, "model")
@@ -289,7 +303,8 @@ def _hooked(dictionary: ITDA, model, tokenizer, force, dtype, device, trust_remo
         settings |= {"dtype": dtype or was.get("dtype") or "auto", "revision": None if model else was.get("revision")}
     try:
         name = was["id"] if model is None else model
-        hooked = hooks.load(name, tokenizer, hooks=was["hook_point"], **settings)
+        loader = hooks.language_model if head else hooks.load
+        hooked = loader(name, tokenizer, hooks=was["hook_point"], **settings)
     except InputError as error:
         if model is not None:
             raise

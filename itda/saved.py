@@ -50,11 +50,16 @@ class Sides:
 
 def are_dictionaries(models: Sequence[Any]) -> bool:
     """Whether all of them are ITDAs, folders of one, or folders of their folders; `InputError` if some are."""
-    kinds = [isinstance(model, ITDA | list | tuple) or bool(_folders(model)) for model in models]
+    kinds = [is_dictionary(model) for model in models]
     if any(kinds) and not all(kinds):
         one, other = models[kinds.index(True)], models[kinds.index(False)]
         raise InputError(f"{one!r} is a dictionary and {other!r} is not: compare dictionaries, or models on a text.")
     return all(kinds)
+
+
+def is_dictionary(model: Any) -> bool:
+    """Whether `model` is an ITDA, the folder of one, or of several layers the folder of their folders or a list."""
+    return isinstance(model, ITDA | list | tuple) or bool(_folders(model))
 
 
 def _folders(path: Any) -> list[Path]:

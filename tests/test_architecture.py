@@ -16,9 +16,12 @@ ROOT = Path(itda.__file__).parent
 FLOORS = {
     "values": ["_version", "errors", "labels", "codes", "progress"],
     "kernels": ["pursuit", "metrics", "similarity"],
-    "objects": ["folder", "tables", "model", "admission", "threshold", "builder", "checkpoint", "build"],
-    "world": ["documents", "prompts", "loading", "reading", "hooks", "demo"],
-    "work": ["runs", "report", "drawing", "aligned", "layers", "saved", "compare", "plots", "diff", "changes", "page"],
+    "objects": ["folder", "tables", "model", "admission", "threshold", "builder", "checkpoint", "build", "refine"],
+    "world": ["documents", "prompts", "loading", "reading", "hooks", "splice", "demo"],
+    "work": [
+        *("runs", "report", "drawing", "aligned", "layers", "saved", "compare", "plots", "diff", "changes", "page"),
+        *("heldout", "evaluate", "probing", "interop"),
+    ],
     "cli": ["cli", "commands", "flags", "terminal", "__main__", "__init__"],
 }
 BELOW = {
@@ -38,9 +41,10 @@ HOMES = {
     "ray": {"runs"},
     "matplotlib": {"plots"},
     "plotly": {"plots"},
-    "sae_lens": set(),
+    "sae_lens": {"interop"},
     "numba": {"pursuit"},
     "triton": {"pursuit"},
+    "sklearn": {"probing"},
 }
 
 

@@ -379,14 +379,73 @@ def test_a_damaged_checkpoint_and_too_few_tokens_are_refused(tmp_path):
         itda.build(gaussian(2000).split(200), k=3, threshold=0.1, checkpoint=tmp_path)
 
 
-def test_resume_skips_what_was_judged(tmp_path):
-    x = gaussian(1000).split(100)
+def interrupted(stream, folder, after=4):
     with pytest.raises(KeyboardInterrupt):
         asked = iter(range(99))
-        itda.build(x, k=3, threshold=0.2, checkpoint=tmp_path, stop=lambda: next(asked) == 4)
-    poisoned = [torch.full_like(part, 7.0) for part in x[:5]] + list(x[5:])
-    model = itda.build(poisoned, k=3, threshold=0.2, checkpoint=tmp_path)
+        itda.build(stream, k=3, threshold=0.2, checkpoint=folder, stop=lambda: next(asked) == after)
+
+
+def test_resume_skips_what_was_judged(tmp_path, monkeypatch):
+    x = gaussian(1000)
+    interrupted(x.split(100), tmp_path)
+    judged, update = [], builder.Builder.update
+    monkeypatch.setattr(builder.Builder, "update", lambda self, x, labels: [judged.append(x), update(self, x, labels)])
+    model = itda.build(x.split(150), k=3, threshold=0.2, checkpoint=tmp_path)
+    assert torch.equal(torch.cat(judged), x[500:])
+    assert rows_of(model) == rows_of(itda.build(x.split(100), k=3, threshold=0.2))
+
+
+def test_resume_refuses_other_activations(tmp_path):
+    x = gaussian(1000)
+    interrupted(x.split(100), tmp_path)
+    before = (tmp_path / folder.CHECKPOINT).read_bytes()
+    other = x.clone()
+    other[499, 3] += 1e-6
+    for stream, said in (
+        (other.split(70), "have changed in their first 500 tokens"),
+        (x.double().split(100), "have changed in their first 500 tokens"),
+        (x[:450].split(100), "ends after 450 tokens, and the unfinished build has read 500"),
+    ):
+        with pytest.raises(itda.InputError, match=said):
+            itda.build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
+        assert (tmp_path / folder.CHECKPOINT).read_bytes() == before
+    model = itda.build(x.numpy(), k=3, threshold=0.2, checkpoint=tmp_path)
     assert rows_of(model) == rows_of(itda.build(x, k=3, threshold=0.2))
+
+
+def test_a_checkpoint_with_one_bit_changed_is_refused(tmp_path):
+    x = gaussian(1000).split(100)
+    interrupted(x, tmp_path)
+    path = tmp_path / folder.CHECKPOINT
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    position = data.index(b'position\\": 500')
+    for place in (header + 3, len(data) // 2, len(data) - 1, position + len(b'position\\": ')):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(itda.InputError, match="remove it to start again"):
+            itda.build(x, k=3, threshold=0.2, checkpoint=tmp_path)
+    path.write_bytes(data)
+    (tmp_path / f".{folder.CHECKPOINT}.tmp-{'0' * 16}").write_bytes(b"of a killed writer")
+    itda.build(x, k=3, threshold=0.2, checkpoint=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [folder.CHECKPOINT]
+
+
+def test_a_checkpoint_that_could_not_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(itda.InputError, match="is a file"):
+        itda.build(gaussian(100), k=3, threshold=0.2, checkpoint=tmp_path / "file")
+    for name in ("../evil", "a/b", ".."):
+        with pytest.raises(itda.InputError, match="name without slashes"):
+            itda.build([{name: gaussian(100)}], k=3, threshold=0.2, checkpoint=tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_under_another_default_device(tmp_path):
+    x = gaussian(300)
+    want = itda.build(x, k=3, threshold=0.2)
+    with torch.device("meta"):
+        model = itda.build(x, k=3, threshold=0.2)
+    assert torch.equal(model.norms, want.norms) and model.losses.device.type == "cpu"
 
 
 def test_resume_when_one_of_several_is_full(tmp_path):

@@ -153,13 +153,13 @@ def engine(home):
     """Readings of two models of different width and depth, and all measures of all their layers."""
     readings = aligned.read([str(home / "a"), str(home / "llama")], DOCUMENTS, layer=[0, 1, 3], context_length=32)
     settings = settings_of(readings)
-    return readings, settings, layers.compare_layers(readings, list(layers.MEASURES), settings)
+    return readings, settings, layers.compare_layers(readings, list(layers.FAMILIES), settings)
 
 
 def direct(name, readings, settings, m, i, n, j) -> float:
     """A measure of two layers, by the plain function."""
     x, y = (list(readings[p].activations.values())[q] for p, q in ((m, i), (n, j)))
-    if layers.MEASURES[name] == "sums":
+    if layers.FAMILIES[name] == "sums":
         return similarity.MEASURES[name].function(x, y)
     if name.startswith("relative"):
         return similarity.relative(x, y, settings.anchors, center=name == "relative_centred")
@@ -177,7 +177,7 @@ def direct(name, readings, settings, m, i, n, j) -> float:
     return getattr(similarity, name)(one, other)
 
 
-@pytest.mark.parametrize("name", layers.MEASURES)
+@pytest.mark.parametrize("name", layers.FAMILIES)
 def test_every_measure_is_the_plain_function_of_each_two_layers(engine, name):
     readings, settings, found = engine
     pairs = found[name].pairs
@@ -641,8 +641,13 @@ def refused(words, *args, **settings):
 @pytest.mark.parametrize(
     ("words", "models", "settings"),
     [
-        ("two or more models", ["a"], {}),
-        ("two or more models", "a", {}),
+        ("One model came (a); two or more models", ["a"], {}),
+        ("No model came", [], {}),
+        ("a list of two or more was wanted: `compare([a, b], data)`", "a", {}),
+        ("has no setting `measure`: perhaps `measures` was meant", ["a", "b"], {"measure": "cka"}),
+        ("has no setting `batchrows`: perhaps `batch_rows` was meant", ["a", "b"], {"batchrows": 3}),
+        ("has no setting `zzzzz`: those", ["a", "b"], {"zzzzz": 3}),
+        ("There is no measure 'similar'", ["a-itda", "b-itda"], {"measures": ["similar"]}),
         ("give `data`", ["a", "b"], {"data": None}),
         ("'a-itda' is a dictionary and 'b' is not", ["a-itda", "b"], {}),
         ("There is no measure 'similar'", ["a", "b"], {"measures": ["cka", "similar"]}),
@@ -672,6 +677,18 @@ def test_what_is_wrong_is_said_before_any_model_is_read(home, monkeypatch, words
     monkeypatch.setattr(aligned, "load", read)
     settings = {"data": DOCUMENTS, **settings}
     refused(words, models, settings.pop("data"), **settings)
+
+
+def test_one_layer_is_matched_with_nothing(home):
+    """Of one layer the most similar one is always right, so nothing is said of it."""
+    path = sorted((home / "a-itda").iterdir())[0].name
+    found = compare([home / "a-itda" / path, home / "b-itda" / path])
+    shown = str(found)
+    assert "1 layer, " in shown and "1 layers" not in shown
+    row = next(line for line in shown.splitlines() if line.startswith("jaccard ")).split()
+    assert row[1:7] == ["-"] * 6 and float(row[7]) == pytest.approx(
+        found.measures["jaccard"].models[path, f"{path}#2"], abs=1e-3
+    )
 
 
 def test_what_shows_while_reading_is_refused_too(home):

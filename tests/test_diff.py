@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import itda
 from itda import page
 from itda.aligned import Reading
 from itda.changes import code_change
@@ -338,6 +339,14 @@ def test_bad_settings_are_said_in_one_sentence(settings, says):
     with pytest.raises(InputError) as error:
         diff(hooked(), hooked(), TEXTS, **{"context_length": models.POSITIONS, **settings})
     assert says in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_dictionaries_and_misspelled_settings_are_refused(tmp_path):
+    itda.build(noise(), k=4, threshold=0.3).save(tmp_path / "d")
+    with pytest.raises(InputError, match="is a dictionary, and `diff` reads models"):
+        diff(hooked(), tmp_path / "d", TEXTS)
+    with pytest.raises(InputError, match="has no setting `n_anchor`: perhaps `n_anchors` was meant"):
+        diff(hooked(), hooked(), TEXTS, n_anchor=3)
 
 
 def test_hook_points_that_do_not_pair_up():

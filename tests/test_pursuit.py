@@ -1,6 +1,7 @@
 """Laws of pursuit, over methods x backends x dtypes x shapes; the reference judges, other libraries witness."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -460,7 +461,12 @@ def test_replay_is_the_reference_to_the_bit():
 
 X, D = case(3, 4, 5)
 BAD = [
-    (dict(x=X.int()), "`x` has dtype torch.int32; a floating-point tensor was wanted"),
+    (dict(x=X.int()), "`x` has dtype torch.int32; a dense floating-point tensor was wanted"),
+    (dict(x=X.int().numpy()), "`x` has dtype int32; a dense floating-point tensor was wanted: pass `x.astype"),
+    (dict(x=X.to_sparse()), "layout torch.sparse_coo; a dense floating-point tensor was wanted"),
+    (dict(x=X.to("meta")), "`x` has device meta"),
+    (dict(x=X[:, :0], atoms=D[:, :0]), "vectors of one entry or more were wanted"),
+    (dict(nonneg="yes"), "`nonneg` is 'yes'; True or False was wanted"),
     (dict(x=[1.0]), "`x` has type list"),
     (dict(x=X[:, :3]), "`x` has shape (3, 3) but `atoms` (5, 4)"),
     (dict(x=torch.tensor(1.0)), "`x` has shape ()"),
@@ -546,3 +552,20 @@ def test_inference_mode_leaves_nothing_behind():
         itda.pursue(x[:1], atoms, 4)
     again = itda.pursue(x, atoms, 4)
     assert torch.equal(again.indices, itda.pursue(x, atoms.clone(), 4).indices)
+
+
+def test_more_steps_than_atoms_take_no_more_room():
+    """Orthogonal pursuit takes an atom once, whatever the budget."""
+    x, atoms = case(40, 12, 5)
+    few, many = (itda.pursue(x, atoms, k, method="omp", backend="dense") for k in (5, 60_000))
+    assert torch.equal(many.values[:, :5], few.values) and not many.values[:, 5:].any()
+    assert many.indices.shape == (40, 60_000)
+
+
+def test_arrays_that_may_not_be_written_to_are_read():
+    x, atoms = (a.numpy() for a in case(4, 6, 8))
+    want = itda.pursue(x, atoms, 3)
+    x.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(itda.pursue(x, atoms, 3).values, want.values)

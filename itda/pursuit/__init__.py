@@ -83,7 +83,7 @@ def pursue(
     """
     given = atoms
     x, atoms = _checked(x, atoms)
-    _check_settings(k, method, tol, backend, max_gram_bytes)
+    _check_settings(k, method, nonneg, tol, backend, max_gram_bytes)
     if x.device.type == "mps":  # which has no float64
         codes = pursue(x.cpu(), atoms.cpu(), k, method=method, nonneg=nonneg, tol=tol, backend=backend)
         return codes.to(x.device)
@@ -241,8 +241,11 @@ def _pursue_reference(x: Tensor, atoms: Tensor, k: int, method: str, nonneg: boo
 def as_tensor(a) -> Tensor | None:
     """An array or tensor of float16, bfloat16, float32 or float64 as a tensor, of any strides; None for others."""
     if isinstance(a, ndarray) and a.dtype.kind == "f" and a.dtype.itemsize <= 8:
-        a = torch.from_numpy(np.asarray(a, a.dtype.newbyteorder("="), order="C"))
-    return a if isinstance(a, Tensor) and a.dtype in LARGEST else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*not writable", UserWarning)  # nothing here writes into it
+            a = torch.from_numpy(np.asarray(a, a.dtype.newbyteorder("="), order="C"))
+    usable = isinstance(a, Tensor) and a.dtype in LARGEST and a.layout == torch.strided and not a.is_meta
+    return a if usable else None
 
 
 def too_large(x: Tensor) -> tuple[int, ...] | None:
@@ -256,10 +259,16 @@ def _checked(x, atoms) -> tuple[Tensor, Tensor]:
     given, (x, atoms) = (x, atoms), (as_tensor(x), as_tensor(atoms))
     for name, a, came in (("x", x, given[0]), ("atoms", atoms, given[1])):
         if a is None:
-            kind = f"dtype {came.dtype}" if isinstance(came, Tensor | ndarray) else f"type {type(came).__name__}"
-            raise InputError(f"`{name}` has {kind}; a floating-point tensor was wanted: pass `{name}.float()`.")
+            array = isinstance(came, Tensor | ndarray)
+            kind = f"dtype {came.dtype}" if array else f"type {type(came).__name__}"
+            advice = f"pass `{name}.astype('float32')`" if isinstance(came, ndarray) else f"pass `{name}.float()`"
+            if isinstance(came, Tensor) and came.dtype in LARGEST:
+                kind, advice = f"device {came.device}, layout {came.layout}", "pass one of entries in memory"
+            raise InputError(f"`{name}` has {kind}; a dense floating-point tensor was wanted: {advice}.")
     if atoms.ndim != 2:
         raise InputError(f"`atoms` has shape {tuple(atoms.shape)}; a dictionary has shape (n_atoms, d).")
+    if not atoms.shape[1]:
+        raise InputError(f"`atoms` has shape {tuple(atoms.shape)}; vectors of one entry or more were wanted.")
     if x.ndim < 1 or x.shape[-1] != atoms.shape[1]:
         raise InputError(
             f"`x` has shape {tuple(x.shape)} but `atoms` {tuple(atoms.shape)}: the last axes must be the same d."
@@ -276,7 +285,8 @@ def _checked(x, atoms) -> tuple[Tensor, Tensor]:
 
 def check_unit_norm(atoms: Float[Tensor, "n d"] | ndarray) -> None:
     """Raise `InputError` naming the first row of `atoms` whose norm is not 1 (to 1e-4, or 1e-2 in half precision)."""
-    rows = torch.as_tensor(as_tensor(atoms))
+    rows = as_tensor(atoms)
+    assert rows is not None, "checked before"
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     allowed = 1e-2 if torch.finfo(rows.dtype).bits < 32 else 1e-4
     wrong = (~((norms - 1).abs() <= allowed)).nonzero()
@@ -288,11 +298,13 @@ def check_unit_norm(atoms: Float[Tensor, "n d"] | ndarray) -> None:
         )
 
 
-def _check_settings(k, method, tol, backend, max_gram_bytes) -> None:
+def _check_settings(k, method, nonneg, tol, backend, max_gram_bytes) -> None:
     if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MOST_STEPS:
         raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 0 to {MOST_STEPS:,}, was wanted.")
     if method not in tuple(METHODS):
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+    if not isinstance(nonneg, bool | np.bool_):
+        raise InputError(f"`nonneg` is {nonneg!r}; True or False was wanted.")
     if not isinstance(tol, Real) or not 0 <= float(tol) <= 1:
         raise InputError(f"`tol` is {tol!r}; a share of the energy between 0 and 1 was wanted.")
     if backend not in BACKENDS:

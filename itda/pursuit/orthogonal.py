@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from itda.pursuit import reference
 from itda.pursuit.dense import Steps, choose, error_bound
@@ -22,6 +23,10 @@ def omp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, 
     The support is orthogonalised as it grows (Gram-Schmidt, twice), atoms_s = sum_i triangle[i, s] q_i, so a step
     removes <r, q> q and the coefficients follow from one triangular solve. `nonneg` solves non-negative least squares.
     """
+    if k > gram.n:  # an atom is taken once
+        steps = omp(x, gram, gram.n, nonneg, tol)
+        wide = {name: pad(getattr(steps, name), (0, k - gram.n)) for name in ("indices", "coefficients")}
+        return steps._replace(**wide)
     state = _Support(x, gram, k)
     basis, triangle = torch.zeros_like(state.atoms), torch.eye(k, dtype=torch.float64, device=x.device)
     triangle = triangle.repeat(len(x), 1, 1)

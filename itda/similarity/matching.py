@@ -60,9 +60,9 @@ def match_layers(similarities: Any, *, bootstraps: int = BOOTSTRAPS, seed: int =
     """Layer matching accuracy (eq. 9), with self-pairs and without, ties, ranks and margins.
 
     `similarities` holds sim(model m, layer i; model n, layer j): an array (models, models, layers, layers), or a dict
-    {(m, n): array (layers, layers)}, of which pairs (m, m) are the self-pairs; both orders of a pair are rows. NaN
-    counts as less than everything. Raises `InputError` for models of different depth: of layers that have no equal
-    number in the other model, none is right.
+    {(m, n): array (layers, layers)}, of which pairs (m, m) are the self-pairs. Both orders of a pair are scored, or
+    the one that the dict has. NaN counts as less than everything. Raises `InputError` for models of different depth: of
+    layers that have no equal number in the other model, none is right.
     """
     pairs = _pairs(similarities)
     hits = {pair: _Rows.of(matrix) for pair, matrix in pairs.items()}

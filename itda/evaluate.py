@@ -1,0 +1,399 @@
+"""How good is a dictionary: reconstruction, cross-entropy and use on held-out text, beside what chance would give."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from itda import drawing, heldout
+from itda.build import build
+from itda.codes import Codes
+from itda.errors import InputError
+from itda.folder import EVAL, write_file
+from itda.layers import groups_of
+from itda.metrics import ce_score, coherence, cosine
+from itda.model import ITDA
+from itda.progress import Step, bar
+from itda.pursuit import normalize
+from itda.report import Report, finite, hooked_for
+from itda.report import load as load_dictionary
+from itda.splice import Spliced, spliced
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+TAILS = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999}
+DRAWS = 1000  # of the bootstrap over documents
+CHUNK = 4096
+TOKENS, CE_TOKENS = 50_000, 10_000
+CONTROLS = ("random tokens", "gaussian", "untrained model")
+
+
+@dataclass(frozen=True)
+class System:
+    """Anything that writes activations as a sparse sum: `run` maps (tokens, d) to reconstructions and codes.
+
+    `atoms` (n_atoms, d) are its directions, of unit norm. `cost` is what is known of the making, for the table.
+    """
+
+    name: str
+    atoms: Float[Tensor, "n_atoms d"]
+    run: Callable[[Float[Tensor, "tokens d"]], tuple[Float[Tensor, "tokens d"], Codes]]
+    k: int | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dictionary: ITDA, name: str, **settings: Any) -> System:
+        """An ITDA, encoded with `settings` (k, method)."""
+
+        def run(x: Tensor) -> tuple[Tensor, Codes]:
+            codes = dictionary.encode(x, **settings)
+            return dictionary.decode(codes), codes
+
+        return cls(name, dictionary.atoms, run, settings.get("k") or dictionary.k)
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Report):
+    """What was measured of a dictionary and of its controls, in one table; made by `evaluate`.
+
+    `systems` are dicts by system, the dictionary first, each with: n_atoms; k; fvu, relative_error, cosine, l0, each
+    with its 95 % interval over documents; tails, quantiles of the relative error; above, the share of tokens beyond the
+    dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom; negative, the share of
+    negative coefficients; coherence; with_position_0, fvu and mean relative error of special tokens and position 0
+    too; positions, fvu by place in the row; ce (see `cross_entropy`), None where there is no language model.
+    `held_out` says which text was measured on, and where the random tokens are from.
+    """
+
+    dictionary: str
+    model: str
+    hook_point: str
+    tokens: int
+    held_out: dict[str, Any]
+    systems: dict[str, dict[str, Any]]
+    clean: dict[str, float] | None  # cross-entropies: clean, zero, mean; and the tokens predicted
+    probing: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        names = ("dictionary", "model", "hook_point", "tokens", "held_out", "systems", "clean", "probing", "seconds")
+        return finite({name: getattr(self, name) for name in names})
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write eval.json into the folder of the dictionary, replacing an older one."""
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        write_file(Path(folder) / EVAL, [text.encode()])
+
+    def __getattr__(self, name: str) -> Any:
+        """What was measured of the dictionary itself: `result.fvu` is that of the first of `systems`."""
+        first: dict[str, Any] = next(iter(self.__dict__.get("systems", {}).values()), {})
+        if name in first:
+            return first[name]
+        raise AttributeError(f"an Evaluation has no {name!r}: it has {', '.join(first)}")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.evaluation(self, options)
+
+
+def evaluate(
+    dictionary: ITDA | str | os.PathLike,
+    data: Any,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    tokens: int = TOKENS,
+    ce_tokens: int | None = CE_TOKENS,
+    k: int | None = None,
+    method: str | None = None,
+    controls: bool | Sequence[str] = True,
+    systems: Sequence[System] = (),
+    in_sample: bool = False,
+    special_tokens: bool | None = None,
+    force: bool = False,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | Callable[[Step | None], None] = False,
+    **stream: Any,
+) -> Evaluation:
+    """Measure `dictionary` on text that it was not built on, beside its controls.
+
+    dictionary   an ITDA, its folder or its repository on the hub
+    data         text, as for `itda.activations`, cut into rows as the dictionary's own; if that is what the dictionary
+                 was built on, measuring begins at the first document that it has not read
+    model        where activations are from, if not what the dictionary names: a name, or what `itda.hooks.load` gave
+    tokens       valid tokens to measure on at most
+    ce_tokens    of them, those on which reconstructions are spliced into the running model; 0 for none, None for all
+    k, method    of the pursuit, if not the dictionary's
+    controls     all of them, none, or some of: "random tokens", as many activations drawn from the same stream (or, if
+                 `data` is other text, from other documents of it); "gaussian" directions; "untrained model", a
+                 dictionary of as many atoms built on and measured on a model with random weights
+    systems      further ones, for the same table
+    in_sample    measure on text that the dictionary was built on all the same
+    special_tokens   score and replace special tokens and position 0 too; as in building by default
+    stream       further settings of the text (`context_length`, `column`, ...), if not as in building
+
+    Raises `InputError` for text of which no document is left, and for another model unless `force`.
+    """
+    unknown = [name for name in controls if name not in CONTROLS] if isinstance(controls, Sequence) else []
+    if unknown:
+        raise InputError(f"There is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}.")
+    for name, value, least in (("tokens", tokens, 1), ("ce_tokens", ce_tokens, 0), ("seed", seed, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+    began = time.monotonic()
+    report = progress if callable(progress) else bar() if progress else lambda step: None
+    name = str(dictionary) if not isinstance(dictionary, ITDA) else repr(dictionary)
+    dictionary = load_dictionary(dictionary)
+    if not len(dictionary):
+        raise InputError(f"{name} has no atoms, so there is nothing to measure.")
+    loading: dict[str, Any] = dict(force=force, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    hooked, hook = hooked_for(dictionary, model, tokenizer, head=ce_tokens != 0, **loading)
+    wanted = list(CONTROLS) if controls is True else list(controls or ())
+    if special_tokens is None:
+        special_tokens = bool(dictionary.cfg.get("special_tokens"))
+    pool = heldout.pool_size(len(dictionary)) if set(wanted) & {"random tokens", "untrained model"} else 0
+    split = heldout.split(dictionary, data, hooked.tokenizer, tokens, pool, special_tokens, in_sample, seed, stream)
+    reader = heldout.Reader(split, hook, special_tokens, report)
+    held = reader.read(hooked, "reading")
+    settings = {key: value for key, value in (("k", k), ("method", method)) if value is not None}
+    every = [System.of(dictionary, "itda", **settings)]
+    if "random tokens" in wanted:
+        every.append(_random_tokens(dictionary, held, settings, seed))
+    if "gaussian" in wanted:
+        every.append(_gaussian(dictionary, settings, seed))
+    every += systems
+    found = {s.name: measure(s, held.x, held.labels, held.scored, _threshold(dictionary), seed) for s in every}
+    clean = None
+    if ce_tokens != 0 and hooked.predicts:
+        rows = split.first(ce_tokens)
+        clean = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
+    mine = list(found)
+    if "untrained model" in wanted:
+        found |= _untrained(dictionary, hooked, reader, settings, seed)
+    order = ["itda", *(c for c in CONTROLS if c in found), *(n for n in mine if n not in ("itda", *CONTROLS))]
+    report(None)
+    return Evaluation(
+        dictionary=name,
+        model=hooked.provenance(hook)["id"],
+        hook_point=hook,
+        tokens=int(held.scored.sum()),
+        held_out=split.about,
+        systems={name: found[name] for name in order},
+        clean=clean,
+        seconds={"all": round(time.monotonic() - began, 3)},
+    )
+
+
+def measure(
+    system: System,
+    x: Float[Tensor, "tokens d"],
+    labels: Any,
+    scored: Bool[ndarray, " tokens"] | None = None,
+    threshold: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `Evaluation.systems` has of one system, but for cross-entropy, on the activations `x` with their `labels`.
+
+    `scored` marks the tokens that count; the others are in "with_position_0" alone.
+    """
+    scored = np.ones(len(x), bool) if scored is None else scored
+    errors, cosines, l0s, negative, used = [], [], [], 0, np.zeros(len(system.atoms), np.int64)
+    for start in range(0, len(x), CHUNK):
+        part, of = x[start : start + CHUNK], torch.from_numpy(scored[start : start + CHUNK])
+        x_hat, codes = system.run(part)
+        x_hat, codes, exact = x_hat.double().cpu(), codes.to("cpu"), part.double().cpu()
+        errors.append((exact - x_hat).square().sum(1).numpy())
+        cosines.append(cosine(exact, x_hat).numpy())
+        l0s.append(codes.l0().numpy())
+        values = codes.values[of]
+        negative += int((values < 0).sum())
+        used += np.bincount(codes.indices[of][values != 0].numpy(), minlength=len(used))
+    error, total = np.concatenate(errors), x.double().square().sum(1).cpu().numpy()
+    relative = error / np.where(total > 0, total, 1.0)
+    l0 = np.concatenate(l0s)
+    draws = _Bootstrap(groups_of(labels[scored]), seed)
+    known = relative[scored]
+    fvu, interval = _fvu(x, error, scored, draws)
+    out: dict[str, Any] = {"n_atoms": len(system.atoms), "k": system.k, "fvu": fvu, "fvu_interval": interval}
+    for name, values in {"relative_error": known, "cosine": np.concatenate(cosines)[scored], "l0": l0[scored]}.items():
+        out |= {name: float(values.mean()), f"{name}_interval": draws.of_mean(values.astype(float))}
+    out |= {"tails": {tail: float(np.quantile(known, q)) for tail, q in TAILS.items()}}
+    out |= {"above": None if threshold is None else float((known > threshold).mean())}
+    out |= {"alive": float((used > 0).mean()), "negative": negative / max(1, int(used.sum())), "use": used.tolist()}
+    out |= {"coherence": coherence(system.atoms), "with_position_0": None, "ce": None}
+    if not scored.all():
+        out["with_position_0"] = {"fvu": _fvu(x, error)[0], "relative_error": float(relative.mean())}
+    return out | {"positions": _by_position(x, error, labels.position, scored), **system.cost}
+
+
+class _Bootstrap:
+    """The middle 95 % of a mean, or of a ratio of sums, over groups of tokens drawn with replacement."""
+
+    def __init__(self, groups: Int[ndarray, " tokens"], seed: int) -> None:
+        self.groups, self.n = groups, int(groups.max()) + 1 if len(groups) else 1
+        drawn = np.random.default_rng([seed, 3]).integers(self.n, size=(DRAWS, self.n))
+        self.weights = np.stack([np.bincount(row, minlength=self.n) for row in drawn]).astype(float)
+
+    def sums(self, values: Float[ndarray, " tokens"]) -> Float[ndarray, " draws"]:
+        """The sum of `values` in each draw."""
+        return self.weights @ np.bincount(self.groups, values, minlength=self.n)
+
+    def of_mean(self, values: Float[ndarray, " tokens"]) -> tuple[float, float]:
+        """The interval of the mean of `values`."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return interval_of(self.sums(values) / self.sums(np.ones(len(values))))
+
+
+def interval_of(values: Float[ndarray, " draws"]) -> tuple[float, float]:
+    """The 2.5 and 97.5 % quantiles of what is finite."""
+    known = values[np.isfinite(values)]
+    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def _fvu(
+    x: Tensor, error: ndarray, scored: ndarray | None = None, draws: _Bootstrap | None = None
+) -> tuple[float, tuple[float, float] | None]:
+    """Global, centred FVU of the tokens that are scored; and its interval, each draw about its own mean."""
+    exact = x.double().cpu()
+    if scored is not None:
+        exact, error = exact[torch.from_numpy(scored)], error[scored]
+    variance = float((exact - exact.mean(0)).square().sum()) if len(exact) else 0.0
+    value = float(error.sum()) / variance if variance > 0 else math.nan
+    if draws is None:
+        return value, None
+    shifted = exact - exact.mean(0)  # so that the difference below loses no digits
+    first = torch.zeros(draws.n, exact.shape[1], dtype=torch.float64).index_add_(
+        0, torch.from_numpy(draws.groups), shifted
+    )
+    means, counts = draws.weights @ first.numpy(), draws.sums(np.ones(len(exact)))
+    spread = draws.sums(shifted.square().sum(1).numpy()) - (means**2).sum(1) / counts
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return value, interval_of(draws.sums(error) / spread)
+
+
+def _by_position(x: Tensor, error: ndarray, position: ndarray, scored: ndarray) -> list[dict[str, Any]]:
+    """FVU, and mean |x|, at positions 0, 1, 2-3, 4-7, 8-15 and so on; of all tokens there, scored or not."""
+    bucket = np.frexp(position)[1]
+    norms, out = x.double().square().sum(1).sqrt().cpu().numpy(), []
+    for b in np.unique(bucket).tolist():
+        there = bucket == b
+        part = {"first": 2 ** (b - 1) if b else 0, "last": 2**b - 1, "tokens": int(there.sum())}
+        part |= {"scored": int((there & scored).sum()), "norm": float(norms[there].mean())}
+        of = error[there] / np.where(norms[there] > 0, norms[there] ** 2, 1.0)
+        out.append(part | {"fvu": _fvu(x, error, there)[0], "relative_error": float(of.mean())})
+    return out
+
+
+def _threshold(dictionary: ITDA) -> float | None:
+    """The dictionary's, where it is one of the relative error."""
+    threshold = dictionary.cfg.get("threshold")
+    return float(threshold) if isinstance(threshold, float | int) and dictionary.cfg.get("loss") == "relative" else None
+
+
+# -- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+def _cross_entropies(hooked, hook, rows, systems, held, found, special_tokens, seed, report) -> dict[str, float]:
+    """Put the scores of all systems into `found`; what the model loses without the hook point, for all of them."""
+    mean = held.x[torch.from_numpy(held.scored)].double().mean(0)
+    replacements: dict[str, Any] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
+    replacements |= {system.name: lambda x, run=system.run: run(x)[0] for system in systems}
+    began = time.monotonic()
+
+    def done(count: int) -> None:
+        report(Step("splicing", count, len(rows), time.monotonic() - began))
+
+    out = spliced(hooked, rows, hook, replacements, special_tokens=special_tokens, progress=done)
+    labels = heldout.labels_of(rows)
+    key = {pair: i for i, pair in enumerate(map(tuple, labels.pairs().tolist()))}
+    at = np.array([key[pair] for pair in zip(out.prompt.tolist(), out.position.tolist(), strict=True)], np.int64)
+    draws = _Bootstrap(groups_of(labels[at]), seed)
+    for system in systems:
+        found[system.name]["ce"] = cross_entropy(out, system.name, draws)
+    levels = {name: float(out.cross_entropy[name].mean()) for name in ("clean", "zero", "mean")}
+    return levels | {"tokens": len(at)}
+
+
+def cross_entropy(out: Spliced, name: str, draws: _Bootstrap | None = None) -> dict[str, Any]:
+    """CE-loss scores (eq. 7) of what was spliced in as `name`: 1 for what changes nothing, 0 for the ablation.
+
+    score is (zero - spliced) / (zero - clean), score_mean the same with the mean ablation in place of zero's; loss is
+    the cross-entropy in nats, kl the divergence of the predictions from the clean ones.
+    """
+    loss = out.cross_entropy[name]
+    found: dict[str, Any] = {"loss": float(loss.mean()), "kl": float(out.kl[name].mean())}
+    clean = out.cross_entropy["clean"]
+    for key, ablation in (("score", "zero"), ("score_mean", "mean")):
+        base = out.cross_entropy[ablation]
+        found[key] = ce_score(clean.mean(), loss.mean(), base.mean())
+        if draws is not None:
+            sums = (draws.sums(values) for values in (clean, loss, base))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                a, b, c = sums
+                found[f"{key}_interval"] = interval_of((c - b) / (c - a))
+    return found
+
+
+# -- controls ---------------------------------------------------------------------------------------------------------
+
+
+def _random_tokens(dictionary: ITDA, held: heldout.Held, settings: Mapping[str, Any], seed: int) -> System:
+    """As many activations of the same stream, drawn without looking."""
+    return System.of(_drawn(dictionary, held, seed), "random tokens", **_like(dictionary, settings))
+
+
+def _drawn(dictionary: ITDA, held: heldout.Held, seed: int) -> ITDA:
+    x = held.pool.float()
+    x = x if dictionary.mean is None else x - dictionary.mean.to(x.device)
+    x = x[x.square().sum(1) > 0]
+    rows = np.random.default_rng([seed, 4]).permutation(len(x))[: len(dictionary)]
+    return _plain(normalize(x[torch.from_numpy(np.sort(rows))]), dictionary)
+
+
+def _gaussian(dictionary: ITDA, settings: Mapping[str, Any], seed: int) -> System:
+    """As many directions drawn from the sphere."""
+    noise = torch.randn(len(dictionary), dictionary.d, generator=torch.Generator().manual_seed(seed))
+    return System.of(_plain(normalize(noise), dictionary), "gaussian", **_like(dictionary, settings))
+
+
+def _plain(atoms: Tensor, dictionary: ITDA) -> ITDA:
+    from itda.labels import Labels
+
+    ones = torch.ones(len(atoms))
+    return ITDA(atoms.cpu(), Labels.counted(0, len(atoms)), dictionary.k, dictionary.mean, ones, ones, {})
+
+
+def _like(dictionary: ITDA, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionary's own settings of the pursuit, and those given."""
+    own = {key: dictionary.cfg[key] for key in ("method", "nonneg") if dictionary.cfg.get(key)}
+    return {"k": dictionary.k} | own | dict(settings)
+
+
+def _untrained(dictionary: ITDA, hooked, reader: heldout.Reader, settings, seed: int) -> dict[str, dict[str, Any]]:
+    """A dictionary of as many atoms, built as this one, of a model with random weights, measured there."""
+    from itda.hooks import load, untrained
+
+    other = load(untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
+    held = reader.read(other, "reading the untrained model")
+    grow = {key: dictionary.cfg[key] for key in ("loss", "center") if dictionary.cfg.get(key) is not None}
+    wish = min(len(dictionary), len(held.pool))
+    built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
+    assert isinstance(built, ITDA)
+    system = System.of(built, "untrained model", **_like(dictionary, settings))
+    return {"untrained model": measure(system, held.x, held.labels, held.scored, _threshold(dictionary), seed)}

@@ -1,0 +1,257 @@
+"""SAELens (v6): folders that it loads by itself, an architecture that keeps signed codes, and its SAEs as systems.
+
+`export` and `load_sae` serve `itda export` and `itda eval --sae`. Importing this module needs no SAELens; what needs it
+says so. After `register()`, SAELens knows the architecture "itda".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from itda.codes import Codes
+from itda.drawing import section
+from itda.errors import InputError
+from itda.evaluate import System
+from itda.folder import check_writable_target, make_folder, safetensors_chunks, write_file
+from itda.model import ITDA
+from itda.pursuit import normalize, pursue
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+ARCHITECTURES = ("matching_pursuit", "itda")
+
+
+def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "matching_pursuit") -> Path:
+    """Write `dictionary` as the folder `out`, which `sae_lens.SAE.load_from_disk` reads.
+
+    "matching_pursuit" is SAELens' own and needs nothing of this library: its pursuit takes positive correlations only,
+    so a dictionary of signed codes becomes the split one, latents 0 to n-1 its atoms and n to 2n-1 their negatives, and
+    the difference of the two latents of an atom is its coefficient. "itda" keeps n latents with signed codes, and needs
+    `itda.interop.saelens.register()` before it is loaded. The labels go into `metadata` of cfg.json.
+
+    Raises `InputError` for a dictionary whose pursuit SAELens' own cannot do, and a folder that holds anything else.
+    """
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"`architecture` is {architecture!r}; choose one of {', '.join(map(repr, ARCHITECTURES))}.")
+    method = dictionary.cfg.get("method", "mp")
+    if architecture == "matching_pursuit" and method != "mp":
+        raise InputError(
+            f"SAELens' own architecture does matching pursuit, and this dictionary has method {method!r}: export it "
+            "with `architecture='itda'` (`--architecture itda`)."
+        )
+    out = _target(out)
+    signed = architecture == "matching_pursuit" and not dictionary.cfg.get("nonneg", False)
+    atoms = torch.cat([dictionary.atoms, -dictionary.atoms]) if signed else dictionary.atoms
+    bias = torch.zeros(dictionary.d) if dictionary.mean is None else dictionary.mean
+    cfg = {
+        "d_in": dictionary.d,
+        "d_sae": len(atoms),
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,  # of zeros where the dictionary is not centred
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "architecture": architecture,
+        "metadata": _metadata(dictionary, signed),
+    }
+    if architecture == "matching_pursuit":
+        cfg |= {"residual_threshold": 0.0, "max_iterations": dictionary.k, "stop_on_duplicate_support": False}
+    else:
+        cfg |= {"k": dictionary.k, "method": method, "nonneg": bool(dictionary.cfg.get("nonneg", False))}
+    tensors = {"W_dec": atoms.float(), "b_dec": bias.float()}
+    with suppress(OSError):  # so that an export cut short is none; `write_file` says what is wrong with the place
+        (out / CFG).unlink(missing_ok=True)
+    make_folder(out)
+    write_file(out / WEIGHTS, safetensors_chunks(tensors, {"format": "pt"}))
+    write_file(out / CFG, [(json.dumps(cfg, indent=1, allow_nan=False) + "\n").encode()])
+    return out
+
+
+def _target(out: str | os.PathLike) -> Path:
+    target = Path(out)
+    if not target.is_dir():
+        check_writable_target(target)
+        return target
+    if foreign := sorted({path.name for path in target.iterdir()} - {CFG, WEIGHTS}):
+        raise InputError(f"{target} holds {foreign[0]!r}, which is no part of an export: choose a new or empty folder.")
+    if (target / CFG).exists() and not _is_export(target / CFG):
+        raise InputError(f"{target} holds a {CFG} that is not of an export: choose a new or empty folder.")
+    return target
+
+
+def _is_export(path: Path) -> bool:
+    """Whether `path` is the cfg.json of an export; that of any other SAE has the same name."""
+    try:
+        return "itda" in json.loads(path.read_bytes())["metadata"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _metadata(dictionary: ITDA, signed: bool) -> dict[str, Any]:
+    """What SAELens and its users look for, and what each latent is."""
+    model, stream = (section(dictionary.cfg, part) for part in ("model", "stream"))
+    hook, layer = model.get("hook_point"), model.get("layer")
+    is_block = layer is not None and hook is not None and hook.rpartition(".")[2] == str(layer)
+    labels = dictionary.labels
+    return {
+        "sae_lens_version": "6.0.0",  # of the format: what says none is read as older, and loses its metadata
+        "sae_lens_training_version": None,
+        "model_name": model.get("id"),
+        "hook_name": f"blocks.{layer}.hook_resid_post" if is_block else hook,
+        "hf_hook_name": hook,
+        "context_size": stream.get("context_length"),
+        "dataset_path": stream.get("data"),
+        "prepend_bos": bool(stream.get("prefix")),
+        "exclude_special_tokens": not dictionary.cfg.get("special_tokens", False),
+        "itda": {
+            "k": dictionary.k,
+            "split": signed,
+            "stream_hash": stream.get("hash"),
+            "labels": [[*map(int, pair), labels.text(i)] for i, pair in enumerate(labels.pairs().tolist())],
+        },
+    }
+
+
+def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cpu") -> System:
+    """An SAE in SAELens' format, from a folder, as a `System` for `itda.evaluate`.
+
+    Raises `InputError` for what SAELens cannot load, and without SAELens.
+    """
+    register()
+    from sae_lens import SAE
+
+    if not (Path(path) / CFG).is_file():
+        raise InputError(f"{path} holds no {CFG}, so it is no SAE in SAELens' format: give the folder of one.")
+    try:
+        sae = SAE.load_from_disk(str(path), device=device)
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        raise InputError(
+            f"SAELens cannot load {path} ({type(error).__name__}: {said}): give another folder."
+        ) from error
+    return system_of(sae, name or Path(os.path.abspath(path)).name)
+
+
+def system_of(sae: SAE, name: str, **cost: Any) -> System:
+    """A loaded SAE as a `System`; its codes are its feature activations, as many as are not zero."""
+
+    @torch.no_grad()
+    def run(x: Tensor) -> tuple[Tensor, Codes]:
+        if x.shape[1] != atoms.shape[1]:
+            raise InputError(
+                f"The SAE {name!r} is for activations of width {atoms.shape[1]}, and these have {x.shape[1]}: give one "
+                "of this hook point."
+            )
+        parts, codes = [], []
+        for part in x.to(sae.device, sae.dtype).split(512):
+            features = sae.encode(part)
+            parts.append(sae.decode(features).float())
+            codes.append(sparse(features))
+        most = max(part.indices.shape[1] for part in codes)
+        return torch.cat(parts), Codes.concat([_padded(part, most) for part in codes])
+
+    atoms = normalize(sae.W_dec.detach().float().cpu())
+    return System(name, atoms, run, getattr(sae.cfg, "k", None), dict(cost))
+
+
+def _padded(codes: Codes, k: int) -> Codes:
+    empty = (0, k - codes.indices.shape[1])
+    return Codes(pad(codes.indices, empty), pad(codes.values, empty), codes.n_atoms)
+
+
+def sparse(dense: Float[Tensor, "tokens n_atoms"]) -> Codes:
+    """The codes (tokens, most) of dense ones, largest first; `most` is the largest number of a token."""
+    most = int((dense != 0).sum(1).max()) if len(dense) else 0
+    indices = dense.abs().topk(most, dim=1).indices
+    values = dense.gather(1, indices).float()
+    return Codes(torch.where(values != 0, indices, 0), values, dense.shape[1])
+
+
+@cache
+def register() -> tuple[type, type]:
+    """Make SAELens know the architecture "itda"; returns its class and that of its config.
+
+    Codes are signed and pass `hook_sae_acts_post`, reconstructions `hook_sae_recons`. Raises `InputError` without
+    SAELens.
+    """
+    try:
+        from sae_lens import SAE, SAEConfig, register_sae_class
+    except ImportError as error:
+        raise InputError(
+            f"SAELens cannot be imported ({error}): install it with `pip install 'itda[saelens]'`."
+        ) from error
+    sae_class, cfg_class = _classes(SAE, SAEConfig)
+    register_sae_class("itda", sae_class, cfg_class)
+    return sae_class, cfg_class
+
+
+def as_sae(dictionary: ITDA, device: str = "cpu") -> SAE:
+    """`dictionary` as a SAELens SAE of architecture "itda", in memory."""
+    sae_class, cfg_class = register()
+    from sae_lens.saes.sae import SAEMetadata
+
+    own = {"method": dictionary.cfg.get("method", "mp"), "nonneg": bool(dictionary.cfg.get("nonneg", False))}
+    cfg = cfg_class(d_in=dictionary.d, d_sae=len(dictionary), device=device, k=dictionary.k, **own)
+    cfg.metadata = SAEMetadata(**_metadata(dictionary, False))
+    sae = sae_class(cfg)
+    sae.W_dec.data.copy_(dictionary.atoms)
+    sae.b_dec.data.copy_(torch.zeros(dictionary.d) if dictionary.mean is None else dictionary.mean)
+    return sae
+
+
+def _classes(sae_base: Any, cfg_base: Any) -> tuple[type, type]:
+    """The classes, which can only be made once SAELens is imported."""
+    from dataclasses import dataclass
+
+    @dataclass
+    class ITDAConfig(cfg_base):
+        """`k` steps of the pursuit `method`, "mp", "omp" or "gp"; `nonneg` for non-negative codes."""
+
+        k: int = 40
+        method: str = "mp"
+        nonneg: bool = False
+
+        @classmethod
+        def architecture(cls) -> str:
+            return "itda"
+
+    class ITDASAE(sae_base):
+        """Atoms as decoder rows; the encoder is the pursuit of this library."""
+
+        @property
+        def W_enc(self) -> Tensor:
+            """(d_in, d_sae), which SAELens' weight metrics look at: the atoms too."""
+            return self.W_dec.T
+
+        def initialize_weights(self) -> None:
+            shape: dict[str, Any] = dict(dtype=self.dtype, device=self.device)
+            self.W_dec = torch.nn.Parameter(torch.zeros(self.cfg.d_sae, self.cfg.d_in, **shape))
+            self.b_dec = torch.nn.Parameter(torch.zeros(self.cfg.d_in, **shape))
+
+        def encode(self, x: Tensor) -> Tensor:
+            """Signed codes (..., d_sae)."""
+            x = self.process_sae_in(x)
+            codes = pursue(x, self.W_dec, self.cfg.k, method=self.cfg.method, nonneg=self.cfg.nonneg)
+            return self.hook_sae_acts_post(codes.dense().to(x.dtype))
+
+        def decode(self, feature_acts: Tensor) -> Tensor:
+            """Reconstructions (..., d_in)."""
+            out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+            return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+        def fold_W_dec_norm(self) -> None:
+            """Nothing to fold: atoms have unit norm."""
+
+    return ITDASAE, ITDAConfig

@@ -1,0 +1,281 @@
+"""Evaluation on held-out text: every figure against a plain computation, which text is held out, and its controls."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import itda
+from itda import cli, heldout, hooks, metrics
+from itda.errors import InputError
+from itda.evaluate import System, cross_entropy, evaluate, measure
+from itda.labels import Labels
+from itda.prompts import TokenStream
+from itda.splice import Spliced
+from tests import models
+
+LENGTH = 24
+TEXTS = [f"{text} {word}." for word in ("one", "two", "three", "four", "five") for text in models.DOCUMENTS]
+QUICK = dict(tokens=300, ce_tokens=0, controls=False)
+
+
+def texts(folder, name, documents):
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model on disk, a text, another one, and a dictionary built on the first half of the text's documents."""
+    home = tmp_path_factory.mktemp("home")
+    models.save("gpt2", home / "model")
+    models.save("gpt2", home / "other", seed=3)
+    models.save("bert", home / "bert")
+    texts(home, "train", TEXTS)
+    texts(home, "new", [text.upper() for text in models.DOCUMENTS] + ["Something else, of a second document."])
+    settings = dict(layer=2, k=6, threshold=0.2, context_length=LENGTH, batch_rows=2)
+    itda.train(home / "model", home / "train.jsonl", home / "d", tokens=700, **settings)
+    itda.train(home / "model", home / "train.jsonl", home / "all", tokens=None, **settings)
+    itda.train(home / "bert", home / "train.jsonl", home / "d-bert", tokens=700, **settings)
+    return home
+
+
+def activations(home, data, **settings):
+    settings = {"layer": 2, "context_length": LENGTH, **settings}
+    batches = list(itda.activations(str(home / "model"), data, **settings))
+    return torch.cat([b.activations for b in batches]), Labels.concat([b.labels for b in batches])
+
+
+def test_figures_are_those_of_a_plain_computation(home):
+    d = itda.ITDA.load(home / "d")
+    result = evaluate(d, home / "new.jsonl", tokens=10_000, ce_tokens=0, controls=False)
+    x, labels = activations(home, home / "new.jsonl")
+    codes = d.encode(x)
+    x_hat = d.decode(codes).double()
+    x = x.double()
+    error = metrics.relative_error(x, x_hat).numpy()
+    assert result.tokens == len(x) and result.fvu == pytest.approx(metrics.fvu(x, x_hat), rel=1e-6)
+    assert result.relative_error == pytest.approx(error.mean(), rel=1e-6)
+    assert result.tails == pytest.approx({"50 %": np.quantile(error, 0.5), "90 %": np.quantile(error, 0.9),
+        "99 %": np.quantile(error, 0.99), "99.9 %": np.quantile(error, 0.999)}, rel=1e-6)  # fmt: skip
+    assert result.above == pytest.approx((error > 0.2).mean()) and 0 < result.above < 1
+    assert result.cosine == pytest.approx(float(torch.cosine_similarity(x, x_hat, dim=1).mean()), rel=1e-6)
+    assert result.l0 == pytest.approx(float(codes.l0().double().mean()))
+    dense = codes.dense()
+    assert result.use == (dense != 0).sum(0).tolist()
+    assert result.alive == pytest.approx(float((dense != 0).any(0).double().mean()))
+    few = evaluate(d, home / "new.jsonl", tokens=9, ce_tokens=0, controls=False)
+    assert (
+        few.tokens == 9 and few.alive == pytest.approx(float((dense[:9] != 0).any(0).double().mean())) and few.alive < 1
+    )
+    assert result.negative == pytest.approx(float((dense < 0).sum() / (dense != 0).sum()))
+    for part in result.positions:
+        there = (labels.position >= part["first"]) & (labels.position <= part["last"])
+        assert part["scored"] == there.sum()
+        if part["first"] > 1:
+            assert part["fvu"] == pytest.approx(metrics.fvu(x[there], x_hat[there]), rel=1e-6)
+    every, _ = activations(home, home / "new.jsonl", special_tokens=True)
+    both = metrics.fvu(every.double(), d.reconstruct(every).double())
+    assert result.with_position_0["fvu"] == pytest.approx(both, rel=1e-6) != pytest.approx(result.fvu, rel=1e-2)
+
+
+def test_coherence_is_that_of_all_pairs():
+    atoms = itda.normalize(torch.randn(300, 7, generator=torch.Generator().manual_seed(0)))
+    cosines = (atoms.double() @ atoms.double().T).abs()[torch.ones(300, 300).triu(1).bool()].numpy()
+    found = metrics.coherence(atoms)
+    assert found["max"] == pytest.approx(cosines.max(), rel=1e-5)
+    assert found["mean"] == pytest.approx(cosines.mean(), rel=1e-5)
+    assert found["99.9 %"] == pytest.approx(np.quantile(cosines, 0.999), rel=1e-3)
+    assert all(np.isnan(value) for value in metrics.coherence(atoms[:1]).values())
+
+
+def test_the_score_of_what_is_spliced_in_is_eq_7(home):
+    result = evaluate(home / "d", home / "new.jsonl", tokens=400, ce_tokens=200, controls=["gaussian"])
+    ce, clean = result.ce, result.clean
+    assert ce["score"] == pytest.approx((clean["zero"] - ce["loss"]) / (clean["zero"] - clean["clean"]))
+    assert ce["score_mean"] == pytest.approx((clean["mean"] - ce["loss"]) / (clean["mean"] - clean["clean"]))
+    assert ce["kl"] > 0 and ce["score_interval"][0] <= ce["score"] <= ce["score_interval"][1]
+    assert result.systems["gaussian"]["ce"]["loss"] != ce["loss"]
+    d, model = itda.ITDA.load(home / "d"), hooks.language_model(home / "model", hooks=2)
+    rows = list(TokenStream(home / "new.jsonl", model.tokenizer, context_length=LENGTH))
+    losses, count = [], 0
+    for row in rows:
+        if count >= 200:
+            break
+        ids = torch.from_numpy(row.ids)[None]
+
+        def put_back(x):
+            out = x.clone()
+            out[0, 1:] = d.reconstruct(x[0, 1:])
+            return out
+
+        logits = model.logits(ids, torch.ones_like(ids), {"transformer.h.2": put_back})
+        losses += torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="none").tolist()
+        count += len(row.ids) - 1
+    assert clean["tokens"] == len(losses) and ce["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_scores_at_their_ends():
+    losses = {"clean": np.array([1.0, 2.0]), "zero": np.array([5.0, 6.0]), "mean": np.array([3.0, 4.0])}
+    losses |= {"identity": losses["clean"], "nothing": losses["zero"], "worse": np.array([7.0, 8.0])}
+    out = Spliced(losses, {name: np.zeros(2) for name in losses})
+    assert [cross_entropy(out, name)["score"] for name in ("identity", "nothing", "worse")] == [1.0, 0.0, -0.5]
+    assert [cross_entropy(out, name)["score_mean"] for name in ("identity", "mean")] == [1.0, 0.0]
+    assert np.isnan(metrics.ce_score(1.0, 1.0, 1.0))
+
+
+def test_documents_that_were_read_are_left_out(home, monkeypatch):
+    read = []
+    monkeypatch.setattr(heldout.Reader, "read", lambda self, *a: read.append(self.split) or stop())
+
+    def stop():
+        raise StopIteration
+
+    def split(dictionary, data, **settings):
+        with pytest.raises(StopIteration):
+            evaluate(home / dictionary, data, **{**QUICK, **settings})
+        return read[-1]
+
+    d = itda.ITDA.load(home / "d")
+    found = split("d", home / "train.jsonl", controls=["random tokens"])
+    was = set(d.labels.document.tolist())
+    held, pool = ({row.document for row in rows} for rows in (found.held, found.pool))
+    assert not held & was and not held & pool and was & pool and min(held) > max(pool)
+    assert found.about["by"] == "document" and "built on" in found.about["random_tokens_from"]
+    other = split("d", home / "new.jsonl", controls=["random tokens"], tokens=10_000)
+    assert {row.document for row in other.held} == set(range(9)) and other.about["random_tokens_from"] == heldout.OWN
+    assert {row.document for row in other.pool} <= pool
+    renamed = replace(d, cfg=d.cfg | {"stream": d.cfg["stream"] | {"data": "gone.jsonl"}})
+    renamed.save(home / "renamed")
+    halves = split("renamed", home / "new.jsonl", controls=["random tokens"])
+    assert not {row.document for row in halves.held} & {row.document for row in halves.pool}
+    assert halves.about["random_tokens_from"] == "other documents of this text"
+    with pytest.raises(InputError, match="All documents of this text were read"):
+        evaluate(home / "all", home / "train.jsonl", **QUICK)
+    inside = split("all", home / "train.jsonl", in_sample=True)
+    assert inside.held[0].document == 0 and "nothing" in inside.about["by"]
+
+
+def test_one_long_document_is_measured_after_what_was_read(home):
+    (home / "book.txt").write_text(" ".join(TEXTS * 2), encoding="utf-8")
+    settings = dict(layer=2, k=6, threshold=0.4, context_length=LENGTH, batch_rows=2, tokens=700)
+    itda.train(home / "model", home / "book.txt", home / "d-book", **settings)
+    result = evaluate(home / "d-book", home / "book.txt", tokens=200, ce_tokens=0, controls=False)
+    assert result.held_out["by"] == "rows after those read, of one document" and result.tokens == 200
+    (home / "new.txt").write_text(" ".join(text.upper() for text in TEXTS), encoding="utf-8")
+    d = itda.ITDA.load(home / "d-book")
+    gone = replace(d, cfg=d.cfg | {"stream": d.cfg["stream"] | {"data": "gone.txt"}})
+    result = evaluate(gone, home / "new.txt", tokens=200, ce_tokens=0, controls=["random tokens"])
+    assert result.held_out["by"] == "halves of the one document"
+
+
+def test_controls_are_what_they_say(home):
+    d = itda.ITDA.load(home / "d")
+    result = evaluate(d, home / "new.jsonl", tokens=300, ce_tokens=100)
+    rows = result.systems
+    assert list(rows) == ["itda", "random tokens", "gaussian", "untrained model"]
+    assert {row["n_atoms"] for name, row in rows.items() if name != "untrained model"} == {len(d)}
+    assert abs(rows["untrained model"]["n_atoms"] - len(d)) <= 0.1 * len(d) + 1
+    assert rows["untrained model"]["ce"] is None
+    assert rows["gaussian"]["fvu"] > rows["random tokens"]["fvu"]  # which know the data
+    again = evaluate(d, home / "new.jsonl", tokens=300, ce_tokens=100)
+    assert {**again.to_json(), "seconds": 0} == {**result.to_json(), "seconds": 0}
+    assert (
+        evaluate(d, home / "new.jsonl", tokens=300, ce_tokens=0, seed=1).systems["random tokens"]
+        != rows["random tokens"]
+    )
+
+
+def test_more_steps_and_refitting_lower_the_error(home):
+    few, many, omp = (evaluate(home / "d", home / "new.jsonl", **QUICK, **s).fvu
+                      for s in (dict(k=2), dict(k=12), dict(k=12, method="omp")))  # fmt: skip
+    assert few > many > omp
+    row = evaluate(home / "d", home / "new.jsonl", k=2, **QUICK)
+    assert row.k == 2 and row.l0 <= 2
+
+
+def test_any_system_can_stand_in_the_table(home):
+    d = itda.ITDA.load(home / "d")
+    copy = System.of(d, "the same", k=6)
+    result = evaluate(d, home / "new.jsonl", tokens=200, ce_tokens=100, controls=False, systems=[copy])
+    same = result.systems["the same"]
+    assert same["fvu"] == result.fvu and same["ce"] == result.ce
+
+
+def test_an_encoder_has_no_cross_entropy(home):
+    result = evaluate(home / "d-bert", home / "new.jsonl", tokens=200, ce_tokens=100, controls=["gaussian"])
+    assert result.clean is None and result.ce is None and 0 < result.fvu < 1
+    assert "CE score" not in str(result)
+
+
+def test_intervals_are_over_documents():
+    x = torch.randn(900, 8, generator=torch.Generator().manual_seed(1))
+    labels = replace(Labels.counted(0, 900), document=np.arange(900) // 10, prompt=np.arange(900) // 10)
+    atoms = itda.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(2)))
+
+    def row(x, labels):
+        def run(x):
+            codes = itda.pursue(x, atoms, 2)
+            return codes.decode(atoms), codes
+
+        return measure(System("s", atoms, run, 2), x, labels)
+
+    found = row(x, labels)
+    for name in ("fvu", "relative_error", "cosine", "l0"):
+        low, high = found[f"{name}_interval"]
+        assert low <= found[name] <= high and (name == "l0" or high - low > 1e-4)
+    alike = row(x[:10].repeat(90, 1), labels)
+    low, high = alike["relative_error_interval"]
+    assert high - low < 1e-9  # documents that are all one say no less and no more when drawn again
+
+
+def test_one_table_one_file(home, capfd):
+    assert cli.main(["eval", str(home / "d"), str(home / "new.jsonl"), "--tokens", "200", "--ce-tokens", "60"]) == 0
+    out, err = capfd.readouterr()
+    assert "eval.json written" in err and "random tokens" in out and "CE score" in out
+    written = json.loads((home / "d" / "eval.json").read_text())
+    assert (
+        cli.main(["eval", str(home / "d"), str(home / "new.jsonl"), "--tokens", "200", "--ce-tokens", "60", "--json"])
+        == 0
+    )
+    printed = json.loads(capfd.readouterr().out)
+    assert {**printed, "seconds": 0} == {**written, "seconds": 0}
+    d = itda.ITDA.load(home / "d")  # eval.json is no part of it
+    d.save(home / "d")
+    assert not (home / "d" / "eval.json").exists()  # it was another dictionary's
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(tokens=0), "`tokens` is 0; a whole number, 1 or more"),
+        (dict(ce_tokens=-1), "`ce_tokens` is -1"),
+        (dict(controls=["sae"]), "There is no control 'sae'"),
+        (dict(model="nowhere/at/all"), "is not there"),
+        (dict(k=-1), "`k` is -1"),
+        (dict(method="lasso"), "`method` is 'lasso'"),
+        (dict(context_length=999), "64 positions"),
+    ],
+)
+def test_bad_settings_are_said_in_one_sentence(home, settings, says):
+    with pytest.raises(InputError) as error:
+        evaluate(home / "d", home / "new.jsonl", **{**QUICK, **settings})
+    assert says in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_what_cannot_be_measured_is_refused(home):
+    with pytest.raises(InputError, match="differs from"):
+        evaluate(home / "d", home / "new.jsonl", model=str(home / "other"), **QUICK)
+    assert evaluate(home / "d", home / "new.jsonl", model=str(home / "other"), force=True, **QUICK).fvu > 0
+    plain = itda.build(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), k=2, threshold=0.3)
+    with pytest.raises(InputError, match="does not say which model"):
+        evaluate(plain, home / "new.jsonl", **QUICK)
+    with pytest.raises(InputError, match="empty"):
+        evaluate(home / "d", [""], **QUICK)
+    with pytest.raises(InputError, match="no valid token"):
+        evaluate(home / "d", ["<s>"], **QUICK)
+    with pytest.raises(AttributeError, match="an Evaluation has no 'fvuu'"):
+        _ = evaluate(home / "d", home / "new.jsonl", **QUICK).fvuu
