@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -143,8 +144,7 @@ class Builder:
         found = (self.dictionary.norms, self.dictionary.losses)
         norms, losses = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in found)
         model = ITDA(atoms, labels, self.settings["k"], self.mean, norms, losses, cfg | dict(provenance or {}))
-        self._measure(model)
-        return model
+        return measured(model, *self.sample.tokens())
 
     @property
     def settled(self) -> float:
@@ -156,17 +156,6 @@ class Builder:
             return 0.0
         counts = self.dictionary
         return (counts.settled + counts.replayed) / (counts.choices + self.seen)
-
-    def _measure(self, model: ITDA) -> None:
-        """Put the sample and its FVU into the finished dictionary."""
-        x, labels = self.sample.tokens()
-        codes = model.encode(x)
-        x_hat = model.decode(codes)
-        model.cfg["fvu"] = fvu(x.double(), x_hat.double())
-        model.cfg["sample_tokens"] = len(x)
-        centred = x.float() if model.mean is None else x.float() - model.mean
-        loss = LOSSES[self.settings["loss"]](centred.double(), codes.decode(model.atoms).double())
-        model.sample = Sample(labels, codes, loss.float())
 
     def _d(self) -> int | None:
         if self.started:
@@ -230,6 +219,16 @@ class Builder:
         self.sample.add(batch, start, seen)
         self.labels.append(batch.labels[np.array(admitted, np.int64)])
         self.seen = seen + start
+
+
+def measured(model: ITDA, x: Tensor, labels: Labels) -> ITDA:
+    """The dictionary with the tokens `x` (tokens, d) and their `labels` as its sample, and its FVU on them."""
+    codes = model.encode(x)
+    x_hat = model.decode(codes)
+    cfg = model.cfg | {"fvu": fvu(x.double(), x_hat.double()), "sample_tokens": len(x)}
+    centred = x.float() if model.mean is None else x.float() - model.mean
+    loss = LOSSES[cfg.get("loss", "relative")](centred.double(), codes.decode(model.atoms).double())
+    return replace(model, cfg=cfg, sample=Sample(labels, codes, loss.float()))
 
 
 class Content:

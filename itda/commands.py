@@ -80,6 +80,8 @@ def train(
     revision: MaybeText = None,
     trust_remote_code: Flag = False,
     chunk_size: Whole = 4096,
+    refine: Whole = 0,
+    refine_tokens: Whole = 200_000,
     checkpoint_seconds: Real = 30.0,
     overwrite: Flag = False,
     json: Flag = False,
@@ -124,6 +126,8 @@ def train(
         revision: branch, tag or commit of the model
         trust_remote_code: run code that the model's repository brings
         chunk_size: tokens pursued together; changes memory and speed alone
+        refine: move the atoms in so many passes, so that they reconstruct better; they are real activations no more
+        refine_tokens: on so many tokens, which are read again
         checkpoint_seconds: how often progress is kept
         overwrite: replace a dictionary that is there
         json: print the result as JSON
@@ -370,6 +374,9 @@ def eval(
     method: Method = None,
     no_controls: Flag = False,
     sae: Annotated[tuple[str, ...], arg(metavar="FOLDER [FOLDER ...]", help_behavior_hint="")] = (),
+    probe: MaybeText = None,
+    probe_column: Text = "text",
+    probe_label: Text = "label",
     in_sample: Flag = False,
     force: Flag = False,
     seed: Whole = 0,
@@ -395,6 +402,9 @@ def eval(
         method: matching pursuit, orthogonal matching pursuit or gradient pursuit, if not the dictionary's
         no_controls: leave out random tokens, random directions and the untrained model
         sae: measure these SAEs, in SAELens' format, on the same tokens
+        probe: a .jsonl or .parquet file of labelled texts, whose labels are told from one latent, a few, and all
+        probe_column: where the text of a record is
+        probe_label: where its label is
         in_sample: measure on text that the dictionary was built on all the same
         force: use a model or tokenizer that is not the dictionary's
         seed: of what is drawn

@@ -101,6 +101,8 @@ def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
     where = ", ".join(f"{name} {report.label[name]}" for name in ("prompt", "position", "token_id"))
     yield Text(f"atom {report.atom} of 0 to {report.n_atoms - 1}: {where}", style="bold")
     yield _in_context(report.label, _room(options, 0, 2 * CONTEXT))
+    if report.moved is not None:
+        yield Text(f"refined: cosine {_number(report.moved)} with the activation of this label", style="bold")
     share = report.uses / max(1, report.sample_tokens)
     yield Text(
         f"norm {_number(report.norm)} · admission loss {_number(report.loss)} · used for {report.uses:,} of "
@@ -250,6 +252,11 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     if isinstance(threshold, float | int):
         centred = ", centred" if cfg.get("center") else ""
         facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold:.4g}{centred}")]
+    refined = section(cfg, "refined")
+    if report.moved is not None:
+        how = f"{refined.get('passes')} passes over {refined.get('tokens') or 0:,} tokens"
+        median, least = (_number(report.moved[name]) for name in ("median", "min"))
+        facts += [("refined", f"{how}; cosine of atoms with their labels' activations: median {median}, least {least}")]
     if report.sample is not None:
         fvu = cfg.get("fvu")
         quality = f"FVU {fvu:.4f}, " if isinstance(fvu, float) else ""
@@ -386,6 +393,9 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     if report.clean:
         levels = ", ".join(f"{name} {report.clean[name]:.3f}" for name in ("clean", "mean", "zero"))
         yield Text(f"cross-entropy of {report.clean['tokens']:,} tokens, in nats: {levels}", style="dim")
+    if report.probing:
+        yield Text()
+        yield from _probes(report.probing)
     first = next(iter(report.systems.values()))
     if first["with_position_0"]:
         both = first["with_position_0"]
@@ -393,6 +403,19 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
         yield Text(line, style="dim")
     places = [f"{part['first']:,}: {part['fvu']:.4f}" for part in first["positions"] if math.isfinite(part["fvu"])]
     yield Text(f"FVU from position on: {', '.join(places)}", style="dim")
+
+
+def _probes(probing: dict[str, Any]) -> RenderResult:
+    """Accuracies of linear probes, by system and number of latents."""
+    from rich.text import Text
+
+    tops = list(next(iter(probing["systems"].values())))
+    table = _table(*tops, first="probe on", label="")
+    for name, scores in probing["systems"].items():
+        table.add_row(one_line(name), *(f"{scores[top]:.3f}" for top in tops))
+    yield table
+    said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, chance 0.5"
+    yield Text(said, style="dim")
 
 
 def _span(interval: Any) -> str:

@@ -7,7 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from itda import drawing, heldout
+from itda import drawing, heldout, hooks
+from itda import probing as probes
+from itda.aligned import named
 from itda.build import build
-from itda.codes import Codes
 from itda.errors import InputError
 from itda.folder import EVAL, write_file
 from itda.layers import groups_of
@@ -30,6 +32,7 @@ from itda.pursuit import normalize
 from itda.report import Report, finite, hooked_for
 from itda.report import load as load_dictionary
 from itda.splice import Spliced, spliced
+from itda.systems import System
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -41,30 +44,6 @@ TOKENS, CE_TOKENS = 50_000, 10_000
 CONTROLS = ("random tokens", "gaussian", "untrained model")
 
 
-@dataclass(frozen=True)
-class System:
-    """Anything that writes activations as a sparse sum: `run` maps (tokens, d) to reconstructions and codes.
-
-    `atoms` (n_atoms, d) are its directions, of unit norm. `cost` is what is known of the making, for the table.
-    """
-
-    name: str
-    atoms: Float[Tensor, "n_atoms d"]
-    run: Callable[[Float[Tensor, "tokens d"]], tuple[Float[Tensor, "tokens d"], Codes]]
-    k: int | None = None
-    cost: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, dictionary: ITDA, name: str, **settings: Any) -> System:
-        """An ITDA, encoded with `settings` (k, method)."""
-
-        def run(x: Tensor) -> tuple[Tensor, Codes]:
-            codes = dictionary.encode(x, **settings)
-            return dictionary.decode(codes), codes
-
-        return cls(name, dictionary.atoms, run, settings.get("k") or dictionary.k)
-
-
 @dataclass(frozen=True, repr=False)
 class Evaluation(Report):
     """What was measured of a dictionary and of its controls, in one table; made by `evaluate`.
@@ -74,7 +53,8 @@ class Evaluation(Report):
     dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom; negative, the share of
     negative coefficients; coherence; with_position_0, fvu and mean relative error of special tokens and position 0
     too; positions, fvu by place in the row; ce (see `cross_entropy`), None where there is no language model.
-    `held_out` says which text was measured on, and where the random tokens are from.
+    `held_out` says which text was measured on, and where the random tokens are from; `probing` is that of
+    `itda.probing.probe`.
     """
 
     dictionary: str
@@ -120,6 +100,9 @@ def evaluate(
     method: str | None = None,
     controls: bool | Sequence[str] = True,
     systems: Sequence[System] = (),
+    probe: Any = None,
+    probe_column: str = "text",
+    probe_label: str = "label",
     in_sample: bool = False,
     special_tokens: bool | None = None,
     force: bool = False,
@@ -143,6 +126,8 @@ def evaluate(
                  `data` is other text, from other documents of it); "gaussian" directions; "untrained model", a
                  dictionary of as many atoms built on and measured on a model with random weights
     systems      further ones, for the same table
+    probe        labelled texts (a .jsonl or .parquet file, or records): how well a linear probe on a few latents, or
+                 all, tells `probe_label` from the `probe_column` (`itda.probing.probe`)
     in_sample    measure on text that the dictionary was built on all the same
     special_tokens   score and replace special tokens and position 0 too; as in building by default
     stream       further settings of the text (`context_length`, `column`, ...), if not as in building
@@ -176,12 +161,19 @@ def evaluate(
         every.append(_random_tokens(dictionary, held, settings, seed))
     if "gaussian" in wanted:
         every.append(_gaussian(dictionary, settings, seed))
-    every += systems
+    _check_places(systems, hooked, hook, force)
+    names = named(None, [*(s.name for s in every), *CONTROLS, *(s.name for s in systems)])
+    every += [replace(s, name=n) for s, n in zip(systems, names[len(every) + len(CONTROLS) :], strict=True)]
     found = {s.name: measure(s, held.x, held.labels, held.scored, _threshold(dictionary), seed) for s in every}
     clean = None
     if ce_tokens != 0 and hooked.predicts:
         rows = split.first(ce_tokens)
         clean = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
+    probing = None
+    if probe is not None:
+        texts: dict[str, Any] = dict(column=probe_column, label=probe_label, special_tokens=special_tokens, seed=seed)
+        texts["context_length"] = split.stream.context_length
+        probing = probes.probe(hooks.load(hooked, hooks=hook), hook, every, probe, **texts)
     mine = list(found)
     if "untrained model" in wanted:
         found |= _untrained(dictionary, hooked, reader, settings, seed)
@@ -195,6 +187,7 @@ def evaluate(
         held_out=split.about,
         systems={name: found[name] for name in order},
         clean=clean,
+        probing=probing,
         seconds={"all": round(time.monotonic() - began, 3)},
     )
 
@@ -300,6 +293,20 @@ def _by_position(x: Tensor, error: ndarray, position: ndarray, scored: ndarray) 
     return out
 
 
+def _check_places(systems: Sequence[System], hooked: Any, hook: str, force: bool) -> None:
+    """Refuse systems that were made for another hook point, as far as they say so in words of this model."""
+    for system in systems:
+        with suppress(InputError):
+            place = hooked.canonical(system.hook_point) if system.hook_point else hook
+            if place == hook or force:
+                continue
+            said = f"{system.name} was made for {system.hook_point}, and the dictionary for {hook}"
+            break
+    else:
+        return
+    raise InputError(f"{said}: give one of the same place, or measure it all the same with `force` (`--force`).")
+
+
 def _threshold(dictionary: ITDA) -> float | None:
     """The dictionary's, where it is one of the relative error."""
     threshold = dictionary.cfg.get("threshold")
@@ -387,9 +394,7 @@ def _like(dictionary: ITDA, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _untrained(dictionary: ITDA, hooked, reader: heldout.Reader, settings, seed: int) -> dict[str, dict[str, Any]]:
     """A dictionary of as many atoms, built as this one, of a model with random weights, measured there."""
-    from itda.hooks import load, untrained
-
-    other = load(untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
+    other = hooks.load(hooks.untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
     held = reader.read(other, "reading the untrained model")
     grow = {key: dictionary.cfg[key] for key in ("loss", "center") if dictionary.cfg.get(key) is not None}
     wish = min(len(dictionary), len(held.pool))

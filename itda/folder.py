@@ -317,18 +317,20 @@ def _check_file(path: Path, entry: dict) -> None:
 
 
 def read_atoms(path: Path, n_atoms: int, d: int) -> dict[str, Tensor]:
-    """The tensors atoms (n_atoms, d), norms and losses (n_atoms,), and mean (d,) if there, all float32.
+    """The tensors atoms (n_atoms, d), norms, losses and, if there, moved (n_atoms,), and mean (d,), all float32.
 
     Shapes are compared before anything is allocated; the library has compared them with the size of the file.
     """
     from safetensors import SafetensorError, safe_open
 
-    shapes = {"atoms": [n_atoms, d], "losses": [n_atoms], "mean": [d], "norms": [n_atoms]}
+    shapes = {"atoms": [n_atoms, d], "losses": [n_atoms], "mean": [d], "moved": [n_atoms], "norms": [n_atoms]}
+    some = {"mean", "moved"}  # only where atoms are centred, or refined
     try:
         with safe_open(path, "pt") as file:
             names = sorted(file.keys())
-            if set(names) | {"mean"} != set(shapes):
-                raise damaged(path, f"holds the tensors {names}, but {list(shapes)} (mean if centred) were wanted")
+            if set(names) | some != set(shapes):
+                wanted = f"{sorted(set(shapes) - some)}, mean if centred, moved if refined, were wanted"
+                raise damaged(path, f"holds the tensors {names}, but {wanted}")
             for name in names:
                 part = file.get_slice(name)
                 if part.get_dtype() != "F32" or part.get_shape() != shapes[name]:

@@ -174,7 +174,7 @@ def causal(
 
         config = AutoConfig.from_pretrained(model, **hub)
         kinds = [*(config.architectures or ()), *getattr(config, "auto_map", {})]
-        if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
             return None
         tokenizer = load_tokenizer(model, **hub) if tokenizer is None else load_tokenizer(tokenizer)
         how = hub | _dtype_argument(dtype) | kwargs
@@ -182,6 +182,8 @@ def causal(
         whole, info = loader.from_pretrained(
             model, config=config, use_safetensors=True, output_loading_info=True, **how
         )
+        if info["missing_keys"] and not kinds:
+            return None
         if info["missing_keys"]:
             raise InputError(
                 f"`{model}` lacks {len(info['missing_keys'])} weights of its language model "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from itda.labels import Labels
 from itda.pursuit import pursue
 
 UNIT_NORM_TOLERANCE = 1e-5
+TENSORS = ("atoms", "norms", "losses", "mean", "moved")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class ITDA:
     `mean` (d,) is subtracted from activations before they are encoded, unless None. `norms` are the atoms' norms
     before they were normalised (after centring), `losses` their admission losses (NaN for the first and for seeds).
     `cfg` says where the dictionary comes from and how it was built, a JSON object; `sample` is there to be looked at.
+    `moved` (n_atoms,) is None unless the atoms were refined (`itda.refine`): then it is the cosine of each with the
+    activation of its label, which it is no more.
     """
 
     atoms: Float[Tensor, "n_atoms d"]
@@ -53,6 +57,7 @@ class ITDA:
     losses: Float[Tensor, " n_atoms"]
     cfg: dict = field(default_factory=dict)
     sample: Sample | None = None
+    moved: Float[Tensor, " n_atoms"] | None = None
 
     @property
     def n_atoms(self) -> int:
@@ -114,8 +119,8 @@ class ITDA:
 
     def to(self, device: torch.device | str) -> ITDA:
         """The same dictionary with its tensors on `device`; the sample stays where it is."""
-        moved = {name: getattr(self, name).to(device) for name in ("atoms", "norms", "losses")}
-        return replace(self, **moved, mean=None if self.mean is None else self.mean.to(device))
+        there = {name: t.to(device) for name in TENSORS if (t := getattr(self, name)) is not None}
+        return replace(self, **there)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the dictionary as the folder `path` (docs/format.md); the same object gives the same bytes.
@@ -126,9 +131,7 @@ class ITDA:
         problem = _problem(self)
         if problem:
             raise InputError(f"This ITDA cannot be saved, because {problem[1]}.")
-        tensors = {"atoms": self.atoms, "norms": self.norms, "losses": self.losses}
-        if self.mean is not None:
-            tensors["mean"] = self.mean
+        tensors = {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
         files = {folder.ATOMS: folder.safetensors_chunks(tensors), folder.LABELS: tables.labels_chunks(self.labels)}
         if self.sample is not None:
             codes = self.sample.codes
@@ -153,7 +156,8 @@ class ITDA:
             indices, values, losses = (torch.from_numpy(parts[name]) for name in ("indices", "values", "losses"))
             sample = Sample(sampled, Codes(indices, values, n_atoms), losses)
         cfg = {key: value for key, value in manifest.items() if key not in folder.RESERVED}
-        model = cls(labels=labels, k=manifest["k"], mean=tensors.pop("mean", None), cfg=cfg, sample=sample, **tensors)
+        full: dict[str, Any] = {"mean": None, **tensors}
+        model = cls(labels=labels, k=manifest["k"], **full, cfg=cfg, sample=sample)
         problem = _problem(model)
         if problem:
             raise InputError(f"{path / problem[0]} is damaged, because {problem[1]}: copy or train the ITDA again.")
@@ -214,7 +218,7 @@ def _problem(model: ITDA) -> tuple[str, str] | None:
         return folder.MANIFEST, f"k = {model.k!r} is not a count of pursuit steps"
     if model.atoms.ndim != 2:
         return atoms, f"`atoms` has shape {tuple(model.atoms.shape)}, but (n_atoms, d) was wanted"
-    shapes = {"atoms": (n, model.d), "norms": (n,), "losses": (n,), "mean": (model.d,)}
+    shapes = {"atoms": (n, model.d), "norms": (n,), "losses": (n,), "mean": (model.d,), "moved": (n,)}
     for name, shape in shapes.items():
         tensor = getattr(model, name)
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
@@ -228,7 +232,7 @@ def _problem(model: ITDA) -> tuple[str, str] | None:
         row = int(wrong[0])
         kind = "unit norm" if math.isfinite(size[row]) else "finite entries"
         return atoms, f"`atoms` must have rows of {kind}, and row {row} has norm {size[row]:.7g}"
-    for name in ("norms", "mean"):
+    for name in ("norms", "mean", "moved"):
         tensor = getattr(model, name)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             return atoms, f"`{name}` must be finite, and entry {int((~torch.isfinite(tensor)).nonzero()[0])} is not"

@@ -91,6 +91,10 @@ class HookedModel:
         names = (name for name, _ in self._base.named_parameters())
         return [n for n in names if n.rpartition(".")[0] in ran or self._layout.layer(n) in blocks]
 
+    def canonical(self, hook: int | str) -> str:
+        """The name that `hook` (a layer, a path, a TransformerLens name) has here; `InputError` if none has it."""
+        return self._layout.name(self._layout.path(hook))
+
     def provenance(self, hook: int | str) -> dict:
         """What an activation at `hook` comes from, as JSON can hold it."""
         path = self._layout.path(hook)

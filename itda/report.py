@@ -83,6 +83,7 @@ class Summary(Report):
     sample: dict[str, Any] | None  # tokens, l0, share_alive: of the atoms, those that are used in the sample
     norms: dict[str, float]  # quantiles of the atoms' norms before they were normalised
     losses: dict[str, float]  # of their admission losses
+    moved: dict[str, float] | None  # of refined atoms, quantiles of the cosine with the activation of their label
     most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
     first: list[dict[str, Any]]
 
@@ -99,6 +100,7 @@ class AtomReport(Report):
     label: dict[str, Any]
     norm: float
     loss: float
+    moved: float | None  # of a refined atom, the cosine with the activation of its label
     sample_tokens: int
     uses: int  # tokens of the sample that it is used for
     negative: int  # of these, with a negative coefficient
@@ -196,6 +198,7 @@ def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
         sample=sample,
         norms=_quantiles(dictionary.norms.numpy()),
         losses=_quantiles(dictionary.losses.numpy()),
+        moved=None if dictionary.moved is None else _quantiles(dictionary.moved.numpy()),
         most_used=[row(i) for i in most.tolist()],
         first=[row(i) for i in range(min(n, SHOWN))],
     )
@@ -224,6 +227,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
         label=_label(dictionary.labels, atom),
         norm=float(dictionary.norms[atom]),
         loss=float(dictionary.losses[atom]),
+        moved=None if dictionary.moved is None else float(dictionary.moved[atom]),
         sample_tokens=len(sampled),
         uses=len(values),
         negative=int((values < 0).sum()),

@@ -11,12 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from itda import folder
 from itda.build import PAPER, build
 from itda.errors import InputError
 from itda.hooks import activations
+from itda.labels import Batch, Labels
 from itda.model import ITDA
-from itda.progress import Progress, bar
+from itda.progress import Progress, Step, bar
+from itda.pursuit.gram import free_bytes
+from itda.refine import refine as refine_atoms
 
 # What the published code does. Its threshold, 4e-4, is the default of the cosine loss.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -29,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "padding": True,
     }
 }
+REFINE_TOKENS = 200_000
 DEFAULTS: dict[str, Any] = {"loss": "relative", "admission": "sequential", "batch_rows": 32}
 
 
@@ -100,6 +106,8 @@ def train(
     revision: str | None = None,
     trust_remote_code: bool = False,
     chunk_size: int = 4096,
+    refine: int = 0,
+    refine_tokens: int = REFINE_TOKENS,
     checkpoint_seconds: float = 30.0,
     overwrite: bool = False,
     progress: bool | Callable[[Progress | None], None] = False,
@@ -110,7 +118,9 @@ def train(
     `layer` and `hook`, and what says how to read, are those of `itda.activations`; what says how to build, of
     `itda.build`. With a list of layers or hook points, `out` holds one folder per hook point, named for it. `preset`
     "paper" is the published code's practice: `PRESETS` where nothing else is given. `loss` is "relative", `admission`
-    "sequential" and `batch_rows` 32 without it.
+    "sequential" and `batch_rows` 32 without it. With `refine`, atoms are moved in so many passes over the first
+    `refine_tokens` tokens, which are read again and held in memory (`itda.refine.refine`); `progress` then is also
+    called with a `Step`.
 
     Raises `InputError` for what cannot be read, built or saved, a folder that is not ours, a dictionary that is there
     already unless `overwrite`, and `Interrupted` when `stop` said so.
@@ -126,6 +136,9 @@ def train(
     grow: dict[str, Any] = dict(
         k=k, threshold=threshold, n_atoms=n_atoms, center=center, max_atoms=max_atoms, chunk_size=chunk_size
     )
+    for name, value, least in (("refine", refine, 0), ("refine_tokens", refine_tokens, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
     began = time.monotonic()
     single = _is_one(layer) and _is_one(hook)
     shown = Path(out)
@@ -153,17 +166,53 @@ def train(
                 checkpoint_seconds=checkpoint_seconds,
                 stop=stop,
             )
+            models = {"": built} if isinstance(built, ITDA) else built
+            if refine:
+                models = _refined(models, stream, refine, refine_tokens, watch, stop)
         except KeyboardInterrupt:
             raise Interrupted(min(map(_kept, folders.values()))) from None
         finally:
             watch.end()
-        models = {"": built} if isinstance(built, ITDA) else built
         for name, dictionary in models.items():
             dictionary.save(folders[name])
         # Only now: a run that is killed between two saves goes on from its checkpoints.
         for target in folders.values():
             (target / folder.CHECKPOINT).unlink(missing_ok=True)
     return [_trained(models[name], shown / name, watch, began) for name in folders]
+
+
+def _refined(
+    models: dict[str, ITDA], stream: Any, passes: int, tokens: int, watch: _Watch, stop: Callable[[], bool]
+) -> dict[str, ITDA]:
+    """The dictionaries with their atoms moved to fit the first `tokens` tokens of the stream, read once more."""
+
+    def report(step: Step | None) -> None:
+        watch.step(step)
+        if stop():
+            raise KeyboardInterrupt
+
+    d = sum(model.d for model in models.values())
+    if (need := 4.0 * d * tokens) > 0.5 * free_bytes(torch.device("cpu")):
+        raise InputError(
+            f"Refining on {tokens:,} tokens holds {need / 1e9:.1f} GB of activations, more than half of what is free: "
+            "choose fewer `refine_tokens` (`--refine-tokens`)."
+        )
+    parts: dict[str, list[Batch]] = {name: [] for name in models}
+    count, began = 0, time.monotonic()
+    for item in stream:
+        batches = {"": item} if isinstance(item, Batch) else item
+        size = min(len(next(iter(batches.values())).labels), tokens - count)
+        for name, (x, labels) in batches.items():
+            parts[name].append(Batch(x[:size].float().cpu(), labels[:size]))
+        count += size
+        report(Step("reading again", count, tokens, time.monotonic() - began))
+        if count == tokens:
+            break
+    found = {}
+    for name, model in models.items():
+        x, labels = torch.cat([part.activations for part in parts[name]]), [part.labels for part in parts.pop(name)]
+        found[name] = refine_atoms(model, x, labels=Labels.concat(labels), passes=passes, progress=report)
+    return found
 
 
 def _preset(name: str | None, given: dict[str, Any], truncate: bool, special_tokens: bool, padding: bool) -> dict:
@@ -246,9 +295,15 @@ class _Watch:
     """Hands progress on, remembers the last, and ends the display once."""
 
     def __init__(self, progress: bool | Callable[[Progress | None], None]) -> None:
-        self._report = progress if callable(progress) else bar() if progress else None
+        self._report: Callable[[Any], None] | None = progress if callable(progress) else bar() if progress else None
         self.last: Progress | None = None
         self._open = True
+
+    def step(self, step: Step | None) -> None:
+        """Hand on what comes after the building."""
+        self._open = True
+        if self._report and step is not None:
+            self._report(step)
 
     def __call__(self, progress: Progress | None) -> None:
         if progress is None:

@@ -84,7 +84,7 @@ def _at(chosen: Tensor, function: Replacement) -> Replacement:
     def replaced(x: Tensor) -> Tensor:
         where = chosen.to(x.device)
         out = x.clone()
-        out[where] = function(x[where]).to(x.dtype)
+        out[where] = function(x[where]).to(x)
         return out
 
     return replaced

@@ -20,7 +20,7 @@ FLOORS = {
     "world": ["documents", "prompts", "loading", "reading", "hooks", "splice", "demo"],
     "work": [
         *("runs", "report", "drawing", "aligned", "layers", "saved", "compare", "plots", "diff", "changes", "page"),
-        *("heldout", "evaluate", "probing", "interop"),
+        *("systems", "heldout", "evaluate", "probing", "interop"),
     ],
     "cli": ["cli", "commands", "flags", "terminal", "__main__", "__init__"],
 }

@@ -10,10 +10,11 @@ import torch
 import itda
 from itda import cli, heldout, hooks, metrics
 from itda.errors import InputError
-from itda.evaluate import System, cross_entropy, evaluate, measure
+from itda.evaluate import cross_entropy, evaluate, measure
 from itda.labels import Labels
 from itda.prompts import TokenStream
 from itda.splice import Spliced
+from itda.systems import System
 from tests import models
 
 LENGTH = 24
@@ -203,6 +204,23 @@ def test_any_system_can_stand_in_the_table(home):
     result = evaluate(d, home / "new.jsonl", tokens=200, ce_tokens=100, controls=False, systems=[copy])
     same = result.systems["the same"]
     assert same["fvu"] == result.fvu and same["ce"] == result.ce
+
+
+def test_names_in_the_table_are_told_apart_and_other_places_refused(home):
+    d = itda.ITDA.load(home / "d")
+    twins = [replace(System.of(d, name, k=k), hook_point="blocks.2.hook_resid_post")
+             for name, k in (("itda", 2), ("sae", 3), ("sae", 4), ("gaussian", 5))]  # fmt: skip
+    result = evaluate(d, home / "new.jsonl", **QUICK, systems=twins)
+    assert {name: row["k"] for name, row in result.systems.items()} == {
+        "itda": 6, "itda#2": 2, "sae": 3, "sae#2": 4, "gaussian#2": 5}  # fmt: skip
+    elsewhere = replace(twins[1], hook_point="transformer.h.1")
+    with pytest.raises(
+        InputError, match=r"sae was made for transformer\.h\.1, and the dictionary for transformer\.h\.2"
+    ):
+        evaluate(d, home / "new.jsonl", **QUICK, systems=[elsewhere])
+    assert "sae" in evaluate(d, home / "new.jsonl", **QUICK, systems=[elsewhere], force=True).systems
+    unknown = replace(twins[1], hook_point="some.where.else")
+    assert "sae" in evaluate(d, home / "new.jsonl", **QUICK, systems=[unknown]).systems
 
 
 def test_an_encoder_has_no_cross_entropy(home):

@@ -21,10 +21,10 @@ from torch.nn.functional import pad
 from itda.codes import Codes
 from itda.drawing import section
 from itda.errors import InputError
-from itda.evaluate import System
-from itda.folder import check_writable_target, make_folder, safetensors_chunks, write_file
+from itda.folder import ATOMS, check_writable_target, make_folder, safetensors_chunks, write_file
 from itda.model import ITDA
 from itda.pursuit import normalize, pursue
+from itda.systems import System
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -134,6 +134,8 @@ def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cp
 
     if not (Path(path) / CFG).is_file():
         raise InputError(f"{path} holds no {CFG}, so it is no SAE in SAELens' format: give the folder of one.")
+    if (Path(path) / ATOMS).is_file():
+        raise InputError(f"{path} is an ITDA, and an SAE in SAELens' format was wanted: export it, or give another.")
     try:
         sae = SAE.load_from_disk(str(path), device=device)
     except Exception as error:
@@ -163,7 +165,8 @@ def system_of(sae: SAE, name: str, **cost: Any) -> System:
         return torch.cat(parts), Codes.concat([_padded(part, most) for part in codes])
 
     atoms = normalize(sae.W_dec.detach().float().cpu())
-    return System(name, atoms, run, getattr(sae.cfg, "k", None), dict(cost))
+    hook = sae.cfg.metadata.hook_name
+    return System(name, atoms, run, getattr(sae.cfg, "k", None), dict(cost), hook if isinstance(hook, str) else None)
 
 
 def _padded(codes: Codes, k: int) -> Codes:
@@ -213,7 +216,9 @@ def as_sae(dictionary: ITDA, device: str = "cpu") -> SAE:
 
 def _classes(sae_base: Any, cfg_base: Any) -> tuple[type, type]:
     """The classes, which can only be made once SAELens is imported."""
-    from dataclasses import dataclass
+    from dataclasses import dataclass, field
+
+    from sae_lens.saes.sae import SAEMetadata
 
     @dataclass
     class ITDAConfig(cfg_base):
@@ -222,6 +227,7 @@ def _classes(sae_base: Any, cfg_base: Any) -> tuple[type, type]:
         k: int = 40
         method: str = "mp"
         nonneg: bool = False
+        metadata: Any = field(default_factory=SAEMetadata)  # a dict for a moment, when SAELens reads cfg.json
 
         @classmethod
         def architecture(cls) -> str:

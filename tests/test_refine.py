@@ -1,0 +1,206 @@
+"""Improving a dictionary: what is kept, how atoms move, and what stays true of their labels."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import itda
+from itda import metrics, refine
+from itda.errors import InputError
+from itda.labels import Labels
+from tests import models
+
+D, TRUE, K = 24, 60, 4
+
+
+def planted(tokens=3000, seed=0):
+    """Sparse sums of `TRUE` directions, and the directions."""
+    g = torch.Generator().manual_seed(7)
+    atoms = itda.normalize(torch.randn(TRUE, D, generator=g))
+    g.manual_seed(seed)
+    x = torch.zeros(tokens, D)
+    for _ in range(3):
+        which = torch.randint(TRUE, (tokens,), generator=g)
+        x += atoms[which] * (1 + torch.rand(tokens, 1, generator=g))
+    return x + 0.02 * torch.randn(tokens, D, generator=g), atoms
+
+
+def built(n_atoms=80, x=None, **settings):
+    x = planted()[0] if x is None else x
+    return itda.build(x, k=K, threshold=0.02, max_atoms=n_atoms, **settings)
+
+
+def error(model, x):
+    return metrics.fvu(x.double(), model.reconstruct(x).double())
+
+
+def test_what_an_atom_is_worth_is_what_dropping_its_coefficient_costs():
+    x, _ = planted(200)
+    model = built(30)
+    codes = model.encode(x)
+    found = refine.removal_costs(x, model.atoms, codes)
+    dense = codes.dense().double()
+    before = (x.double() - dense @ model.atoms.double()).square().sum()
+    for j in range(len(model)):
+        without = dense.clone()
+        without[:, j] = 0
+        after = (x.double() - without @ model.atoms.double()).square().sum()
+        assert float(found[j]) == pytest.approx(float(after - before), rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_selection_keeps_real_atoms_and_beats_chance_and_the_first_ones(center):
+    x, _ = planted()
+    held, _ = planted(1000, seed=1)
+    candidates = built(240, center=center)
+    chosen = refine.select(candidates, x, 60, rounds=3)
+    pairs = candidates.labels.pairs().tolist()
+    rows = [pairs.index(pair) for pair in chosen.labels.pairs().tolist()]
+    assert rows == sorted(rows) and len(chosen) == 60
+    for name in ("atoms", "norms", "losses"):
+        assert torch.equal(getattr(chosen, name).nan_to_num(), getattr(candidates, name)[rows].nan_to_num())
+    others = [refine.select(candidates, torch.randn(50, D, generator=torch.Generator().manual_seed(s)), 60, rounds=1)
+              for s in range(5)]  # fmt: skip
+    assert error(chosen, held) < min(error(other, held) for other in others)
+    first = itda.build(x, k=K, threshold=0.02, max_atoms=60, center=center)
+    assert error(chosen, held) < error(first, held)
+    assert chosen.cfg["selected"] == {"from": 240, "tokens": 3000, "rounds": 3, "k": K}
+    assert torch.equal(refine.select(candidates, x, 240).atoms, candidates.atoms)
+
+
+def test_one_descent_never_raises_what_it_descends():
+    x, _ = planted(800)
+    model = built()
+    sums = refine._Sums(model.atoms)
+    codes = model.encode(x)
+    sums.add(x, codes)
+    dense = codes.dense()
+
+    def objective(atoms):
+        return float((x - dense @ atoms).square().sum())
+
+    atoms, values = model.atoms, [objective(model.atoms)]
+    for _ in range(4):
+        atoms = sums.descend(atoms)
+        values.append(objective(atoms))
+    assert all(after < before for before, after in itertools.pairwise(values))
+    assert torch.allclose(atoms.norm(dim=1), torch.ones(len(atoms)), atol=1e-5)
+
+
+def test_refined_atoms_are_better_on_text_they_have_not_seen_and_nearer_the_truth():
+    x, true = planted()
+    held, _ = planted(1000, seed=1)
+    model = built(TRUE)
+    once, thrice = (refine.refine(model, x, passes=p) for p in (1, 8))
+    assert error(thrice, held) < error(once, held) < error(model, held)
+
+    def recovered(atoms):
+        return float((atoms @ true.T).abs().amax(0).mean())
+
+    assert recovered(thrice.atoms) > recovered(model.atoms) + 0.05
+
+
+def test_atoms_keep_their_labels_and_say_how_far_they_moved(tmp_path):
+    x, _ = planted()
+    model = built()
+    found = refine.refine(model, x, passes=2, seed=3)
+    assert found.labels.pairs().tolist() == model.labels.pairs().tolist()
+    assert torch.allclose(found.moved, (found.atoms * model.atoms).sum(1), atol=1e-6)
+    assert found.moved.max() <= 1 + 1e-6 and 0 < found.moved.min() < 0.99
+    assert found.cfg["refined"] == {"passes": 2, "tokens": 3000, "k": K, "method": "mp", "seed": 3}
+    assert torch.equal(refine.refine(model, x, passes=2, seed=3).atoms, found.atoms)
+    assert not torch.equal(refine.refine(model, x, passes=2, seed=4).atoms, found.atoms)
+    found.save(tmp_path / "d")
+    again = itda.ITDA.load(tmp_path / "d")
+    assert torch.equal(again.moved, found.moved) and torch.equal(again.atoms, found.atoms)
+    with pytest.raises(InputError, match="is refined already"):
+        refine.refine(again, x)
+
+
+def test_an_atom_that_nothing_uses_stays_where_it_is():
+    x, _ = planted()
+    x[:, -1] = 0
+    model = built(20, x)
+    lone = torch.zeros(1, D)
+    lone[0, -1] = 1
+    atoms, labels = torch.cat([model.atoms, lone]), Labels.counted(0, 21)
+    ones = torch.ones(21)
+    found = refine.refine(itda.ITDA(atoms, labels, K, None, ones, ones), x, passes=2)
+    assert torch.equal(found.atoms[20], lone[0]) and found.moved[20] == 1
+    assert (found.moved[:20] < 1).any()
+
+
+def test_the_sample_is_that_of_the_new_atoms():
+    x, _ = planted()
+    model, labels = built(), Labels.counted(0, 3000)
+    for found in (refine.refine(model, x, labels=labels), refine.select(model, x, 40, labels=labels)):
+        rows = found.sample.labels.position
+        assert torch.equal(found.sample.codes.values, found.encode(x[torch.from_numpy(rows)]).values)
+        assert found.cfg["fvu"] == pytest.approx(error(found, x[torch.from_numpy(rows)]))
+    bare = refine.refine(model, x)
+    assert bare.sample is None and "fvu" not in bare.cfg
+
+
+def test_a_centred_dictionary_is_refined_about_its_mean():
+    x = planted()[0] + 5
+    model = built(x=x, center=True)
+    found = refine.refine(model, x, passes=4)
+    assert torch.equal(found.mean, model.mean) and error(found, x) < error(model, x)
+
+
+def test_progress_is_told():
+    steps = []
+    refine.refine(built(), planted()[0], passes=2, progress=steps.append)
+    assert [step.tokens for step in steps][-1] == steps[-1].total == 6000
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, x: refine.select(m, x, 0), "`n_atoms` is 0"),
+        (lambda m, x: refine.select(m, x, 1000), "there are 80 candidates"),
+        (lambda m, x: refine.select(m, x, 10, rounds=0), "`rounds` is 0"),
+        (lambda m, x: refine.select(m, x[:, :5], 10), "activations (tokens, 24)"),
+        (lambda m, x: refine.refine(m, x, passes=0), "`passes` is 0"),
+        (lambda m, x: refine.refine(m, x, method="lasso"), "`method` is 'lasso'"),
+        (lambda m, x: refine.refine(m, x[:0]), "There is nothing to improve on"),
+        (lambda m, x: refine.refine(m, x * np.nan), "`x` must be finite"),
+        (lambda m, x: refine.refine(m, x.int()), "floating point"),
+        (lambda m, x: refine.refine(m, x[0]), "`x` is (24,)"),
+    ],
+)
+def test_bad_input_is_said_in_one_sentence(call, says):
+    with pytest.raises(InputError) as found:
+        call(built(), planted()[0])
+    assert says in str(found.value) and str(found.value).endswith(".") and "\n" not in str(found.value)
+
+
+def test_train_refines_show_says_so_and_a_kill_changes_nothing(tmp_path, capfd):
+    models.save("gpt2", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(models.DOCUMENTS * 3), encoding="utf-8")
+    settings = dict(layer=2, k=6, threshold=0.2, context_length=24, refine=2, refine_tokens=500)
+    (plain,) = itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / "plain", **{**settings, "refine": 0})
+    (trained,) = itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / "d", **settings)
+    d, was = itda.ITDA.load(tmp_path / "d"), itda.ITDA.load(tmp_path / "plain")
+    assert d.labels.pairs().tolist() == was.labels.pairs().tolist() and torch.equal(d.norms, was.norms)
+    assert d.cfg["refined"]["tokens"] == 500 and d.sample is not None and trained.fvu == d.cfg["fvu"] < plain.fvu
+    batches = list(itda.activations(str(tmp_path / "model"), tmp_path / "text.txt", layer=2, context_length=24))
+    x = torch.cat([batch.activations for batch in batches])[:500]
+    assert torch.equal(refine.refine(was, x, passes=2).atoms, d.atoms)
+
+    asked = []
+    itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / "count", stop=lambda: asked.append(1), **settings)
+    left = iter([False] * (len(asked) - 2) + [True])  # while it refines
+    with pytest.raises(KeyboardInterrupt):
+        itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / "again", stop=lambda: next(left), **settings)
+    assert not (tmp_path / "again" / "cfg.json").exists()
+    itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / "again", **settings)
+    for name in ("atoms.safetensors", "labels.parquet", "sample.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+    assert "refined" in str(itda.report.summary(d)) and "refined: cosine" in str(itda.report.atom_report(d, 3))
+    assert itda.report.atom_report(d, 3).moved == pytest.approx(float(d.moved[3]))
+    assert "refined" not in str(itda.report.summary(was))
+    with pytest.raises(InputError, match="`refine` is -1"):
+        itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / "x", **{**settings, "refine": -1})
