@@ -80,6 +80,7 @@ def train(
     revision: MaybeText = None,
     trust_remote_code: Flag = False,
     chunk_size: Whole = 4096,
+    candidates: Whole = 1,
     refine: Whole = 0,
     refine_tokens: Whole = 200_000,
     checkpoint_seconds: Real = 30.0,
@@ -126,8 +127,9 @@ def train(
         revision: branch, tag or commit of the model
         trust_remote_code: run code that the model's repository brings
         chunk_size: tokens pursued together; changes memory and speed alone
+        candidates: build a dictionary of so many times --n-atoms, and keep the atoms of most use
         refine: move the atoms in so many passes, so that they reconstruct better; they are real activations no more
-        refine_tokens: on so many tokens, which are read again
+        refine_tokens: do both on so many tokens, which are read again
         checkpoint_seconds: how often progress is kept
         overwrite: replace a dictionary that is there
         json: print the result as JSON

@@ -219,7 +219,7 @@ def measure(
     error, total = np.concatenate(errors), x.double().square().sum(1).cpu().numpy()
     relative = error / np.where(total > 0, total, 1.0)
     l0 = np.concatenate(l0s)
-    draws = _Bootstrap(groups_of(labels[scored]), seed)
+    draws = Bootstrap(groups_of(labels[scored]), seed)
     known = relative[scored]
     fvu, interval = _fvu(x, error, scored, draws)
     out: dict[str, Any] = {"n_atoms": len(system.atoms), "k": system.k, "fvu": fvu, "fvu_interval": interval}
@@ -234,7 +234,7 @@ def measure(
     return out | {"positions": _by_position(x, error, labels.position, scored), **system.cost}
 
 
-class _Bootstrap:
+class Bootstrap:
     """The middle 95 % of a mean, or of a ratio of sums, over groups of tokens drawn with replacement."""
 
     def __init__(self, groups: Int[ndarray, " tokens"], seed: int) -> None:
@@ -260,9 +260,9 @@ def interval_of(values: Float[ndarray, " draws"]) -> tuple[float, float]:
 
 
 def _fvu(
-    x: Tensor, error: ndarray, scored: ndarray | None = None, draws: _Bootstrap | None = None
+    x: Tensor, error: ndarray, scored: ndarray | None = None, draws: Bootstrap | None = None
 ) -> tuple[float, tuple[float, float] | None]:
-    """Global, centred FVU of the tokens that are scored; and its interval, each draw about its own mean."""
+    """Global, centred FVU of the tokens that are scored; and its interval, all draws about the one mean."""
     exact = x.double().cpu()
     if scored is not None:
         exact, error = exact[torch.from_numpy(scored)], error[scored]
@@ -270,12 +270,7 @@ def _fvu(
     value = float(error.sum()) / variance if variance > 0 else math.nan
     if draws is None:
         return value, None
-    shifted = exact - exact.mean(0)  # so that the difference below loses no digits
-    first = torch.zeros(draws.n, exact.shape[1], dtype=torch.float64).index_add_(
-        0, torch.from_numpy(draws.groups), shifted
-    )
-    means, counts = draws.weights @ first.numpy(), draws.sums(np.ones(len(exact)))
-    spread = draws.sums(shifted.square().sum(1).numpy()) - (means**2).sum(1) / counts
+    spread = draws.sums((exact - exact.mean(0)).square().sum(1).numpy())
     with np.errstate(invalid="ignore", divide="ignore"):
         return value, interval_of(draws.sums(error) / spread)
 
@@ -330,14 +325,14 @@ def _cross_entropies(hooked, hook, rows, systems, held, found, special_tokens, s
     labels = heldout.labels_of(rows)
     key = {pair: i for i, pair in enumerate(map(tuple, labels.pairs().tolist()))}
     at = np.array([key[pair] for pair in zip(out.prompt.tolist(), out.position.tolist(), strict=True)], np.int64)
-    draws = _Bootstrap(groups_of(labels[at]), seed)
+    draws = Bootstrap(groups_of(labels[at]), seed)
     for system in systems:
         found[system.name]["ce"] = cross_entropy(out, system.name, draws)
     levels = {name: float(out.cross_entropy[name].mean()) for name in ("clean", "zero", "mean")}
     return levels | {"tokens": len(at)}
 
 
-def cross_entropy(out: Spliced, name: str, draws: _Bootstrap | None = None) -> dict[str, Any]:
+def cross_entropy(out: Spliced, name: str, draws: Bootstrap | None = None) -> dict[str, Any]:
     """CE-loss scores (eq. 7) of what was spliced in as `name`: 1 for what changes nothing, 0 for the ablation.
 
     score is (zero - spliced) / (zero - clean), score_mean the same with the mean ablation in place of zero's; loss is

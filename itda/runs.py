@@ -22,6 +22,7 @@ from itda.model import ITDA
 from itda.progress import Progress, Step, bar
 from itda.pursuit.gram import free_bytes
 from itda.refine import refine as refine_atoms
+from itda.refine import select as select_atoms
 
 # What the published code does. Its threshold, 4e-4, is the default of the cosine loss.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,7 @@ def train(
     revision: str | None = None,
     trust_remote_code: bool = False,
     chunk_size: int = 4096,
+    candidates: int = 1,
     refine: int = 0,
     refine_tokens: int = REFINE_TOKENS,
     checkpoint_seconds: float = 30.0,
@@ -118,9 +120,10 @@ def train(
     `layer` and `hook`, and what says how to read, are those of `itda.activations`; what says how to build, of
     `itda.build`. With a list of layers or hook points, `out` holds one folder per hook point, named for it. `preset`
     "paper" is the published code's practice: `PRESETS` where nothing else is given. `loss` is "relative", `admission`
-    "sequential" and `batch_rows` 32 without it. With `refine`, atoms are moved in so many passes over the first
-    `refine_tokens` tokens, which are read again and held in memory (`itda.refine.refine`); `progress` then is also
-    called with a `Step`.
+    "sequential" and `batch_rows` 32 without it. With `candidates`, a dictionary of so many times `n_atoms` is built and
+    the atoms of most use are kept (`itda.refine.select`); with `refine`, atoms are moved in so many passes
+    (`itda.refine.refine`). Both are done on the first `refine_tokens` tokens, which are read again and held in memory;
+    `progress` then is also called with a `Step`.
 
     Raises `InputError` for what cannot be read, built or saved, a folder that is not ours, a dictionary that is there
     already unless `overwrite`, and `Interrupted` when `stop` said so.
@@ -134,11 +137,14 @@ def train(
     read |= dict(config=config, data_revision=data_revision, tokenizer=tokenizer, dtype=dtype, device=device)
     read |= {name: chosen.pop(name) for name in ("batch_rows", "truncate", "special_tokens", "padding")}
     grow: dict[str, Any] = dict(
-        k=k, threshold=threshold, n_atoms=n_atoms, center=center, max_atoms=max_atoms, chunk_size=chunk_size
+        k=k,
+        threshold=threshold,
+        n_atoms=n_atoms and n_atoms * candidates,
+        center=center,
+        max_atoms=max_atoms,
+        chunk_size=chunk_size,
     )
-    for name, value, least in (("refine", refine, 0), ("refine_tokens", refine_tokens, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+    _check_improvements(n_atoms, candidates, refine, refine_tokens)
     began = time.monotonic()
     single = _is_one(layer) and _is_one(hook)
     shown = Path(out)
@@ -167,8 +173,9 @@ def train(
                 stop=stop,
             )
             models = {"": built} if isinstance(built, ITDA) else built
-            if refine:
-                models = _refined(models, stream, refine, refine_tokens, watch, stop)
+            if refine or candidates > 1:
+                keep = n_atoms if candidates > 1 else None
+                models = _improved(models, stream, keep, refine, refine_tokens, watch, stop)
         except KeyboardInterrupt:
             raise Interrupted(min(map(_kept, folders.values()))) from None
         finally:
@@ -181,10 +188,28 @@ def train(
     return [_trained(models[name], shown / name, watch, began) for name in folders]
 
 
-def _refined(
-    models: dict[str, ITDA], stream: Any, passes: int, tokens: int, watch: _Watch, stop: Callable[[], bool]
+def _check_improvements(n_atoms: int | None, candidates: int, refine: int, refine_tokens: int) -> None:
+    given = (("candidates", candidates, 1), ("refine", refine, 0), ("refine_tokens", refine_tokens, 1))
+    for name, value, least in given:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+    if candidates > 1 and n_atoms is None:
+        raise InputError(f"`candidates` is {candidates}, times as many as `n_atoms`: give that too (`--n-atoms`).")
+
+
+def _improved(
+    models: dict[str, ITDA],
+    stream: Any,
+    keep: int | None,
+    passes: int,
+    tokens: int,
+    watch: _Watch,
+    stop: Callable[[], bool],
 ) -> dict[str, ITDA]:
-    """The dictionaries with their atoms moved to fit the first `tokens` tokens of the stream, read once more."""
+    """The dictionaries with `keep` of their atoms, moved in so many passes, to fit the first `tokens` tokens.
+
+    These are read once more.
+    """
 
     def report(step: Step | None) -> None:
         watch.step(step)
@@ -211,7 +236,9 @@ def _refined(
     found = {}
     for name, model in models.items():
         x, labels = torch.cat([part.activations for part in parts[name]]), [part.labels for part in parts.pop(name)]
-        found[name] = refine_atoms(model, x, labels=Labels.concat(labels), passes=passes, progress=report)
+        how: dict[str, Any] = dict(labels=Labels.concat(labels), progress=report)
+        model = select_atoms(model, x, min(keep, len(model)), **how) if keep else model
+        found[name] = refine_atoms(model, x, passes=passes, **how) if passes else model
     return found
 
 

@@ -204,3 +204,20 @@ def test_train_refines_show_says_so_and_a_kill_changes_nothing(tmp_path, capfd):
     assert "refined" not in str(itda.report.summary(was))
     with pytest.raises(InputError, match="`refine` is -1"):
         itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / "x", **{**settings, "refine": -1})
+
+
+def test_train_keeps_the_most_useful_of_several_candidates(tmp_path):
+    models.save("gpt2", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(models.DOCUMENTS * 3), encoding="utf-8")
+    settings = dict(layer=2, k=6, context_length=24)
+    read = tmp_path / "model", tmp_path / "text.txt"
+    itda.train(*read, tmp_path / "many", n_atoms=120, **settings)
+    itda.train(*read, tmp_path / "few", n_atoms=40, candidates=3, **settings)
+    few, many = (itda.ITDA.load(tmp_path / name) for name in ("few", "many"))
+    batches = list(itda.activations(str(tmp_path / "model"), tmp_path / "text.txt", layer=2, context_length=24))
+    x = torch.cat([batch.activations for batch in batches])
+    want = refine.select(many, x, 40)
+    assert few.labels.pairs().tolist() == want.labels.pairs().tolist() and torch.equal(few.atoms, want.atoms)
+    assert few.moved is None and few.sample is not None and few.cfg["selected"]["from"] == len(many)
+    with pytest.raises(InputError, match="times as many as `n_atoms`: give that too"):
+        itda.train(*read, tmp_path / "x", candidates=3, **settings)
