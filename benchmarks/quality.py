@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -79,7 +80,9 @@ class Place:
     def row(self, system, seconds=None, seen=None, **more):
         """What the tables have of one system."""
         found = measure(system, self.held, self.held_labels)
-        row = dict(at=self.name, system=system.name, n_atoms=found["n_atoms"], L0=found["l0"], fvu=found["fvu"])
+        row = dict(
+            at=self.name, system=system.name, n_atoms=found["n_atoms"], k=system.k, L0=found["l0"], fvu=found["fvu"]
+        )
         row |= dict(low=found["fvu_interval"][0], high=found["fvu_interval"][1])
         row |= {f"error {tail}": found["tails"][tail] for tail in ("99 %", "99.9 %")}
         row |= dict(alive=found["alive"], tokens=seen, seconds=seconds)
@@ -178,7 +181,9 @@ def refined(args):
                         sae, seconds = timed(lambda: train_sae(kind, place.train, n, k, times * len(x)))  # noqa: B023
                         from itda.interop.saelens import system_of
 
-                        rows.append(place.row(system_of(sae, f"{kind} SAE, x{times}"), seconds, times * len(x)))
+                        rows.append(
+                            place.row(replace(system_of(sae, f"{kind} SAE, x{times}"), k=k), seconds, times * len(x))
+                        )
     return rows
 
 
@@ -260,6 +265,34 @@ def table(rows):
     return "\n".join(lines)
 
 
+def pictures(results, folder):
+    """FVU against seconds and against L0, a picture for each place."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for run in results.values() for row in run["rows"]]
+    for at in dict.fromkeys(row["at"] for row in rows):
+        here = [row for row in rows if row["at"] == at]
+        figure, (cost, curve) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        for row in here:
+            if row.get("seconds"):
+                mark = "s" if "SAE" in row["system"] else "o"
+                cost.plot(row["seconds"], row["fvu"], mark, color="tab:red" if mark == "s" else "tab:blue", alpha=0.7)
+                cost.annotate(row["system"], (row["seconds"], row["fvu"]), fontsize=6, rotation=20)
+        cost.set(xscale="log", yscale="log", xlabel="seconds to build or train", ylabel="FVU, held out", title=at)
+        for name in dict.fromkeys(row["system"] for row in here):
+            points = sorted((row["k"], row["fvu"]) for row in here if row["system"] == name and row.get("k"))
+            if len({k for k, _ in points}) > 1:
+                curve.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
+        curve.set(xscale="log", yscale="log", xlabel="L0 asked for", ylabel="FVU, held out")
+        if curve.lines:
+            curve.legend(fontsize=6)
+        figure.savefig(folder / f"quality_{at.replace(':', '_')}.png", dpi=110)
+        pyplot.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
@@ -295,6 +328,7 @@ def main():
             what = f"{section.__name__} at {', '.join(args.at)}, L0 {args.l0}, sizes {args.sizes}"
             results[what] = stamp | dict(rows=rows)
             path.write_text(json.dumps(results, indent=1, default=float) + "\n")
+            pictures(results, args.out if args.quick else ROOT / "docs")
 
 
 if __name__ == "__main__":
