@@ -130,8 +130,9 @@ def real(args):
                     rows.append(
                         place.row(System.of(random_tokens(place, n, k, center), "random tokens" + ", centred" * center))
                     )
-                built, seconds = timed(lambda: itda.build(x, k=k, n_atoms=n))  # noqa: B023
-                rows.append(place.row(System.of(built, "itda"), seconds, len(x)))
+                for center in (False, True):
+                    built, seconds = timed(lambda: itda.build(x, k=k, n_atoms=n, center=center))  # noqa: B023
+                    rows.append(place.row(System.of(built, "itda" + ", centred" * center), seconds, len(x)))
                 built, seconds = timed(lambda: paper(x, k, n))  # noqa: B023
                 rows.append(place.row(System.of(built, "the paper's admission"), seconds, len(x)))
                 for center in (False, True):
