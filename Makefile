@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-similarity bench-quality clean
+.PHONY: demo test lint format bench bench-similarity bench-quality interop clean
 
 demo: .venv/ready
 	$(BIN)/itda demo
@@ -34,6 +34,10 @@ bench-similarity: .venv/dev
 bench-quality: .venv/dev
 	$(BIN)/python benchmarks/quality.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(AT),--at $(AT))
 
+# What SAEBench and SAELens say of a dictionary, beside what we say, offline.
+interop: .venv-interop/ready
+	.venv-interop/bin/python benchmarks/interop.py
+
 # torch first and from the constraints file: a range would pull in a newer release with packages of several GB.
 .venv/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was wanted and none was found: install one, or pass PYTHON=..."; exit 1; }
@@ -61,5 +65,15 @@ BENCH_PIP := .venv-bench/bin/pip install --quiet -c constraints.txt
 	$(BENCH_PIP) orthogonal-matching-pursuit-gpu || echo "orthogonal-matching-pursuit-gpu was not installed."
 	@touch $@
 
+# SAEBench wants numpy < 2 and datasets < 4, so it has an environment of its own; in one command with itda, which then
+# gets versions that suit both. It brings a torchvision, which breaks beside a torch for the CPU and which nothing needs.
+.venv-interop/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was wanted and none was found: install one, or pass PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/pip install --quiet -c constraints.txt torch
+	.venv-interop/bin/pip install --quiet -c constraints.txt 'sae-bench==0.6.0' -e .
+	.venv-interop/bin/pip uninstall --quiet --yes torchvision
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-bench .venv-interop .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -382,6 +382,9 @@ def eval(
     in_sample: Flag = False,
     force: Flag = False,
     seed: Whole = 0,
+    column: MaybeText = None,
+    split: MaybeText = None,
+    config: MaybeText = None,
     dtype: MaybeText = None,
     device: MaybeText = None,
     trust_remote_code: Flag = False,
@@ -410,6 +413,9 @@ def eval(
         in_sample: measure on text that the dictionary was built on all the same
         force: use a model or tokenizer that is not the dictionary's
         seed: of what is drawn
+        column: where the text of a record is, if not where it was in training
+        split: of a hub dataset, if not that of training
+        config: of a hub dataset, if not that of training
         dtype: of the model, if not as in training
         device: cpu, cuda, ...; the fastest there is by default
         trust_remote_code: run code that the model's repository brings
@@ -423,11 +429,13 @@ def eval(
         from itda.interop.saelens import load_sae
 
         systems = [load_sae(folder) for folder in sae]
+    text = {"column": given.pop("column"), "split": given.pop("split"), "config": given.pop("config")}
+    given |= {name: value for name, value in text.items() if value is not None}
     result = evaluate(**given, controls=not no_controls, systems=systems, progress=True)
-    if os.path.isdir(dictionary):
+    terminal.output(result.to_json(), None if json else result)
+    if os.path.isdir(dictionary):  # only now, so that nothing is lost where it cannot be written
         result.save(dictionary)
         terminal.say(f"{os.path.join(dictionary, 'eval.json')} written")
-    terminal.output(result.to_json(), None if json else result)
 
 
 def export(

@@ -376,20 +376,25 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     held = report.held_out
     documents = _counted(held["documents"], "document")
     where = f"{report.tokens:,} tokens of {documents}, held out by {held['by']}"
-    yield Text(f"{where}; random tokens are from {held['random_tokens_from']}", style="dim")
+    drawn = f"; random tokens are from {held['random_tokens_from']}" if "random tokens" in report.systems else ""
+    yield Text(f"{where}{drawn}", style="dim")
     scores = any(row["ce"] for row in report.systems.values())
-    ce = ("CE score", "CE 95 %", "from mean", "KL") if scores else ()
-    names = ("atoms", "FVU", "FVU 95 %", "error", "90 %", "99 %", "99.9 %", "above", "cosine", "L0", *ce)
-    table = _table(*names, "alive", "negative", "coherence", first="system", label="")
+    ce = ("CE score", "95 %", "KL") if scores else ()
+    table = _table("atoms", "FVU", "95 %", "error", "L0", *ce, "alive", first="system", label="")
+    tails = ("90 %", "99 %", "99.9 %")
+    rest = ("above", "cosine", *(("CE from mean",) if scores else ()), "negative", "coherence")
+    more = _table(*tails, *rest, first="errors at", label="")
     for name, row in report.systems.items():
-        tails = (f"{row['tails'][tail]:.3f}" for tail in ("90 %", "99 %", "99.9 %"))
-        parts = [one_line(name), f"{row['n_atoms']:,}", f"{row['fvu']:.4f}", _span(row["fvu_interval"])]
-        parts += [f"{row['relative_error']:.4f}", *tails, _share(row["above"]), f"{row['cosine']:.4f}"]
-        parts += [f"{row['l0']:.1f}", *(_scores(row["ce"]) if scores else ())]
-        largest = row["coherence"]["max"]
-        table.add_row(*parts, _share(row["alive"]), _share(row["negative"]), _number(largest))
+        parts = [f"{row['n_atoms']:,}", f"{row['fvu']:.4f}", _span(row["fvu_interval"]), f"{row['relative_error']:.4f}"]
+        parts += [f"{row['l0']:.1f}", *(_scores(row["ce"]) if scores else ()), _share(row["alive"])]
+        table.add_row(Text(one_line(name)), *parts)
+        parts = [*(f"{row['tails'][tail]:.3f}" for tail in tails), _share(row["above"]), f"{row['cosine']:.4f}"]
+        parts += [f"{row['ce']['score_mean']:.4f}" if row["ce"] else "-"] if scores else []
+        more.add_row(Text(one_line(name)), *parts, _share(row["negative"]), _number(row["coherence"]["max"]))
     yield Text()
     yield table
+    yield Text()
+    yield more
     if report.clean:
         levels = ", ".join(f"{name} {report.clean[name]:.3f}" for name in ("clean", "mean", "zero"))
         yield Text(f"cross-entropy of {report.clean['tokens']:,} tokens, in nats: {levels}", style="dim")
@@ -412,7 +417,7 @@ def _probes(probing: dict[str, Any]) -> RenderResult:
     tops = list(next(iter(probing["systems"].values())))
     table = _table(*tops, first="probe on", label="")
     for name, scores in probing["systems"].items():
-        table.add_row(one_line(name), *(f"{scores[top]:.3f}" for top in tops))
+        table.add_row(Text(one_line(name)), *(f"{scores[top]:.3f}" for top in tops))
     yield table
     said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, chance 0.5"
     yield Text(said, style="dim")
@@ -427,6 +432,4 @@ def _share(value: float | None) -> str:
 
 
 def _scores(ce: dict[str, Any] | None) -> tuple[str, ...]:
-    if not ce:
-        return ("-",) * 4
-    return f"{ce['score']:.4f}", _span(ce["score_interval"]), f"{ce['score_mean']:.4f}", f"{ce['kl']:.4f}"
+    return (f"{ce['score']:.4f}", _span(ce["score_interval"]), f"{ce['kl']:.4f}") if ce else ("-",) * 3

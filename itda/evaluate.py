@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ TAILS = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999}
 DRAWS = 1000  # of the bootstrap over documents
 CHUNK = 4096
 TOKENS, CE_TOKENS = 50_000, 10_000
+RESERVED = ("itda", "random tokens", "gaussian", "untrained model", "clean", "zero", "mean", "activations")
 CONTROLS = ("random tokens", "gaussian", "untrained model")
 
 
@@ -99,7 +100,7 @@ def evaluate(
     k: int | None = None,
     method: str | None = None,
     controls: bool | Sequence[str] = True,
-    systems: Sequence[System] = (),
+    systems: Iterable[System] = (),
     probe: Any = None,
     probe_column: str = "text",
     probe_label: str = "label",
@@ -140,6 +141,10 @@ def evaluate(
     for name, value, least in (("tokens", tokens, 1), ("ce_tokens", ce_tokens, 0), ("seed", seed, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+    if unknown := [key for key in stream if key not in (*heldout.CUT, "revision")]:
+        raise InputError(f"`evaluate` has no setting `{unknown[0]}`: of the text there are {', '.join(heldout.CUT)}.")
+    systems = list(systems)
+    labelled = None if probe is None else probes.labelled(probe, probe_column, probe_label)
     began = time.monotonic()
     report = progress if callable(progress) else bar() if progress else lambda step: None
     name = str(dictionary) if not isinstance(dictionary, ITDA) else repr(dictionary)
@@ -149,6 +154,7 @@ def evaluate(
     loading: dict[str, Any] = dict(force=force, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     hooked, hook = hooked_for(dictionary, model, tokenizer, head=ce_tokens != 0, **loading)
     wanted = list(CONTROLS) if controls is True else list(controls or ())
+    _check_places(systems, hooked, hook, dictionary.d, force)
     if special_tokens is None:
         special_tokens = bool(dictionary.cfg.get("special_tokens"))
     pool = heldout.pool_size(len(dictionary)) if set(wanted) & {"random tokens", "untrained model"} else 0
@@ -161,19 +167,18 @@ def evaluate(
         every.append(_random_tokens(dictionary, held, settings, seed))
     if "gaussian" in wanted:
         every.append(_gaussian(dictionary, settings, seed))
-    _check_places(systems, hooked, hook, force)
-    names = named(None, [*(s.name for s in every), *CONTROLS, *(s.name for s in systems)])
-    every += [replace(s, name=n) for s, n in zip(systems, names[len(every) + len(CONTROLS) :], strict=True)]
+    names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
+    every += [replace(s, name=n) for s, n in zip(systems, names, strict=True)]
     found = {s.name: measure(s, held.x, held.labels, held.scored, _threshold(dictionary), seed) for s in every}
     clean = None
     if ce_tokens != 0 and hooked.predicts:
         rows = split.first(ce_tokens)
         clean = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
     probing = None
-    if probe is not None:
-        texts: dict[str, Any] = dict(column=probe_column, label=probe_label, special_tokens=special_tokens, seed=seed)
+    if labelled is not None:
+        texts: dict[str, Any] = dict(special_tokens=special_tokens, seed=seed)
         texts["context_length"] = split.stream.context_length
-        probing = probes.probe(hooks.load(hooked, hooks=hook), hook, every, probe, **texts)
+        probing = probes.probe(hooks.load(hooked, hooks=hook), hook, every, labelled, **texts)
     mine = list(found)
     if "untrained model" in wanted:
         found |= _untrained(dictionary, hooked, reader, settings, seed)
@@ -217,6 +222,8 @@ def measure(
         negative += int((values < 0).sum())
         used += np.bincount(codes.indices[of][values != 0].numpy(), minlength=len(used))
     error, total = np.concatenate(errors), x.double().square().sum(1).cpu().numpy()
+    centred = x.double().cpu() if system.mean is None else x.double().cpu() - system.mean.double().cpu()
+    loss = error / np.maximum(centred.square().sum(1).numpy(), 1e-300)
     relative = error / np.where(total > 0, total, 1.0)
     l0 = np.concatenate(l0s)
     draws = Bootstrap(groups_of(labels[scored]), seed)
@@ -226,7 +233,7 @@ def measure(
     for name, values in {"relative_error": known, "cosine": np.concatenate(cosines)[scored], "l0": l0[scored]}.items():
         out |= {name: float(values.mean()), f"{name}_interval": draws.of_mean(values.astype(float))}
     out |= {"tails": {tail: float(np.quantile(known, q)) for tail, q in TAILS.items()}}
-    out |= {"above": None if threshold is None else float((known > threshold).mean())}
+    out |= {"above": None if threshold is None else float((loss[scored] > threshold).mean())}
     out |= {"alive": float((used > 0).mean()), "negative": negative / max(1, int(used.sum())), "use": used.tolist()}
     out |= {"coherence": coherence(system.atoms), "with_position_0": None, "ce": None}
     if not scored.all():
@@ -288,18 +295,22 @@ def _by_position(x: Tensor, error: ndarray, position: ndarray, scored: ndarray) 
     return out
 
 
-def _check_places(systems: Sequence[System], hooked: Any, hook: str, force: bool) -> None:
-    """Refuse systems that were made for another hook point, as far as they say so in words of this model."""
+def _check_places(systems: Sequence[System], hooked: Any, hook: str, d: int, force: bool) -> None:
+    """Refuse systems of another width, and unless `force` those that say that they were made for another place."""
     for system in systems:
+        if system.atoms.shape[1] != d:
+            raise InputError(
+                f"{system.name} is for activations of width {system.atoms.shape[1]}, and these have {d}: give one of "
+                "this hook point."
+            )
+        place = None
         with suppress(InputError):
             place = hooked.canonical(system.hook_point) if system.hook_point else hook
-            if place == hook or force:
-                continue
-            said = f"{system.name} was made for {system.hook_point}, and the dictionary for {hook}"
-            break
-    else:
-        return
-    raise InputError(f"{said}: give one of the same place, or measure it all the same with `force` (`--force`).")
+        if place != hook and not force:
+            raise InputError(
+                f"{system.name} was made for {system.hook_point}, and the dictionary for {hook}: give one of the same "
+                "place, or measure it all the same with `force` (`--force`)."
+            )
 
 
 def _threshold(dictionary: ITDA) -> float | None:

@@ -122,40 +122,74 @@ def split(
     Raises `InputError` where nothing is left.
     """
     cfg = section(dictionary.cfg, "stream")
-    given = {name: cfg[name] for name in CUT if cfg.get(name) is not None} | settings
-    stream = TokenStream(data, tokenizer, **given)
+    own_cut = {name: cfg[name] for name in CUT if cfg.get(name) is not None}
+    stream = TokenStream(data, tokenizer, **own_cut | settings)
     wanted = 2 * max(tokens, pool) if pool else tokens
     read, rest = _read_before(dictionary, cfg, stream, wanted, special_tokens)
-    about: dict[str, Any] = {"data": stream.provenance["data"], "read_in_training": len(read) > 0}
+    own = read or _own_rows(dictionary, cfg, tokenizer, special_tokens)
+    about: dict[str, Any] = {"data": stream.provenance["data"]}
+    if not read and own:
+        cut_anew = {name: value for name, value in own_cut.items() if name not in ("column", "split", "config")} != {
+            name: value for name, value in (own_cut | settings).items() if name not in ("column", "split", "config")
+        }
+        as_read = TokenStream(data, tokenizer, **settings | own_cut) if cut_anew else None
+        before, (read, rest) = rest, _known(own, rest, as_read)
+        if not rest and len(every := list(stream)) > len(before):  # what is new may come late
+            read, rest = _known(own, every, as_read)
+    about["read_in_training"] = len(read) > 0
     if in_sample and read:
-        held, drawn = read, read
+        held, drawn = [*read, *rest], own
         about |= {"by": "nothing: the dictionary was built on this text", "random_tokens_from": "the same text"}
-    elif read:
+    elif own:
         seen = {row.document for row in read}
-        held, drawn = [row for row in rest if row.document not in seen], read
-        by = "document" if held else "rows after those read, of one document"
-        held = held or rest
-        about |= {"by": by, "random_tokens_from": OWN}
+        held, drawn = [row for row in rest if row.document not in seen], own
+        about |= {"by": "document", "random_tokens_from": OWN}
+        if not held and rest:
+            held, one = rest, len({row.document for row in rest}) == 1
+            about["by"] = f"rows after those read, of {'one document' if one else 'documents that it has read in part'}"
         if not held:
             raise InputError(
                 "All documents of this text were read when the dictionary was built: give other text, or measure on it "
                 "all the same with `in_sample` (`--in-sample`)."
             )
-    elif not pool or (own := _own_rows(dictionary, cfg, tokenizer, special_tokens)):
-        held, drawn = rest, own if pool else []
-        about |= {"by": "document", "random_tokens_from": OWN if pool else "nowhere"}
     else:
-        held, drawn = _halves(rest)
+        held, drawn = _halves(rest) if pool else (rest, [])
         by = "document" if len({row.document for row in rest}) > 1 else "halves of the one document"
         other = "other documents of this text" if by == "document" else "its other half"
-        about |= {"by": by, "random_tokens_from": other}
+        unknown = "; what the dictionary was built on was not there to compare with"
+        about |= {"by": by + unknown, "random_tokens_from": other}
     held = list(_until(held, tokens, special_tokens))
     if not any(valid(row, special_tokens).any() for row in held):
         raise InputError("The text holds no valid token to measure on: give more.")
     about["documents"] = len({row.document for row in held})
     order = np.random.default_rng([seed, 5]).permutation(len(drawn))
     some = sorted(_until((drawn[i] for i in order), pool, special_tokens), key=lambda row: row.prompt) if pool else []
+    if pool and not any(valid(row, special_tokens).any() for row in some):
+        raise InputError("The text is too short to draw controls from: give more, or none (`--no-controls`).")
     return Split(stream, held, some, about, tokens, special_tokens)
+
+
+def _known(own: list[Row], rows: list[Row], as_read: Iterable[Row] | None) -> tuple[list[Row], list[Row]]:
+    """`rows` up to the last one of each document that has a row of `own`, and the others.
+
+    Rows are known by their ids, BOS aside. If these rows are cut otherwise than `own`, `as_read` has the text cut as
+    that, and a document with any row of `own` counts as read altogether.
+    """
+
+    def key(row: Row) -> bytes:
+        return row.ids[~row.special].tobytes()
+
+    known = {key(row) for row in own if (~row.special).any()}
+    if as_read is not None:
+        wanted = {row.document for row in rows}
+        seen = {row.document for row in as_read if row.document in wanted and key(row) in known}
+        return [r for r in rows if r.document in seen], [r for r in rows if r.document not in seen]
+    last: dict[int, int] = {}
+    for i, row in enumerate(rows):
+        if key(row) in known:
+            last[row.document] = i + 1  # the row after may have been read in part
+    read = [row for i, row in enumerate(rows) if i <= last.get(row.document, -1)]
+    return read, [row for i, row in enumerate(rows) if i > last.get(row.document, -1)]
 
 
 def _own_rows(dictionary: ITDA, cfg: dict[str, Any], tokenizer: Any, special_tokens: bool) -> list[Row]:
@@ -178,6 +212,7 @@ def _read_before(
     The hash that a dictionary has of its stream is that after one of its groups of rows, or at the end of the text.
     """
     until, group = cfg.get("hash"), int(dictionary.cfg.get("batch_rows") or 1)
+    own_special = bool(dictionary.cfg.get("special_tokens"))
     budget = int(dictionary.cfg.get("tokens") or 0)
     rows: list[Row] = []
     so_far, count, after, end = StreamHash(), 0, 0, None
@@ -188,8 +223,8 @@ def _read_before(
             after += here
         else:
             so_far.update(row)
-            count += here
-            if len(rows) % group == 0 and so_far.hexdigest() == until:
+            count += int(valid(row, own_special).sum())
+            if so_far.hexdigest() == until:
                 end = len(rows)
             elif count > budget + group * len(row.ids) + 2 * stream.context_length * group:  # other text
                 until, after = None, count

@@ -30,6 +30,19 @@ TOPS = (1, 2, 5)
 LEAST = 4  # texts of each class on either side of the split
 
 
+def labelled(data: Any, column: str = "text", label: str = "label") -> list[dict[str, str]]:
+    """`records` as {text, label}, after a look whether a probe could be fitted at all."""
+    _check_sklearn()
+    return [{"text": text, "label": name} for text, name in zip(*records(data, column, label), strict=True)]
+
+
+def _check_sklearn() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise InputError("Probing needs scikit-learn: install it with `pip install 'itda[probe]'`.") from error
+
+
 def records(data: Any, column: str = "text", label: str = "label") -> tuple[list[str], list[str]]:
     """Texts and their labels, from a .jsonl or .parquet file or a sequence of mappings.
 
@@ -37,12 +50,15 @@ def records(data: Any, column: str = "text", label: str = "label") -> tuple[list
     """
     if isinstance(data, str | os.PathLike):
         data = _read(Path(data), column, label)
+    if not isinstance(data, Iterable):
+        raise InputError(f"Labelled texts came as {type(data).__name__}; a file, or a list of records, was wanted.")
     texts, labels = [], []
     for number, record in enumerate(data):
         text, name = (record.get(key) if isinstance(record, Mapping) else None for key in (column, label))
         if not isinstance(text, str) or name is None:
             raise InputError(
-                f"Record {number} has no text {column!r} or no label {label!r}: name the columns (`column`, `label`)."
+                f"Record {number} (from 0) has no text {column!r} or no label {label!r}: name its columns "
+                "(`--probe-column`, `--probe-label`)."
             )
         texts.append(text)
         labels.append(str(name))
@@ -53,13 +69,14 @@ def _read(path: Path, column: str, label: str) -> Iterable[Mapping[str, Any]]:
     if not path.is_file():
         raise InputError(f"There is no file {path}: give a .jsonl or .parquet file of labelled texts.")
     try:
-        if path.suffix == ".parquet":
+        kind = path.suffix.lower()
+        if kind == ".parquet":
             from pyarrow import parquet
 
             return parquet.read_table(path, columns=[column, label]).to_pylist()
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError) as error:
+        if kind == ".jsonl":
+            return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as labelled texts ({error}): give another file.") from error
     raise InputError(f"{path} is neither .jsonl nor .parquet: give one of these, with a text and a label per record.")
 
@@ -85,13 +102,12 @@ def probe(
     Returns texts, labels, and by system the accuracies by "top 1", "top 2", "top 5" and "all" latents, means over the
     classes. Raises `InputError` for fewer than two classes or too few texts, and without scikit-learn.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise InputError("Probing needs scikit-learn: install it with `pip install 'itda[probe]'`.") from error
+    _check_sklearn()
     if not 0 < test < 1:
         raise InputError(f"`test` is {test!r}; a share of the texts between 0 and 1 was wanted.")
     texts, names = records(data, column, label)
+    if not texts:
+        raise InputError("There is no labelled text: give some.")
     dense, codes, there = _means(model, hook, systems, texts, context_length, special_tokens)
     classes, y = np.unique(np.array(names)[there], return_inverse=True)
     tasks = _tasks(y, len(classes), test, seed)
@@ -125,6 +141,8 @@ def _means(
             latent = latents[used] + np.where(values[used] < 0, codes.n_atoms, 0)  # its negative is a latent too
             parts[system.name].append((np.abs(values[used]), which, latent))
     there = np.flatnonzero(count)
+    if not len(there):
+        raise InputError("No labelled text has a valid token, one neither special nor first: give longer ones.")
     found = {}
     for system in systems:
         values, which, latent = (np.concatenate(columns) for columns in zip(*parts[system.name], strict=True))

@@ -74,6 +74,7 @@ def select(
         mean=candidates.mean,
         norms=candidates.norms[kept],
         losses=candidates.losses[kept],
+        moved=None if candidates.moved is None else candidates.moved[kept],
         cfg=candidates.cfg | {"selected": {"from": len(candidates), "tokens": len(x), "rounds": rounds, "k": k}},
     )
     return _sampled(model, x, labels)

@@ -23,6 +23,7 @@ from itda.progress import Progress, Step, bar
 from itda.pursuit.gram import free_bytes
 from itda.refine import refine as refine_atoms
 from itda.refine import select as select_atoms
+from itda.report import finite
 
 # What the published code does. Its threshold, 4e-4, is the default of the cosine loss.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ class Trained:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, by name."""
-        return asdict(self)
+        return finite(asdict(self))
 
     def __str__(self) -> str:
         speed = f", reading and building at {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
@@ -128,6 +129,7 @@ def train(
     Raises `InputError` for what cannot be read, built or saved, a folder that is not ours, a dictionary that is there
     already unless `overwrite`, and `Interrupted` when `stop` said so.
     """
+    _check_improvements(n_atoms, candidates, refine, refine_tokens)
     chosen = _preset(
         preset, dict(loss=loss, admission=admission, batch_rows=batch_rows), truncate, special_tokens, padding
     )
@@ -139,12 +141,11 @@ def train(
     grow: dict[str, Any] = dict(
         k=k,
         threshold=threshold,
-        n_atoms=n_atoms and n_atoms * candidates,
+        n_atoms=n_atoms * candidates if candidates > 1 and n_atoms else n_atoms,
         center=center,
         max_atoms=max_atoms,
         chunk_size=chunk_size,
     )
-    _check_improvements(n_atoms, candidates, refine, refine_tokens)
     began = time.monotonic()
     single = _is_one(layer) and _is_one(hook)
     shown = Path(out)
@@ -193,6 +194,8 @@ def _check_improvements(n_atoms: int | None, candidates: int, refine: int, refin
     for name, value, least in given:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+    if candidates > 1 and n_atoms is not None and (not isinstance(n_atoms, int) or n_atoms < 1):
+        raise InputError(f"`n_atoms` is {n_atoms!r}; a whole number, 1 or more, was wanted.")
     if candidates > 1 and n_atoms is None:
         raise InputError(f"`candidates` is {candidates}, times as many as `n_atoms`: give that too (`--n-atoms`).")
 
@@ -216,6 +219,7 @@ def _improved(
         if stop():
             raise KeyboardInterrupt
 
+    tokens = min([tokens, *(int(model.cfg["tokens"]) for model in models.values())])  # nothing that was not judged
     d = sum(model.d for model in models.values())
     if (need := 4.0 * d * tokens) > 0.5 * free_bytes(torch.device("cpu")):
         raise InputError(

@@ -166,7 +166,7 @@ def _same_rows(rows: Iterable[Row], until: str, group: int, tokens: int) -> Iter
         yield row
         so_far.update(row)
         count += int(valid(row).sum())
-        if number % group == 0 and (so_far.hexdigest() == until or count > tokens):
+        if so_far.hexdigest() == until or (number % group == 0 and count > tokens):
             break
     if so_far.hexdigest() != until:
         raise InputError("The text is not the one that this dictionary was built on: give that, unchanged.")

@@ -17,7 +17,8 @@ from itda.model import ITDA
 class System:
     """Anything that writes activations as a sparse sum: `run` maps (tokens, d) to reconstructions and codes.
 
-    `atoms` (n_atoms, d) are its directions, of unit norm. `cost` is what is known of the making, for the table.
+    `atoms` (n_atoms, d) are its directions, of unit norm; `mean` (d,) is what it subtracts first, which thresholds are
+    relative to. `cost` is what is known of the making, for the table.
     """
 
     name: str
@@ -26,6 +27,7 @@ class System:
     k: int | None = None
     cost: dict[str, Any] = field(default_factory=dict)
     hook_point: str | None = None  # where it was made for, if it says so
+    mean: Float[Tensor, " d"] | None = None
 
     @classmethod
     def of(cls, dictionary: ITDA, name: str, **settings: Any) -> System:
@@ -35,4 +37,5 @@ class System:
             codes = dictionary.encode(x, **settings)
             return dictionary.decode(codes), codes
 
-        return cls(name, dictionary.atoms, run, settings.get("k") or dictionary.k)
+        k = settings.get("k")
+        return cls(name, dictionary.atoms, run, dictionary.k if k is None else k, mean=dictionary.mean)

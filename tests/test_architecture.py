@@ -42,6 +42,7 @@ HOMES = {
     "matplotlib": {"plots"},
     "plotly": {"plots"},
     "sae_lens": {"interop"},
+    "sae_bench": {"interop"},
     "numba": {"pursuit"},
     "triton": {"pursuit"},
     "sklearn": {"probing"},

@@ -83,6 +83,27 @@ def test_figures_are_those_of_a_plain_computation(home):
     assert result.with_position_0["fvu"] == pytest.approx(both, rel=1e-6) != pytest.approx(result.fvu, rel=1e-2)
 
 
+def test_above_is_of_the_loss_that_admits(home):
+    itda.train(home / "model", home / "train.jsonl", home / "d-centred", tokens=700, center=True, layer=2, k=6,
+               threshold=0.3, context_length=LENGTH, batch_rows=2)  # fmt: skip
+    d = itda.ITDA.load(home / "d-centred")
+    result = evaluate(d, home / "new.jsonl", **{**QUICK, "tokens": 10_000})
+    x, _ = activations(home, home / "new.jsonl")
+    rest = x - d.mean
+    loss = metrics.relative_error(rest.double(), d.encode(x).decode(d.atoms).double())
+    assert result.above == pytest.approx(float((loss > 0.3).double().mean())) and 0 < result.above < 1
+
+
+def test_names_of_levels_are_nobodys(home):
+    d = itda.ITDA.load(home / "d")
+    names = ("mean", "zero", "clean", "activations")
+    twins = [System.of(d, name, k=1) for name in names]
+    result = evaluate(d, home / "new.jsonl", tokens=100, ce_tokens=60, controls=False, systems=twins)
+    plain = evaluate(d, home / "new.jsonl", tokens=100, ce_tokens=60, controls=False)
+    assert result.ce == plain.ce and result.clean == plain.clean
+    assert list(result.systems) == ["itda", *(f"{name}#2" for name in names)]
+
+
 def test_coherence_is_that_of_all_pairs():
     atoms = itda.normalize(torch.randn(300, 7, generator=torch.Generator().manual_seed(0)))
     cosines = (atoms.double() @ atoms.double().T).abs()[torch.ones(300, 300).triu(1).bool()].numpy()
@@ -146,6 +167,14 @@ def test_documents_that_were_read_are_left_out(home, monkeypatch):
     held, pool = ({row.document for row in rows} for rows in (found.held, found.pool))
     assert not held & was and not held & pool and was & pool and min(held) > max(pool)
     assert found.about["by"] == "document" and "built on" in found.about["random_tokens_from"]
+    read_text = {json.loads(line)["text"] for line in (home / "train.jsonl").read_text().splitlines()[: max(was) + 1]}
+    for name, documents in {"reversed": TEXTS[::-1], "late": ["New words, of no document before."] * 3 + TEXTS}.items():
+        for cut in ({}, {"context_length": 16}):
+            moved = split("d", texts(home, name, documents), tokens=10_000, **cut)
+            assert moved.about["read_in_training"] and moved.held
+            assert not {documents[row.document] for row in moved.held} & read_text
+    longer = split("d", texts(home, "longer", [TEXTS[0] + " And some more words at the end of it."]), tokens=10_000)
+    assert all(row.text not in TEXTS[0] for row in longer.held) and "rows after those read" in longer.about["by"]
     other = split("d", home / "new.jsonl", controls=["random tokens"], tokens=10_000)
     assert {row.document for row in other.held} == set(range(9)) and other.about["random_tokens_from"] == heldout.OWN
     assert {row.document for row in other.pool} <= pool
@@ -154,6 +183,7 @@ def test_documents_that_were_read_are_left_out(home, monkeypatch):
     halves = split("renamed", home / "new.jsonl", controls=["random tokens"])
     assert not {row.document for row in halves.held} & {row.document for row in halves.pool}
     assert halves.about["random_tokens_from"] == "other documents of this text"
+    assert "not there to compare with" in halves.about["by"]
     with pytest.raises(InputError, match="All documents of this text were read"):
         evaluate(home / "all", home / "train.jsonl", **QUICK)
     inside = split("all", home / "train.jsonl", in_sample=True)
@@ -170,7 +200,7 @@ def test_one_long_document_is_measured_after_what_was_read(home):
     d = itda.ITDA.load(home / "d-book")
     gone = replace(d, cfg=d.cfg | {"stream": d.cfg["stream"] | {"data": "gone.txt"}})
     result = evaluate(gone, home / "new.txt", tokens=200, ce_tokens=0, controls=["random tokens"])
-    assert result.held_out["by"] == "halves of the one document"
+    assert result.held_out["by"].startswith("halves of the one document; ")
 
 
 def test_controls_are_what_they_say(home):
@@ -219,13 +249,17 @@ def test_names_in_the_table_are_told_apart_and_other_places_refused(home):
     ):
         evaluate(d, home / "new.jsonl", **QUICK, systems=[elsewhere])
     assert "sae" in evaluate(d, home / "new.jsonl", **QUICK, systems=[elsewhere], force=True).systems
-    unknown = replace(twins[1], hook_point="some.where.else")
-    assert "sae" in evaluate(d, home / "new.jsonl", **QUICK, systems=[unknown]).systems
+    for place in ("some.where.else", "blocks.17.hook_resid_post"):
+        with pytest.raises(InputError, match="give one of the same place"):
+            evaluate(d, home / "new.jsonl", **QUICK, systems=[replace(twins[1], hook_point=place)])
+    narrow = replace(twins[1], atoms=twins[1].atoms[:, :5])
+    with pytest.raises(InputError, match="sae is for activations of width 5, and these have 32"):
+        evaluate(d, home / "new.jsonl", **QUICK, systems=iter([narrow]))
 
 
 def test_an_encoder_has_no_cross_entropy(home):
     result = evaluate(home / "d-bert", home / "new.jsonl", tokens=200, ce_tokens=100, controls=["gaussian"])
-    assert result.clean is None and result.ce is None and 0 < result.fvu < 1
+    assert result.clean is None and result.ce is None and 0 < result.fvu < 2
     assert "CE score" not in str(result)
 
 

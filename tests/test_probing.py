@@ -131,8 +131,8 @@ def test_what_cannot_be_probed_is_refused_in_one_sentence(read, tmp_path, monkey
         (tmp_path / "a.jsonl", "cannot be read as labelled texts"),
         (tmp_path / "b.txt", "neither .jsonl nor .parquet"),
         (tmp_path / "c.parquet", "cannot be read as labelled texts"),
-        ([{"text": "x"}], "Record 0 has no text 'text' or no label 'label'"),
-        (["x"], "Record 0 has no text"),
+        ([{"text": "x"}], "Record 0 (from 0) has no text 'text' or no label"),
+        (["x"], "Record 0 (from 0) has no text"),
         (labelled(3), "A class has 3 texts to compare"),
         (labelled(kinds=("code",)), "All texts have one label"),
     ]

@@ -119,6 +119,14 @@ def test_atoms_keep_their_labels_and_say_how_far_they_moved(tmp_path):
         refine.refine(again, x)
 
 
+def test_choosing_among_refined_atoms_keeps_how_far_they_moved():
+    x, _ = planted()
+    found = refine.refine(built(), x)
+    chosen = refine.select(found, x, 20)
+    rows = [found.labels.pairs().tolist().index(pair) for pair in chosen.labels.pairs().tolist()]
+    assert torch.equal(chosen.moved, found.moved[rows])
+
+
 def test_an_atom_that_nothing_uses_stays_where_it_is():
     x, _ = planted()
     x[:, -1] = 0

@@ -350,4 +350,4 @@ def test_what_is_no_sae_for_the_dictionary_is_refused(home, tmp_path):
     assert "RuntimeError" in says("cfg.json", b'"d_sae": 64', b'"d_sae": 65')
     wide = saelens.load_sae(tmp_path / "wide")
     said = refusal(evaluate, home / "d", home / "new.jsonl", controls=False, systems=[wide], ce_tokens=0)
-    assert "'wide' is for activations of width 48, and these have 32" in said
+    assert "wide is for activations of width 48, and these have 32" in said

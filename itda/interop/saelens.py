@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from itda.codes import Codes
 from itda.drawing import section
 from itda.errors import InputError
-from itda.folder import ATOMS, check_writable_target, make_folder, safetensors_chunks, write_file
+from itda.folder import ATOMS, check_writable_target, make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.model import ITDA
 from itda.pursuit import normalize, pursue
 from itda.systems import System
@@ -29,7 +30,7 @@ from itda.systems import System
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CFG, WEIGHTS, NEXT = "cfg.json", "sae_weights.safetensors", "sae_weights.next"
 ARCHITECTURES = ("matching_pursuit", "itda")
 
 
@@ -43,6 +44,8 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
 
     Raises `InputError` for a dictionary whose pursuit SAELens' own cannot do, and a folder that holds anything else.
     """
+    if not len(dictionary):
+        raise InputError(f"{dictionary!r} has no atoms, so there is nothing to export.")
     if architecture not in ARCHITECTURES:
         raise InputError(f"`architecture` is {architecture!r}; choose one of {', '.join(map(repr, ARCHITECTURES))}.")
     method = dictionary.cfg.get("method", "mp")
@@ -71,10 +74,11 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
     else:
         cfg |= {"k": dictionary.k, "method": method, "nonneg": bool(dictionary.cfg.get("nonneg", False))}
     tensors = {"W_dec": atoms.float(), "b_dec": bias.float()}
-    with suppress(OSError):  # so that an export cut short is none; `write_file` says what is wrong with the place
-        (out / CFG).unlink(missing_ok=True)
     make_folder(out)
-    write_file(out / WEIGHTS, safetensors_chunks(tensors, {"format": "pt"}))
+    weights = safetensors_chunks(tensors, {"format": "pt", "itda": "export"})
+    write_file(out / NEXT, weights)  # a full disk leaves the old export
+    (out / CFG).unlink(missing_ok=True)  # never old labels beside new weights
+    os.replace(out / NEXT, out / WEIGHTS)
     write_file(out / CFG, [(json.dumps(cfg, indent=1, allow_nan=False) + "\n").encode()])
     return out
 
@@ -84,11 +88,22 @@ def _target(out: str | os.PathLike) -> Path:
     if not target.is_dir():
         check_writable_target(target)
         return target
-    if foreign := sorted({path.name for path in target.iterdir()} - {CFG, WEIGHTS}):
+    for name in (CFG, NEXT):
+        remove_leftovers(target / name)  # of an export that was killed
+    if foreign := sorted({path.name for path in target.iterdir()} - {CFG, WEIGHTS, NEXT}):
         raise InputError(f"{target} holds {foreign[0]!r}, which is no part of an export: choose a new or empty folder.")
+    if (target / WEIGHTS).exists() and not (target / CFG).exists() and not _is_ours(target / WEIGHTS):
+        raise InputError(f"{target} holds {WEIGHTS} of something else: choose a new or empty folder.")
     if (target / CFG).exists() and not _is_export(target / CFG):
         raise InputError(f"{target} holds a {CFG} that is not of an export: choose a new or empty folder.")
     return target
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the weights at `path` were written by `export`."""
+    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        return "itda" in (file.metadata() or {})
+    return False
 
 
 def _is_export(path: Path) -> bool:
