@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 import sys
 import time
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peers import SEEDS
+from told import told
 
 PACKAGES = ("itda", "torch", "numba", "numpy", "transformers", "sae-lens", "overcomplete", "spams-bin", "spams")
 PACKAGES += ("orthogonal-matching-pursuit-gpu", "scikit-learn")
@@ -104,4 +104,4 @@ def machine(device):
     out = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version())
     out["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
     out |= dict(versions=versions, date=time.strftime("%Y-%m-%d %H:%M:%S %z"), seeds=SEEDS)
-    return out | dict(command=shlex.join([Path(sys.executable).name, *sys.argv]))
+    return out | dict(command=told([sys.executable, *sys.argv]))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from told import told
 
 import itda
 from itda import heldout, hooks
@@ -325,7 +326,7 @@ def main():
         if not args.only or section.__name__ in args.only:
             rows, took = timed(lambda: section(args))  # noqa: B023
             print(f"\n## {section.__name__} ({took:.0f} s)\n\n{section.__doc__}\n{table(rows)}", flush=True)
-            stamp = dict(command=" ".join(sys.argv), threads=torch.get_num_threads(), seconds=took)
+            stamp = dict(command=told(sys.argv), threads=torch.get_num_threads(), seconds=took)
             what = f"{section.__name__} at {', '.join(args.at)}, L0 {args.l0}, sizes {args.sizes}"
             results[what] = stamp | dict(rows=rows)
             path.write_text(json.dumps(results, indent=1, default=float) + "\n")

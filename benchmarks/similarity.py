@@ -18,6 +18,7 @@ import models as training
 import numpy as np
 import planted
 import torch
+from told import told
 
 import itda
 from itda.aligned import read
@@ -230,7 +231,7 @@ def main():
             rows = section(args)
             took = time.perf_counter() - began
             print(f"\n## {section.__name__} ({took:.0f} s)\n\n{section.__doc__}\n{table(rows)}", flush=True)
-            stamp = dict(command=" ".join(sys.argv), threads=torch.get_num_threads(), seconds=took)
+            stamp = dict(command=told(sys.argv), threads=torch.get_num_threads(), seconds=took)
             results[section.__name__] = stamp | dict(rows=rows)
             path.write_text(json.dumps(results, indent=1, default=float) + "\n")
 

@@ -27,7 +27,7 @@ from itda.errors import InputError
 from itda.hooks import activations, load, untrained
 from itda.labels import Batch, Labels
 from itda.loading import checked_name, load_tokenizer
-from itda.progress import Step, bar
+from itda.progress import Step, reporter
 from itda.prompts import Row, TokenStream, tokenizer_hash, valid
 from itda.pursuit.gram import free_bytes
 from itda.reading import HookedModel
@@ -104,7 +104,7 @@ def read(
     the activations would not fit into memory.
     """
     names = _checked(models, layer, hook, tokens, names)
-    report = progress if callable(progress) else bar() if progress else None
+    report = reporter(progress)
     tokenizers = [m.tokenizer if isinstance(m, HookedModel) else load_tokenizer(m) for m in models]
     streams = _streams(data, tokenizers, dict(stream, context_length=context_length))
     where_common = _common(streams, tokens, special_tokens, align, names)

@@ -20,7 +20,7 @@ from itda.errors import InputError
 from itda.folder import check_writable_target
 from itda.labels import Batch, Labels
 from itda.model import ITDA
-from itda.progress import Progress, bar
+from itda.progress import Progress, reporter
 from itda.pursuit.products import is_full_float32
 
 # The settings of the published code, for `build(stream, **PAPER)`; its stream has padding and BOS.
@@ -94,7 +94,7 @@ def build(
         items = _checked_rest(stream, builders)
     else:
         items, start = items if items is not None else iter(stream), 0
-    report = progress if callable(progress) else bar() if progress else None
+    report = reporter(progress)
     read = _drive(stream, items, builders, folders, start, tokens, report, checkpoint_seconds, stop)
     provenance = _provenance(stream, names)
     for said in provenance.values():

@@ -20,7 +20,7 @@ from itda.builder import Builder
 from itda.errors import InputError
 from itda.layers import Pairs, Settings, Similarity
 from itda.model import ITDA
-from itda.progress import Step, bar
+from itda.progress import Step, reporter
 from itda.reading import HookedModel
 from itda.report import Report, finite
 from itda.similarity.matching import Matching, match_layers, model_similarity
@@ -158,7 +158,7 @@ def compare(
         return _of_dictionaries(saved.read(models, data, align, names), measures, draw)
     if data is None:
         raise InputError("Models are compared on a text: give `data` (`--data`), or dictionaries in place of models.")
-    report = progress if callable(progress) else bar() if progress else lambda step: None
+    report = reporter(progress) or (lambda step: None)
     wanted = measures or list(layers.FAMILIES)
     _check(n_atoms, threshold, k, atoms)
     where: dict[str, Any] = dict(layer=layer, hook=hook, tokens=tokens, align=align, names=names, progress=report)

@@ -25,9 +25,9 @@ from torch import Tensor
 from itda import drawing, page
 from itda.aligned import TOKENS, Reading, check_names, read
 from itda.changes import NAMES, at_places, compare_atoms, draw_anchors, label, measure
-from itda.errors import InputError
+from itda.errors import InputError, check_whole
 from itda.labels import Labels
-from itda.progress import Step, bar
+from itda.progress import Step, reporter
 from itda.report import Report
 from itda.saved import is_dictionary
 
@@ -128,7 +128,7 @@ def diff(
             raise InputError(
                 f"{model} is a dictionary, and `diff` reads models: give these, or compare dictionaries with `compare`."
             )
-    report = progress if callable(progress) else bar() if progress else None
+    report = reporter(progress)
     readings = read(models, data, layer=layer, hook=hook, tokens=tokens, progress=report or False, **reading)
     return of_readings(
         readings, n_atoms=n_atoms, n_anchors=n_anchors, k=k, top=top, rows=rows, seed=seed, progress=report
@@ -311,5 +311,4 @@ def _check(**settings: Any) -> None:
     """Settings that are no whole numbers, or too small."""
     for name, value in settings.items():
         least = {"n_anchors": 2, "top": 0, "rows": 0}.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+        check_whole(name, value, least)

@@ -22,12 +22,12 @@ from itda import drawing, heldout, hooks
 from itda import probing as probes
 from itda.aligned import named
 from itda.build import build
-from itda.errors import InputError
+from itda.errors import InputError, check_whole
 from itda.folder import EVAL, write_file
 from itda.layers import groups_of
 from itda.metrics import ce_score, coherence, cosine
 from itda.model import ITDA
-from itda.progress import Step, bar
+from itda.progress import Step, reporter
 from itda.pursuit import normalize
 from itda.report import Report, finite, hooked_for
 from itda.report import load as load_dictionary
@@ -139,14 +139,14 @@ def evaluate(
     if unknown:
         raise InputError(f"There is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}.")
     for name, value, least in (("tokens", tokens, 1), ("ce_tokens", ce_tokens, 0), ("seed", seed, 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+        if value is not None:
+            check_whole(name, value, least)
     if unknown := [key for key in stream if key not in (*heldout.CUT, "revision")]:
         raise InputError(f"`evaluate` has no setting `{unknown[0]}`: of the text there are {', '.join(heldout.CUT)}.")
     systems = list(systems)
     labelled = None if probe is None else probes.labelled(probe, probe_column, probe_label)
     began = time.monotonic()
-    report = progress if callable(progress) else bar() if progress else lambda step: None
+    report = reporter(progress) or (lambda step: None)
     name = str(dictionary) if not isinstance(dictionary, ITDA) else repr(dictionary)
     dictionary = load_dictionary(dictionary)
     if not len(dictionary):

@@ -23,11 +23,12 @@ from itda.progress import Step
 from itda.prompts import Row, StreamHash, TokenStream, valid
 from itda.pursuit.gram import free_bytes
 from itda.reading import HookedModel
+from itda.saved import CUT as ROWS
 
 POOL = 4  # tokens for the controls to draw from, per atom
 LEAST_POOL = 20_000
 OWN = "what the dictionary was built on"
-CUT = ("context_length", "truncate", "pack", "seed", "column", "split", "config")
+CUT = (*ROWS, "column", "split", "config")
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,9 +130,7 @@ def split(
     own = read or _own_rows(dictionary, cfg, tokenizer, special_tokens)
     about: dict[str, Any] = {"data": stream.provenance["data"]}
     if not read and own:
-        cut_anew = {name: value for name, value in own_cut.items() if name not in ("column", "split", "config")} != {
-            name: value for name, value in (own_cut | settings).items() if name not in ("column", "split", "config")
-        }
+        cut_anew = any((own_cut | settings).get(name) != own_cut.get(name) for name in ROWS)
         as_read = TokenStream(data, tokenizer, **settings | own_cut) if cut_anew else None
         before, (read, rest) = rest, _known(own, rest, as_read)
         if not rest and len(every := list(stream)) > len(before):  # what is new may come late

@@ -131,8 +131,7 @@ def pretrained(
     model = checked_name(str(model), kwargs.get("subfolder", ""))
     device = _device(device)
     dtype = _dtype(dtype, device)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    hub |= {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+    hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
     with _quiet(), _door(model, revision):
         from transformers import AutoConfig
 
@@ -167,8 +166,7 @@ def causal(
     model = checked_name(str(model), kwargs.get("subfolder", ""))
     device = _device(device)
     dtype = _dtype(dtype, device)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    hub |= {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+    hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
     with _quiet(), _door(model, revision):
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -192,6 +190,12 @@ def causal(
         if "device_map" not in kwargs:
             whole = whole.to(device)
     return whole.eval(), tokenizer
+
+
+def _hub_arguments(kwargs: dict[str, Any], **own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What says where on the hub a model is, for its config, tokenizer and weights; and the rest, for the weights."""
+    hub = own | {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+    return hub, {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
 
 
 def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: bool = False) -> nn.Module:

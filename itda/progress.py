@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
@@ -76,3 +76,8 @@ def bar() -> Callable[[Progress | Step | None], None]:
         live.update(grid)
 
     return report
+
+
+def reporter(progress: Any) -> Any:
+    """What progress is told to: the function given, a bar for True, None for nothing."""
+    return progress if callable(progress) else bar() if progress else None

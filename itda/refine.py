@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itda.builder import SpacedSample, measured
 from itda.codes import Codes
-from itda.errors import InputError
+from itda.errors import InputError, check_whole
 from itda.labels import Batch, Labels
 from itda.model import ITDA
 from itda.progress import Step
@@ -52,8 +52,8 @@ def select(
     Raises `InputError` for more atoms than there are.
     """
     x = _checked(candidates, x)
-    _check_count("n_atoms", n_atoms, 1)
-    _check_count("rounds", rounds, 1)
+    check_whole("n_atoms", n_atoms, 1)
+    check_whole("rounds", rounds, 1)
     if n_atoms > len(candidates):
         raise InputError(f"`n_atoms` is {n_atoms:,}, and there are {len(candidates):,} candidates: choose fewer.")
     k = candidates.k if k is None else k
@@ -117,7 +117,7 @@ def refine(
     products of codes, n_atoms x n_atoms, would not fit into memory.
     """
     x = _checked(model, x)
-    _check_count("passes", passes, 1)
+    check_whole("passes", passes, 1)
     if model.moved is not None:
         raise InputError(f"{model!r} is refined already: refine what it was made from, with more `passes`.")
     k, how = model.k if k is None else k, _how(model)
@@ -203,8 +203,3 @@ def _checked(model: ITDA, activations: Any) -> Tensor:
         raise InputError(f"`x` must be finite; the entry at {where} is {x[where].item()}. Drop or repair that token.")
     x = x.detach().float().cpu()
     return x if model.mean is None else x - model.mean
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")

@@ -15,11 +15,11 @@ import torch
 
 from itda import folder
 from itda.build import PAPER, build
-from itda.errors import InputError
+from itda.errors import InputError, check_whole
 from itda.hooks import activations
 from itda.labels import Batch, Labels
 from itda.model import ITDA
-from itda.progress import Progress, Step, bar
+from itda.progress import Progress, Step, reporter
 from itda.pursuit.gram import free_bytes
 from itda.refine import refine as refine_atoms
 from itda.refine import select as select_atoms
@@ -192,10 +192,9 @@ def train(
 def _check_improvements(n_atoms: int | None, candidates: int, refine: int, refine_tokens: int) -> None:
     given = (("candidates", candidates, 1), ("refine", refine, 0), ("refine_tokens", refine_tokens, 1))
     for name, value, least in given:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
-    if candidates > 1 and n_atoms is not None and (not isinstance(n_atoms, int) or n_atoms < 1):
-        raise InputError(f"`n_atoms` is {n_atoms!r}; a whole number, 1 or more, was wanted.")
+        check_whole(name, value, least)
+    if candidates > 1 and n_atoms is not None:
+        check_whole("n_atoms", n_atoms, 1)
     if candidates > 1 and n_atoms is None:
         raise InputError(f"`candidates` is {candidates}, times as many as `n_atoms`: give that too (`--n-atoms`).")
 
@@ -326,7 +325,7 @@ class _Watch:
     """Hands progress on, remembers the last, and ends the display once."""
 
     def __init__(self, progress: bool | Callable[[Progress | None], None]) -> None:
-        self._report: Callable[[Any], None] | None = progress if callable(progress) else bar() if progress else None
+        self._report: Callable[[Any], None] | None = reporter(progress)
         self.last: Progress | None = None
         self._open = True
 

@@ -24,7 +24,7 @@ from itda.model import ITDA
 from itda.prompts import Row, StreamHash, TokenStream, tokenizer_hash, valid
 from itda.similarity.sets import check_same_stream, stream_of
 
-_CUT = ("context_length", "truncate", "pack", "seed")  # what says how a text becomes rows
+CUT = ("context_length", "truncate", "pack", "seed")  # what says how a text becomes rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,7 +148,7 @@ def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[nda
     tokenizer = load_tokenizer(name, **({"revision": r} if (r := _model(one).get("revision")) else {}))
     if tokenizer_hash(tokenizer) != stream.get("tokenizer_hash"):
         raise InputError(f"The tokenizer of {name} is not the one that {one!r} was built with: restore it.")
-    settings = {key: stream[key] for key in (*_CUT, "column", "split", "config") if stream.get(key) is not None}
+    settings = {key: stream[key] for key in (*CUT, "column", "split", "config") if stream.get(key) is not None}
     rows = TokenStream(data, tokenizer, revision=stream.get("revision"), **settings)
     special = any(cfg.get("special_tokens") for cfg in cfgs)
     tokens = max(int(cfg.get("tokens") or 1 << 60) for cfg in cfgs)  # all if they do not say

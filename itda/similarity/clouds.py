@@ -208,6 +208,7 @@ class Pair:
 
 
 def rows_at_a_time(*widths: int) -> int:
+    """How many tokens of so many dimensions are taken together, so that memory stays bounded."""
     return max(1, CHUNK // max(widths))
 
 
@@ -246,6 +247,7 @@ def vectors(X: Array | None, name: str, shift: Tensor | None = None) -> Tensor:
 
 
 def same_tokens(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both clouds, (tokens, d) each, if they can be of the same tokens; else `InputError`."""
     if len(x) != len(y):
         raise InputError(f"`X` has {len(x)} tokens but `Y` {len(y)}: the same tokens in the same order were wanted.")
     if x.device != y.device:
