@@ -1,8 +1,23 @@
-"""Everything offline, and the same thread count everywhere; a test that needs another sets it itself."""
+"""Everything offline, the same threads and random numbers everywhere; a test that needs others sets them."""
 
 import os
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down whatever else runs; before torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """So that no test depends on which others ran before it."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

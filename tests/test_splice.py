@@ -112,10 +112,12 @@ def test_a_model_without_a_head_predicts_nothing(tmp_path):
     assert not hooks.language_model(tmp_path / "bert", hooks=1).predicts
 
 
-def test_a_model_that_sees_what_it_is_to_predict_is_refused():
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(seed):
     from transformers import AutoModelForCausalLM
 
     tokenizer = models.tokenizer("bert")
+    torch.manual_seed(seed)
     module = AutoModelForCausalLM.from_config(models.config("bert", len(tokenizer), is_decoder=False)).eval()
     model = hooks.load(module, tokenizer, hooks=1)
     assert not model.predicts
