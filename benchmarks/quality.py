@@ -5,7 +5,8 @@
 
 Everything is measured by `itda.evaluate.measure` on the same held-out tokens, in 95 % intervals over stretches of the
 text. SAEs are trained with sae-lens on the same activations. Seconds are of building or training from activations in
-memory. Small language models come from --data, MiniLM from the package that carries it, if it is installed.
+memory. Small language models come from --data, MiniLM from the package that carries it, if it is installed. Rows are
+added to quality.json as they come, and those that it has are not measured again: delete it to begin anew.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import torch
 from told import told
 
 import itda
-from itda import heldout, hooks
+from itda import heldout, hooks, probing
 from itda.evaluate import Bootstrap, cross_entropy, measure
 from itda.labels import Labels
 from itda.layers import groups_of
@@ -35,6 +37,7 @@ from itda.systems import System
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("moby_dick.txt", "pride_and_prejudice.txt", "wikitext2_valid.txt")
+KINDS = ("TopK", "BatchTopK", "ReLU")
 HELD = 0.8  # of every text, what comes after is held out; of wikitext it is what the models were not trained on either
 
 
@@ -46,6 +49,7 @@ class Place:
         if self.model is None:
             return
         self.train, self.labels, self.held, self.held_labels, rows = [], [], [], [], []
+        self.texts, self._built = [], None
         for text in TEXTS:
             stream = TokenStream(args.data / text, self.model.tokenizer, context_length=128)
             every = list(stream)
@@ -53,6 +57,7 @@ class Place:
             self._read(stream, every[:cut], self.train, self.labels)
             self._read(stream, every[cut:], self.held, self.held_labels)
             rows += every[cut:] if "wikitext" in text else []
+            self.texts += [{"text": piece, "label": text} for piece in pieces(args.data / text)]
         order = torch.from_numpy(np.random.default_rng(0).permutation(sum(map(len, self.train))))
         self.train = torch.cat(self.train)[order]
         held, labels = torch.cat(self.held), Labels.concat(self.held_labels)
@@ -81,9 +86,8 @@ class Place:
     def row(self, system, seconds=None, seen=None, **more):
         """What the tables have of one system."""
         found = measure(system, self.held, self.held_labels)
-        row = dict(
-            at=self.name, system=system.name, n_atoms=found["n_atoms"], k=system.k, L0=found["l0"], fvu=found["fvu"]
-        )
+        row = dict(at=self.name, system=system.name, n_atoms=found["n_atoms"], k=system.k, L0=found["l0"])
+        row["fvu"] = found["fvu"]
         row |= dict(low=found["fvu_interval"][0], high=found["fvu_interval"][1])
         row |= {f"error {tail}": found["tails"][tail] for tail in ("99 %", "99.9 %")}
         row |= dict(alive=found["alive"], tokens=seen, seconds=seconds)
@@ -93,11 +97,24 @@ class Place:
             where = heldout.labels_of(self.rows)
             draws = Bootstrap(groups_of(where[where.position > 0]), 0)
             row["ce_score"] = cross_entropy(out, system.name, draws)["score"]
-        print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}), flush=True)
         return row | more
 
     def _mean(self, x):
         return self.train.mean(0).expand_as(x)
+
+    def built(self, n, k, tokens):
+        """The dictionary of about `n` atoms on the first `tokens`, and its seconds; the last one is kept."""
+        if self._built is None or self._built[0] != (n, k, tokens):
+            x = self.train[:tokens]
+            self._built = ((n, k, tokens), *timed(lambda: itda.build(x, k=k, n_atoms=n, max_atoms=n)))
+        return self._built[1:]
+
+
+def pieces(path, words=80):
+    """The held-out end of a text in pieces of so many words."""
+    text = path.read_text(encoding="utf-8").split()
+    text = text[int(HELD * len(text)) :]
+    return [" ".join(text[i : i + words]) for i in range(0, len(text) - words, words)]
 
 
 def timed(function):
@@ -111,42 +128,38 @@ def plain(atoms, k, mean=None):
     return itda.ITDA(itda.normalize(atoms), Labels.counted(0, len(atoms)), k, mean, ones, ones)
 
 
-def random_tokens(place, n, k, center):
+def random_tokens(place, n, k, center=False):
     mean = place.train[: 8 * n].mean(0) if center else None
     x = place.train[:n]
     return plain(x if mean is None else x - mean, k, mean)
 
 
-def real(args):
+# A section yields what it measures, one after another: a name, and a function that gives a row.
+
+
+def real(place, n, k, args):
     """Atoms that are activations: random tokens, the paper's admission, sequential admission, the most useful of more.
 
     The published code's admission has no size to wish for: its threshold is bisected to within a tenth of it.
     """
-    rows = []
-    for place in args.places:
-        x = place.train[: args.tokens]
-        for n in args.sizes:
-            for k in args.l0:
-                for center in (False, True):
-                    rows.append(
-                        place.row(System.of(random_tokens(place, n, k, center), "random tokens" + ", centred" * center))
-                    )
-                for center in (False, True):
-                    built, seconds = timed(lambda: itda.build(x, k=k, n_atoms=n, center=center))  # noqa: B023
-                    rows.append(place.row(System.of(built, "itda" + ", centred" * center), seconds, len(x)))
-                built, seconds = timed(lambda: paper(x, k, n))  # noqa: B023
-                rows.append(place.row(System.of(built, "the paper's admission"), seconds, len(x)))
-                for center in (False, True):
-                    built, seconds = timed(lambda: chosen(x, k, n, center))  # noqa: B023
-                    rows.append(
-                        place.row(
-                            System.of(built, "itda, chosen of 6 times more" + ", centred" * center), seconds, len(x)
-                        )
-                    )
-    return rows
+    x = place.train[: args.tokens]
+
+    def made(name, function):
+        built, seconds = timed(function)
+        return place.row(System.of(built, name), seconds, len(x))
+
+    for centred in (False, True):
+        name = ", centred" * centred
+        drawn = System.of(random_tokens(place, n, k, centred), "random tokens" + name)
+        yield drawn.name, partial(place.row, drawn)
+        build = partial(itda.build, x, k=k, n_atoms=n, center=centred)
+        yield "itda" + name, partial(made, "itda" + name, build)
+        title = f"itda, chosen of {args.candidates} times more{name}"
+        yield title, partial(made, title, partial(chosen, x, k, n, args.candidates, centred))
+    yield "paper", partial(made, "the paper's admission", partial(paper, x, k, n))
 
 
-def chosen(x, k, n, center=False, times=6):
+def chosen(x, k, n, times, center=False):
     many = itda.build(x, k=k, n_atoms=min(times * n, len(x) // 3), center=center)
     return select(many, x, min(n, len(many)))
 
@@ -162,46 +175,138 @@ def paper(x, k, n):
     return built
 
 
-def refined(args):
-    """Atoms that move, against SAEs of the same width and L0 that are given 1, 10 and 100 times the tokens."""
-    rows = []
-    for place in args.places:
-        x = place.train[: args.tokens]
-        for n in args.sizes:
-            for k in args.l0:
-                built, first = timed(lambda: itda.build(x, k=k, n_atoms=n, max_atoms=n))  # noqa: B023
-                rows.append(place.row(System.of(built, "itda"), first, len(x)))
-                for passes in args.passes:
-                    moved, seconds = timed(lambda: refine(built, x, passes=passes))  # noqa: B023
-                    name = f"itda, refined, {passes} passes"
-                    rows.append(
-                        place.row(System.of(moved, name), first + seconds, len(x), moved=float(moved.moved.median()))
-                    )
-                rows.append(place.row(System.of(moved, f"{name}, OMP", method="omp", k=k), first + seconds, len(x)))
-                for kind in args.saes:
-                    for times in args.times:
-                        sae, seconds = timed(lambda: train_sae(kind, place.train, n, k, times * len(x)))  # noqa: B023
-                        from itda.interop.saelens import system_of
+def refined(place, n, k, args):
+    """Atoms that move, after so many passes."""
+    x = place.train[: args.tokens]
 
-                        rows.append(
-                            place.row(replace(system_of(sae, f"{kind} SAE, x{times}"), k=k), seconds, times * len(x))
-                        )
-    return rows
+    def made(passes, **how):
+        built, first = place.built(n, k, args.tokens)
+        if not passes:
+            return place.row(System.of(built, "itda"), first, len(x))
+        moved, seconds = timed(lambda: refine(built, x, passes=passes))
+        system = System.of(moved, f"itda, refined, {passes} passes{', OMP' * bool(how)}", k=k, **how)
+        return place.row(system, first + seconds, len(x), moved=float(moved.moved.median()))
+
+    yield "itda", partial(made, 0)
+    for passes in args.passes:
+        yield f"{passes} passes", partial(made, passes)
+    yield f"{passes} passes, OMP", partial(made, passes, method="omp")
 
 
-def train_sae(kind, x, n, k, samples, batch=2048):
+def saes(place, n, k, args):
+    """SAEs of the same width and L0, given 1, 10 and 100 times the tokens.
+
+    A ReLU SAE has the L0 that its sparsity coefficient gives: the coefficient is bisected at the fewest tokens and
+    corrected at more, and the seconds are of the last training alone.
+    """
+    from itda.interop.saelens import system_of
+
+    train_sae("TopK", place.train, n, 1, k=k)  # what the first one spends on imports is no cost of training
+
+    def made(kind, times):
+        samples = times * args.tokens
+        if kind == "ReLU":
+            sae, seconds = relu(place.train, n, k, samples, place.held[:4096])
+        else:
+            sae, seconds = timed(lambda: train_sae(kind, place.train, n, samples, k=k))
+        return place.row(replace(system_of(sae, f"{kind} SAE, x{times}"), k=k), seconds, samples)
+
+    for kind in args.saes:
+        for times in args.times:
+            yield f"{kind} x{times}", partial(made, kind, times)
+
+
+def relu(x, n, k, samples, some, tries=6):
+    """The ReLU SAE whose L0 on `some` is nearest to `k`, and the seconds that its training took."""
+    low, high, best = 1e-3, 1e2, None
+    for _ in range(tries):
+        coefficient = (low * high) ** 0.5
+        sae, seconds = timed(lambda: train_sae("ReLU", x, n, samples, l1_coefficient=coefficient))  # noqa: B023
+        with torch.no_grad():
+            l0 = float((sae.encode(some) > 0).sum(1).float().mean())
+        off = abs(np.log(max(l0, 1e-3) / k))
+        if best is None or off < best[0]:
+            best = off, sae, seconds
+        if off < 0.05:
+            break
+        low, high = (coefficient, high) if l0 > k else (low, coefficient)
+    return best[1:]
+
+
+def encoders(place, n, k, args):
+    """Matching pursuit, gradient pursuit and orthogonal matching pursuit at equal L0, on one refined dictionary."""
+
+    def made():
+        moved = refine(place.built(n, k, args.tokens)[0], place.train[: args.tokens], passes=3)
+        some, rows, unit = place.held[:4096], [], None
+        for method in ("mp", "gp", "omp"):
+            moved.encode(some, method=method)
+            _, seconds = timed(lambda: moved.encode(some, method=method))  # noqa: B023
+            unit = unit or seconds
+            name = f"{method}, refined, 3 passes"
+            rows.append(place.row(System.of(moved, name, method=method, k=k), cost=seconds / unit))
+        return rows
+
+    yield "methods", made
+
+
+def growth(place, n, k, args):
+    """One threshold, more and more tokens; the largest dictionary cut to its first atoms; random tokens beside both."""
+
+    def seen(tokens):
+        threshold = place.built(n, k, args.tokens)[0].cfg["threshold"]
+        x = place.train[:tokens]
+        built, seconds = timed(lambda: itda.build(x, k=k, threshold=threshold))
+        return place.row(System.of(built, "itda, one threshold"), seconds, tokens)
+
+    def cut(size):
+        built = place.built(n, k, args.tokens)[0]
+        first = plain(built.atoms[:size], k, built.mean)
+        return [
+            place.row(System.of(first, "itda, its first atoms"), None, args.tokens),
+            place.row(System.of(random_tokens(place, size, k), "random tokens")),
+        ]
+
+    for part in (32, 16, 8, 4, 2, 1):
+        yield f"1/{part} of the tokens", partial(seen, args.tokens // part)
+    for part in (16, 8, 4, 2, 1):
+        yield f"1/{part} of the atoms", partial(cut, n // part)
+
+
+def probes(place, n, k, args):
+    """Which of the three texts a piece of 80 words is from, told from 1, 2, 5 or all latents (two classes: 0.5)."""
+
+    def made():
+        from itda.interop.saelens import system_of
+
+        built, _ = place.built(n, k, args.tokens)
+        moved = refine(built, place.train[: args.tokens], passes=3)
+        sae = train_sae("TopK", place.train, n, 10 * args.tokens, k=k)
+        systems = [System.of(random_tokens(place, n, k), "random tokens"), System.of(built, "itda")]
+        systems += [System.of(moved, "itda, refined, 3 passes"), system_of(sae, "TopK SAE, x10")]
+        found = probing.probe(place.model, place.hook, systems, place.texts)["systems"]
+        return [dict(at=place.name, system=name, n_atoms=n, k=k) | scores for name, scores in found.items()]
+
+    yield "probes", made
+
+
+SECTIONS = {f.__name__: f for f in (real, refined, saes, encoders, growth, probes)}
+
+
+def train_sae(kind, x, n, samples, batch=2048, **settings):
     """An SAE trained with sae-lens on rows of `x` again and again; learning rate decayed over the last fifth."""
-    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    import sae_lens
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     classes = {
-        "TopK": (TopKTrainingSAE, TopKTrainingSAEConfig),
-        "BatchTopK": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+        "TopK": (sae_lens.TopKTrainingSAE, sae_lens.TopKTrainingSAEConfig),
+        "BatchTopK": (sae_lens.BatchTopKTrainingSAE, sae_lens.BatchTopKTrainingSAEConfig),
+        "ReLU": (sae_lens.StandardTrainingSAE, sae_lens.StandardTrainingSAEConfig),
     }
     sae_class, cfg_class = classes[kind]
     torch.manual_seed(0)
-    sae = sae_class(cfg_class(d_in=x.shape[1], d_sae=n, k=k, apply_b_dec_to_input=True))
+    sae = sae_class(cfg_class(d_in=x.shape[1], d_sae=n, apply_b_dec_to_input=True, **settings))
     sae.b_dec.data.copy_(x[:65536].mean(0))
     scale = float(x.shape[1] ** 0.5 / x[:4096].norm(dim=1).mean())  # as for the learning rate that is usual
 
@@ -236,26 +341,6 @@ def unscaled(sae, scale):
     return inference.eval()
 
 
-def encoders(args):
-    """Matching pursuit, gradient pursuit and orthogonal matching pursuit at equal L0, on one refined dictionary."""
-    rows = []
-    for place in args.places:
-        x = place.train[: args.tokens]
-        n, some = args.sizes[0], place.held[:4096]
-        for k in args.l0:
-            moved = refine(itda.build(x, k=k, n_atoms=n, max_atoms=n), x, passes=3)
-            unit = None
-            for method in ("mp", "gp", "omp"):
-                moved.encode(some, method=method)
-                _, seconds = timed(lambda: moved.encode(some, method=method))  # noqa: B023
-                unit = unit or seconds
-                rows.append(place.row(System.of(moved, method, method=method, k=k), None, len(x), cost=seconds / unit))
-    return rows
-
-
-SECTIONS = (real, refined, encoders)
-
-
 def table(rows):
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -268,31 +353,56 @@ def table(rows):
 
 
 def pictures(results, folder):
-    """FVU against seconds and against L0, a picture for each place."""
+    """FVU and CE score against L0, atoms, tokens and seconds: a picture for each place, dictionaries blue, SAEs red."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for run in results.values() for row in run["rows"]]
+    rows = [row for entry in results.values() for row in entry["rows"] if "fvu" in row]
+    axes = {"k": "L0 asked for", "n_atoms": "atoms", "tokens": "tokens seen", "seconds": "seconds to build or train"}
     for at in dict.fromkeys(row["at"] for row in rows):
         here = [row for row in rows if row["at"] == at]
-        figure, (cost, curve) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        for row in here:
-            if row.get("seconds"):
-                mark = "s" if "SAE" in row["system"] else "o"
-                cost.plot(row["seconds"], row["fvu"], mark, color="tab:red" if mark == "s" else "tab:blue", alpha=0.7)
-                cost.annotate(row["system"], (row["seconds"], row["fvu"]), fontsize=6, rotation=20)
-        cost.set(xscale="log", yscale="log", xlabel="seconds to build or train", ylabel="FVU, held out", title=at)
-        for name in dict.fromkeys(row["system"] for row in here):
-            points = sorted((row["k"], row["fvu"]) for row in here if row["system"] == name and row.get("k"))
-            if len({k for k, _ in points}) > 1:
-                curve.plot(*zip(*points, strict=True), "o-", label=name, markersize=3)
-        curve.set(xscale="log", yscale="log", xlabel="L0 asked for", ylabel="FVU, held out")
-        if curve.lines:
-            curve.legend(fontsize=6)
-        figure.savefig(folder / f"quality_{at.replace(':', '_')}.png", dpi=110)
+        measures = [name for name in ("fvu", "ce_score") if any(name in row for row in here)]
+        figure, grid = pyplot.subplots(
+            len(measures), 4, figsize=(17, 4 * len(measures)), layout="constrained", squeeze=False
+        )
+        names = list(dict.fromkeys(row["system"] for row in here))
+        for measured, line in zip(measures, grid, strict=True):
+            for (x, title), plot in zip(axes.items(), line, strict=True):
+                curves(plot, here, names, x, measured)
+                plot.set(
+                    xscale="log", xlabel=title, ylabel={"fvu": "FVU, held out", "ce_score": "1 - CE score"}[measured]
+                )
+                plot.set_yscale("log")
+        handles = {label: h for plot in grid.flat for h, label in zip(*plot.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=7)
+        figure.suptitle(at)
+        figure.savefig(folder / f"quality_{at.replace(':', '_')}.png", dpi=100)
         pyplot.close(figure)
+
+
+def curves(plot, rows, names, x, measured):
+    """Of each system the line over `x`, other settings equal where they are most often so."""
+    others = [key for key in ("k", "n_atoms") if key != x]
+    common = {key: most(row[key] if key == "k" else size(row) for row in rows) for key in others}
+    for number, name in enumerate(names):
+        mine = [row for row in rows if row["system"] == name and row.get(x) and row.get(measured) is not None]
+        mine = [r for r in mine if all((r[key] if key == "k" else size(r)) == common[key] for key in others)]
+        points = sorted({(row[x], row["fvu"] if measured == "fvu" else 1 - row["ce_score"]) for row in mine})
+        if points:
+            style = dict(marker="s", linestyle="--") if "SAE" in name else dict(marker="o")
+            plot.plot(*zip(*points, strict=True), label=name, color=f"C{number % 10}", markersize=4, **style)
+
+
+def most(values):
+    values = list(values)
+    return max(set(values), key=values.count)
+
+
+def size(row):
+    """The number of atoms to the nearest power of two: what was asked for."""
+    return 2 ** round(np.log2(row["n_atoms"]))
 
 
 def main():
@@ -300,7 +410,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--only", nargs="+", choices=[section.__name__ for section in SECTIONS])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument(
         "--at", nargs="+", default=["seed0:2", "seed0:4", "minilm"], help="model:layer of --data, minilm"
     )
@@ -308,8 +418,9 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=[2048, 4096, 8192])
     parser.add_argument("--tokens", type=int, default=60_000, help="that dictionaries are built on")
     parser.add_argument("--passes", nargs="+", type=int, default=[1, 3, 10])
+    parser.add_argument("--candidates", type=int, default=6, help="times the atoms that are chosen")
     parser.add_argument("--times", nargs="+", type=int, default=[1, 10, 100], help="the tokens, for SAEs")
-    parser.add_argument("--saes", nargs="+", default=["TopK", "BatchTopK"], choices=["TopK", "BatchTopK"])
+    parser.add_argument("--saes", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--held", type=int, default=20_000, help="tokens to measure on")
     parser.add_argument("--rows", type=int, default=100, help="rows to splice into")
     args = parser.parse_args()
@@ -318,19 +429,31 @@ def main():
         args.held, args.rows, args.at = 2000, 10, args.at[:1]
     if not (args.data / "lms").is_dir():
         sys.exit(f"There are no models in {args.data / 'lms'}: name their folder with --data.")
-    args.places = [place for place in (Place(name, args) for name in args.at) if place.model is not None]
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"quality{'_quick' * args.quick}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for section in SECTIONS:
-        if not args.only or section.__name__ in args.only:
-            rows, took = timed(lambda: section(args))  # noqa: B023
-            print(f"\n## {section.__name__} ({took:.0f} s)\n\n{section.__doc__}\n{table(rows)}", flush=True)
-            stamp = dict(command=told(sys.argv), threads=torch.get_num_threads(), seconds=took)
-            what = f"{section.__name__} at {', '.join(args.at)}, L0 {args.l0}, sizes {args.sizes}"
-            results[what] = stamp | dict(rows=rows)
-            path.write_text(json.dumps(results, indent=1, default=float) + "\n")
-            pictures(results, args.out if args.quick else ROOT / "docs")
+    for place in (Place(name, args) for name in args.at):
+        if place.model is not None:
+            run(place, args, results, path)
+    pictures(results, args.out if args.quick else ROOT / "docs")
+
+
+def run(place, args, results, path):
+    for name in args.only or SECTIONS:
+        print(f"\n## {name} at {place.name}\n\n{SECTIONS[name].__doc__}", flush=True)
+        for n in args.sizes:
+            for k in args.l0:
+                rows = []
+                for what, make in SECTIONS[name](place, n, k, args):
+                    key = f"{name} at {place.name}, {n} atoms, L0 {k}, {args.tokens} tokens: {what}"
+                    if key not in results:
+                        found = make()
+                        found = found if isinstance(found, list) else [found]
+                        stamp = dict(command=told(sys.argv), threads=torch.get_num_threads())
+                        results[key] = stamp | dict(rows=found)
+                        path.write_text(json.dumps(results, indent=1, default=float) + "\n")
+                    rows += results[key]["rows"]
+                print(table(rows) + "\n", flush=True)
 
 
 if __name__ == "__main__":
