@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from itda.labels import Batch, Labels
 from itda.loading import Layout, causal, load_tokenizer, pretrained, random_model
 from itda.prompts import Row, StreamHash, TokenStream
 from itda.prompts import valid as valid_tokens
-from itda.reading import HookedModel
+from itda.reading import Group, HookedModel
 
 
 def load(
@@ -179,8 +180,8 @@ class Activations:
         self.model, self.hook_points = model, model.hook_points
         self._stream, self._batch_rows, self._budget, self._skipped = stream, batch_rows, tokens, 0
         self._special_tokens, self._padding, self.single = special_tokens, padding, single
-        self._hash = StreamHash()
-        self.skipped_hash: str | None = self._hash.hexdigest()
+        self.hash: str = StreamHash().hexdigest()  # over the rows that the latest iteration has read so far
+        self.skipped_hash: str | None = self.hash
 
     @property
     def tokens(self) -> int | None:
@@ -191,11 +192,6 @@ class Activations:
     def skipped(self) -> int:
         """How many valid tokens an iteration leaves out at the beginning."""
         return self._skipped
-
-    @property
-    def hash(self) -> str:
-        """The stream's hash over the rows that the latest iteration has read so far."""
-        return self._hash.hexdigest()
 
     def count_tokens(self, limit: int | None = None) -> int:
         """How many valid tokens an iteration yields, or `limit` if that is fewer; runs no model."""
@@ -214,7 +210,7 @@ class Activations:
         if tokens < 0:
             raise InputError(f"`tokens` is {tokens}, and no fewer than 0 can be skipped: pass how many were read.")
         rest = copy.copy(self)
-        rest._skipped, rest._hash = self._skipped + tokens, StreamHash()
+        rest._skipped, rest.hash = self._skipped + tokens, StreamHash().hexdigest()
         rest.skipped_hash = None  # that of the rows skipped, once iteration has passed them
         return rest
 
@@ -235,9 +231,23 @@ class Activations:
         return every[self.hook_points[0]] if self.single else every
 
     def __iter__(self) -> Iterator[Batch] | Iterator[dict[str, Batch]]:
-        stream_hash = self._hash = StreamHash()
+        asked: deque[_Asked] = deque()  # a model may want more groups before it gives the first
+        for read in self.model.read_all(self._groups(asked)):
+            group = asked.popleft()
+            self.hash = group.hash
+            where = group.where
+            batches = {hook: Batch(x.flatten(0, 1)[where.to(x.device)], group.labels) for hook, x in read.items()}
+            yield batches[self.hook_points[0]] if self.single else batches
+        for group in asked:
+            self.hash = group.hash
+
+    def _groups(self, asked: deque[_Asked]) -> Iterator[Group]:
+        """The groups of rows that have tokens to yield; what becomes of their activations goes into `asked`."""
+        stream_hash = StreamHash()
         rows, done = iter(self._stream), 0
-        while done != self._budget and (group := list(itertools.islice(rows, self._batch_rows))):
+        for index in itertools.count():
+            if done == self._budget or not (group := list(itertools.islice(rows, self._batch_rows))):
+                break
             for row in group:
                 stream_hash.update(row)
             ids, mask, valid, labels = self._table(group)
@@ -250,11 +260,11 @@ class Activations:
                 # The whole group runs whatever is taken of it. Row-major: row by row, as the labels.
                 where = torch.from_numpy(valid.reshape(-1).nonzero()[0][start:end])
                 labels = labels if end - start == len(labels) else labels[start:end]
-                read = self.model.read(ids, mask)
-                batches = {hook: Batch(x.flatten(0, 1)[where.to(x.device)], labels) for hook, x in read.items()}
-                yield batches[self.hook_points[0]] if self.single else batches
+                asked.append(_Asked(where, labels, stream_hash.hexdigest()))
+                yield Group(index, torch.from_numpy(ids), torch.from_numpy(mask))
         if done < self._skipped:
             raise InputError(f"{self._skipped} tokens cannot be skipped: the data has {done}; resume on the same data.")
+        asked.append(_Asked(torch.zeros(0), Labels.counted(0, 0), stream_hash.hexdigest()))  # rows without such tokens
 
     def _table(self, group: Sequence[Row]) -> tuple[ndarray, ndarray, Bool[ndarray, "rows length"], Labels]:
         """A group of rows side by side: ids, attention mask, which tokens are valid, and the labels of those.
@@ -291,6 +301,12 @@ class Activations:
         tokenizer = self.model.tokenizer
         ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
         return next((i for i in ids if i is not None and 0 <= i < self.model._vocabulary), 0)
+
+
+class _Asked(NamedTuple):
+    where: torch.Tensor  # of the group's tokens, row by row, those to yield
+    labels: Labels
+    hash: str  # of the rows up to the end of the group
 
 
 def _versions() -> dict[str, str]:

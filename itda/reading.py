@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,14 @@ from itda.loading import Layout
 from itda.prompts import tokenizer_hash
 
 _SAMPLE = 256  # values per parameter in a fingerprint
+
+
+class Group(NamedTuple):
+    """Rows that go through a model together."""
+
+    index: int  # of all groups of the stream
+    ids: Int[Tensor, "rows length"]
+    mask: Int[Tensor, "rows length"]
 
 
 class HookedModel:
@@ -150,6 +158,10 @@ class HookedModel:
         """
         ids, mask = self._checked(ids, mask)
         return {self._layout.name(path): x for path, x in self._forward(ids, mask).items()}
+
+    def read_all(self, groups: Iterable[Group]) -> Iterator[dict[str, Tensor]]:
+        """What `read` gives of group after group, in their order."""
+        return (self.read(group.ids, group.mask) for group in groups)
 
     def logits(
         self,
