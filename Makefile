@@ -4,13 +4,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-similarity bench-quality interop clean
+.PHONY: demo test lint format bench bench-similarity bench-quality bench-streaming interop clean
 
 demo: .venv/ready
 	$(BIN)/itda demo
 
 test: .venv/dev
-	$(BIN)/python -W error::ResourceWarning -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -W error::ResourceWarning
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -33,6 +33,10 @@ bench-similarity: .venv/dev
 # Flags as above, and AT="seed0:2 minilm".
 bench-quality: .venv/dev
 	$(BIN)/python benchmarks/quality.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(AT),--at $(AT))
+
+# A model of several gigabytes, read block by block: memory, bytes and time beside what they must be.
+bench-streaming: .venv/dev
+	$(BIN)/python benchmarks/streaming.py $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE))
 
 # What SAEBench and SAELens say of a dictionary, beside what we say, offline.
 interop: .venv-interop/ready

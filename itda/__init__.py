@@ -15,8 +15,10 @@ _HOMES = {
     "InputError": "errors",
     "Labels": "labels",
     "PAPER": "build",
+    "Store": "store",
     "activations": "hooks",
     "build": "build",
+    "collect": "collect",
     "compare": "compare",
     "decompose": "report",
     "diff": "diff",
@@ -24,6 +26,7 @@ _HOMES = {
     "match_layers": "similarity",
     "normalize": "pursuit",
     "pursue": "pursuit",
+    "sweep": "sweep",
     "train": "runs",
 }
 

@@ -123,7 +123,7 @@ def read(
         every = dict(layer=list(range(model.n_layers))) if layer is None and hook is None else _lists(where)
         what = f"reading {name} ({i + 1} of {len(models)})" if len(models) > 1 else f"reading {name}"
         source = activations(model, streams[i], **every, **how)
-        readings.append(Reading(name, *_gather(source, where_common[i], len(models) - i, what, report)))
+        readings.append(Reading(name, *gather(source, where_common[i], len(models) - i, what, report)))
     if report:
         report(None)
     return readings
@@ -265,7 +265,7 @@ def ends(labels: Labels) -> Int[ndarray, " tokens"]:
     return np.where(last, key, -1)
 
 
-def _gather(stream: Any, place: Int[ndarray, " valid"], readings: int, what: str, report: Any):
+def gather(stream: Any, place: Int[ndarray, " valid"], readings: int, what: str, report: Any):
     """Activations by hook point, labels, count and provenance of the tokens that have a `place`, put into it.
 
     `readings` is how many as large as this one have to fit into memory.

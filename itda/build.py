@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def build(
         )
     if start and hasattr(stream, "skip"):
         stream = stream.skip(start)
-        items = _checked_rest(stream, builders)
+        hashes = {builder.stream_hash for builder in builders.values() if builder.position == start}
+        items = _of_one_model(checked_rest(stream, hashes, "training"), stream, builders)
     else:
         items, start = items if items is not None else iter(stream), 0
     report = reporter(progress)
@@ -99,7 +100,11 @@ def build(
     provenance = _provenance(stream, names)
     for said in provenance.values():
         if "hash" in said.get("stream", {}):
-            said["stream"]["hash"] = read
+            # What was read of it, which is more than was judged where another dictionary was full later.
+            said["stream"] |= {"hash": read, "tokens": max(builder.position for builder in builders.values())}
+    for name, said in provenance.items():
+        if said.get("model", {}).get("fingerprint", "") is None:  # streamed, and all of it read before
+            said["model"]["fingerprint"] = builders[name].fingerprint
     models = {name: builder.finish(provenance[name]) for name, builder in builders.items()}
     return models if set(models) != {""} else models[""]
 
@@ -109,7 +114,16 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     began = saved = time.monotonic()
     total = tokens if tokens is not None else getattr(stream, "tokens", None)
     position = start
-    for item, read in _ahead(stream, items):
+    read, kept = getattr(stream, "hash", None), start
+    for item, hashed in _ahead(stream, items, max(1.0, checkpoint_seconds)):
+        if item is None:  # it takes its time, as a model that is streamed does before its first
+            if folders and position > kept:
+                _save(stream, read, builders, folders)
+                kept, saved = position, time.monotonic()
+            if stop():
+                raise KeyboardInterrupt
+            continue
+        read = hashed
         batches = _batches(item, position)
         size = _size(batches, builders)
         if tokens is not None:
@@ -131,7 +145,7 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
         stopping = stop()
         if folders and (stopping or now - saved > checkpoint_seconds):
             _save(stream, read, builders, folders)
-            saved = time.monotonic()
+            kept, saved = position, time.monotonic()
         if stopping:
             raise KeyboardInterrupt
         if position == tokens or all(builder.full for builder in builders.values()):
@@ -151,8 +165,10 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     return read
 
 
-def _ahead(stream: Any, items: Iterator) -> Iterator[tuple[Any, str | None]]:
+def _ahead(stream: Any, items: Iterator, patience: float) -> Iterator[tuple[Any, str | None]]:
     """Every item with the stream's hash as of it; of a model, the next is read while the last is used.
+
+    While the next one takes longer than `patience` seconds, (None, None) comes instead.
 
     Only where the stream is the library's own, since others may not expect another thread, nor to be asked for more;
     and where no setting of the caller's would make a difference in that thread.
@@ -168,7 +184,13 @@ def _ahead(stream: Any, items: Iterator) -> Iterator[tuple[Any, str | None]]:
             return next(items, end), stream.hash
 
         reading = thread.submit(read)
-        while (result := reading.result())[0] is not end:
+        while True:
+            if not wait([reading], patience).done:
+                yield None, None
+                continue
+            result = reading.result()
+            if result[0] is end:
+                return
             reading = thread.submit(read)
             yield result
 
@@ -242,11 +264,13 @@ def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Any)
     return min(builder.position for builder in builders.values())
 
 
-def _checked_rest(stream: Any, builders: dict[str, Builder]) -> Iterator:
-    """The items of a stream that skips what was read before; an `InputError` if that is no longer what it was."""
-    hashes = {builder.stream_hash for builder in builders.values() if builder.position == stream.skipped}
+def checked_rest(stream: Any, hashes: set[str | None], work: str) -> Iterator:
+    """The items of a stream that skips what was read before, when it had one of `hashes`.
+
+    Raises `InputError` if that is no longer what it was.
+    """
     changed = InputError(
-        f"The text has changed in its first {stream.skipped:,} tokens since this training began: restore it to go on, "
+        f"The text has changed in its first {stream.skipped:,} tokens since this {work} began: restore it to go on, "
         "or give another folder to start anew."
     )
     for item in stream:
@@ -256,6 +280,20 @@ def _checked_rest(stream: Any, builders: dict[str, Builder]) -> Iterator:
     # All of it may have been read before; then rows without valid tokens may have been hashed after the last ones.
     if hashes - {None, stream.skipped_hash, stream.hash}:
         raise changed
+
+
+def _of_one_model(items: Iterator, stream: Any, builders: dict[str, Builder]) -> Iterator:
+    """The items of a stream whose model is the one that the checkpoints had; one that is streamed says so late."""
+    for item in items:
+        for name, said in _identity(stream, builders).items():
+            if builders[name].fingerprint not in (None, said.get(checkpoints.FINGERPRINT)):
+                raise InputError(
+                    "The weights of the model have changed since this training began: restore them to go on, or give "
+                    "another folder to start anew."
+                )
+        yield item
+        break
+    yield from items
 
 
 def _save(stream: Any, read: str | None, builders: dict[str, Builder], folders: dict[str, Path]) -> None:
@@ -269,11 +307,16 @@ def _identity(stream: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What must be equal for a build to go on: provenance, less what changes on the way and between versions."""
     out = {}
     for name, provenance in _provenance(stream, names).items():
-        flat = {f"{part}.{key}": v for part in ("model", "stream") for key, v in provenance.get(part, {}).items()}
-        flat |= {key: value for key, value in provenance.items() if key not in ("model", "stream", "versions")}
-        flat.pop("stream.hash", None)
-        out[name] = flat
+        out[name] = identity(provenance)
     return out
+
+
+def identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What a provenance says that must be equal for a reading to go on, without what changes on the way."""
+    flat = {f"{part}.{key}": v for part in ("model", "stream") for key, v in provenance.get(part, {}).items()}
+    flat |= {key: value for key, value in provenance.items() if key not in ("model", "stream", "versions")}
+    flat.pop("stream.hash", None)
+    return flat
 
 
 def _provenance(stream: Any, names: Iterable[str]) -> dict[str, dict]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from itda._version import __version__
 from itda.admission import Batched, Sequential
+from itda.disk import bytes_of
 from itda.errors import InputError
-from itda.folder import bytes_of
 from itda.labels import Batch, Labels
 from itda.metrics import LOSSES, fvu
 from itda.model import ITDA, Sample
@@ -69,6 +69,7 @@ class Builder:
         self.position = 0  # tokens of the stream that were given to `update`
         self.seen = 0  # of them, those judged: not those that came when it was full
         self.stream_hash: str | None = None  # of the rows up to `position`, when a checkpoint was last written
+        self.fingerprint: str | None = None  # of the model that the checkpoint it goes on from had
         self.content: Content | None = None  # of the activations, where the stream does not say what it reads
         self.content_hash: str | None = None  # of those that the checkpoint it goes on from had
         self.labels: list[Labels] = []

@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from itda.builder import Builder
+from itda.disk import bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.errors import InputError
-from itda.folder import CHECKPOINT, bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
+from itda.folder import CHECKPOINT
 from itda.labels import LABEL_ARRAYS, Labels
 from itda.threshold import Schedule
 
 VERSION = "1"
+FINGERPRINT = "model.fingerprint"
 
 
 def save(builder: Builder, folder: Path, identity: dict) -> None:
@@ -75,6 +77,9 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
             raise KeyError("version")
         if metadata["sha256"] != _digest(metadata["state"], tensors):
             raise ValueError("its sha256 differs, so it is damaged")
+        builder.fingerprint = state["identity"].get(FINGERPRINT)
+        if identity.get(FINGERPRINT) is None:  # a model that is streamed says so when it was read
+            identity = identity | {FINGERPRINT: builder.fingerprint} if FINGERPRINT in identity else identity
         _compare(state["settings"] | state["identity"], builder.settings | identity, path)
         _fill(builder, state, tensors)
     except InputError:

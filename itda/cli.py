@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 from itda import terminal
 from itda._version import __version__
-from itda.commands import compare, decompose, demo, diff, eval, export, show, train
+from itda.commands import collect, compare, decompose, demo, diff, eval, export, show, sweep, train
 from itda.errors import InputError
 
-COMMANDS = {command.__name__: command for command in (train, decompose, show, eval, compare, diff, export, demo)}
+COMMANDS = {
+    command.__name__: command for command in (train, sweep, collect, decompose, show, eval, compare, diff, export, demo)
+}
 HELP = """\
 usage: itda COMMAND ... [--json] [--debug]
 
@@ -30,6 +32,7 @@ options:
 examples:
   itda demo
   itda train gpt2 book.txt --layer 8 --out gpt2-8
+  itda collect gpt2 book.txt --layer 4 8 --out gpt2-acts
   itda decompose gpt2-8 "The mouse sat on the carpet"
   itda show gpt2-8 --atom 17
   itda eval gpt2-8 other-book.txt

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from itda import terminal
+from itda.errors import InputError
 from itda.flags import (
     Architecture,
     BatchRows,
@@ -26,9 +27,12 @@ from itda.flags import (
     MaybeWhole,
     Method,
     Model,
+    Ray,
     Real,
+    Reals,
     Text,
     Whole,
+    Wholes,
     Words,
 )
 
@@ -79,12 +83,20 @@ def train(
     device: MaybeText = None,
     revision: MaybeText = None,
     trust_remote_code: Flag = False,
+    backend: Annotated[Literal["hooks", "nnsight"], arg(metavar="{hooks,nnsight}")] = "hooks",
+    remote: Flag = False,
+    device_map: MaybeText = None,
     chunk_size: Whole = 4096,
     candidates: Whole = 1,
     refine: Whole = 0,
     refine_tokens: Whole = 200_000,
     checkpoint_seconds: Real = 30.0,
+    stream_layers: Flag = False,
+    no_stream_layers: Flag = False,
+    state_gb: MaybeReal = None,
     overwrite: Flag = False,
+    workers: MaybeWhole = None,
+    ray: Ray = None,
     json: Flag = False,
 ) -> None:
     """Train a dictionary of real activations, in one pass over the data.
@@ -97,7 +109,8 @@ def train(
 
     Args:
         model: id of a model on the Hugging Face hub, or its folder
-        data: id of a dataset on the hub (streamed), or a .txt, .jsonl or .parquet file, or a folder of these
+        data: id of a dataset on the hub (streamed), or a .txt, .jsonl or .parquet file, or a folder of these, or one of
+            activations, as collect writes it
         out: the folder to make; with several layers or hook points, of their folders
         layer: read the residual stream after this block (-1 is the last); several train as many dictionaries
         hook: read here instead, by module path (model.layers.8.mlp) or TransformerLens name
@@ -126,15 +139,27 @@ def train(
         device: cpu, cuda, ...; the fastest there is by default
         revision: branch, tag or commit of the model
         trust_remote_code: run code that the model's repository brings
+        backend: what reads the model; the activations are the same
+        remote: with nnsight, read it on NDIF, which needs a key (NDIF_API_KEY)
+        device_map: auto spreads the model over GPUs, memory and disk, with accelerate
         chunk_size: tokens pursued together; changes memory and speed alone
         candidates: build a dictionary of so many times --n-atoms, and keep the atoms of most use
         refine: move the atoms in so many passes, so that they reconstruct better; they are real activations no more
         refine_tokens: do both on so many tokens, which are read again
         checkpoint_seconds: how often progress is kept
+        stream_layers: load the model block by block, as is done by itself where it does not fit into memory
+        no_stream_layers: load it whole in any case
+        state_gb: of hidden states on disk, when it is streamed, in 10^9 bytes; half of the free disk by default
         overwrite: replace a dictionary that is there
+        workers: read with so many processes, to the same result
+        ray: on the machines of the Ray cluster at this address; without one, on this machine
         json: print the result as JSON
     """
-    given = {name: value for name, value in locals().items() if name != "json"}
+    if stream_layers and no_stream_layers:
+        raise InputError("Both `--stream-layers` and `--no-stream-layers` were given: choose one of them.")
+    given = {name: value for name, value in locals().items() if name not in ("json", "no_stream_layers")}
+    given["stream_layers"] = True if stream_layers else False if no_stream_layers else None
+    given["ray"] = _address(ray)
     for name in ("layer", "hook"):
         if len(given[name]) < 2:  # with one, `out` is the dictionary's own folder
             given[name] = next(iter(given[name]), None)
@@ -144,6 +169,153 @@ def train(
     if any(result.n_atoms < 2 * result.k for result in results):
         terminal.say(f"few atoms for k = {k}: a lower --threshold or --n-atoms gives more, --seed 0 more varied ones")
     terminal.say(f"look at it with: itda show {shlex.quote(results[0].path)}")
+
+
+def collect(
+    model: Model,
+    data: Data,
+    *,
+    out: Annotated[str, arg(metavar="DIR")],
+    layer: Layers = (),
+    hook: Hooks = (),
+    tokens: Whole = 1_000_000,
+    context_length: Whole = 128,
+    batch_rows: Whole = 32,
+    truncate: Flag = False,
+    pack: Flag = False,
+    seed: MaybeWhole = None,
+    column: Text = "text",
+    split: Text = "train",
+    config: MaybeText = None,
+    data_revision: MaybeText = None,
+    special_tokens: Flag = False,
+    padding: Flag = False,
+    tokenizer: MaybeText = None,
+    dtype: Text = "auto",
+    device: MaybeText = None,
+    revision: MaybeText = None,
+    trust_remote_code: Flag = False,
+    device_map: MaybeText = None,
+    stream_layers: Flag = False,
+    no_stream_layers: Flag = False,
+    state_gb: MaybeReal = None,
+    overwrite: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Write activations with their labels to disk, where train, eval and compare read them without the model.
+
+    An interrupted collecting goes on with the same command; more --tokens add to what is there.
+
+    itda collect gpt2 book.txt --layer 4 8 --out gpt2-acts
+
+    itda train gpt2 gpt2-acts --layer 8 --out gpt2-8
+
+    Args:
+        model: id of a model on the Hugging Face hub, or its folder
+        data: id of a dataset on the hub (streamed), or a .txt, .jsonl or .parquet file, or a folder of these
+        out: the folder to make
+        layer: read the residual stream after this block (-1 is the last), or after several
+        hook: read here instead, by module path (model.layers.8.mlp) or TransformerLens name
+        tokens: read so many tokens at most
+        context_length: tokens in a row
+        batch_rows: rows that go through the model together
+        truncate: use the first row of each document only; a .txt file is one document
+        pack: join the documents
+        seed: shuffle the rows
+        column: where the text of a record is
+        split: of a hub dataset
+        config: of a hub dataset
+        data_revision: of a hub dataset
+        special_tokens: read special tokens and position 0 too
+        padding: fill rows up and read the filling like text
+        tokenizer: id or folder, where it is not the model's
+        dtype: of the model, and so of what is written: auto, float32, bfloat16 or float16
+        device: cpu, cuda, ...; the fastest there is by default
+        revision: branch, tag or commit of the model
+        trust_remote_code: run code that the model's repository brings
+        device_map: auto spreads the model over GPUs, memory and disk, with accelerate
+        stream_layers: load the model block by block, as is done by itself where it does not fit into memory
+        no_stream_layers: load it whole in any case
+        state_gb: of hidden states on disk, when it is streamed, in 10^9 bytes; half of the free disk by default
+        overwrite: replace activations that are there
+        json: print the result as JSON
+    """
+    if stream_layers and no_stream_layers:
+        raise InputError("Both --stream-layers and --no-stream-layers were given: choose one of them.")
+    given = {k: v for k, v in locals().items() if k not in ("json", "layer", "hook", "no_stream_layers", "device_map")}
+    given["stream_layers"] = True if stream_layers else False if no_stream_layers else None
+    given |= {"device_map": device_map} if device_map else {}
+    from itda.collect import collect as run
+
+    try:
+        result = run(**given, layer=layer or None, hook=hook or None, progress=True, stop=terminal.signals.stop)
+    finally:
+        terminal.signals.waits = False
+    terminal.output(result.to_json(), None if json else str(result))
+    words = ["itda", "train", str(model), str(out), "--out", "DIR"]
+    terminal.say(f"build a dictionary from it with: {shlex.join(words)}")
+
+
+def sweep(
+    file: Annotated[Positional[str | None], arg(metavar="[FILE]", help_behavior_hint="")] = None,
+    *,
+    out: Annotated[str, arg(metavar="DIR")],
+    model: Words = (),
+    data: Words = (),
+    layer: Layers = (),
+    hook: Hooks = (),
+    k: Wholes = (),
+    threshold: Reals = (),
+    n_atoms: Wholes = (),
+    seed: Wholes = (),
+    revision: Words = (),
+    tokens: Wholes = (),
+    context_length: Wholes = (),
+    workers: MaybeWhole = None,
+    ray: Ray = None,
+    json: Flag = False,
+) -> None:
+    """Train a dictionary for every combination of settings, and put them into one table.
+
+    What was interrupted goes on with the same command; what is finished is not trained again.
+
+    itda sweep --model gpt2 distilgpt2 --data book.txt --layer 2 4 --k 20 40 --out sweep
+
+    itda sweep sweep.toml --out sweep --workers 4
+
+    Args:
+        file: a TOML file of settings, the names those of `itda train`, each a value or a list: k = [20, 40]
+        out: the folder for dictionaries, results.json and results.csv
+        model: ids or folders
+        data: as for `itda train`
+        layer: read the residual stream after these blocks, in one pass
+        hook: read here instead, by module path or TransformerLens name
+        k: pursuit steps
+        threshold: admit a token whose loss exceeds this
+        n_atoms: aim at so many atoms; with thresholds too, both are tried
+        seed: shuffle the rows
+        revision: branches, tags or commits of the models
+        tokens: read so many tokens at most
+        context_length: tokens in a row
+        workers: train so many dictionaries side by side
+        ray: on the machines of the Ray cluster at this address; without one, on this machine
+        json: print the result as JSON
+    """
+    given = {name: list(v) for name, v in locals().items() if isinstance(v, tuple) and v and name != "ray"}
+    from itda.grid import read_grid
+    from itda.sweep import sweep as run
+
+    settings = {**(read_grid(file, whole=False) if file is not None else {}), **given}
+    try:
+        result = run(settings, out, workers=workers, ray=_address(ray), progress=True, stop=terminal.signals.stop)
+    finally:
+        terminal.signals.waits = False
+    terminal.output(result.to_json(), None if json else result)
+    if result.problems:
+        raise InputError(
+            f"{len(result.problems)} of {len(result.rows)} dictionaries are missing "
+            f"({result.problems[0].rstrip('.')}): the same command tries them again."
+        )
 
 
 def decompose(
@@ -241,7 +413,7 @@ def compare(
 
     Args:
         models: two or more models by id or folder, with --data; or folders of dictionaries (of several layers, the
-            folder of their folders) without
+            folder of their folders) or of activations (itda collect) without
         data: the text that models read; with dictionaries, the one they were built on, which aligns different rows
         measure: only these of shared_atoms_procrustes, shared_atoms, jaccard, jaccard_corrected, jaccard_by_token,
             overlap, soft_overlap, cka, cka_standardised, cka_debiased, cca, svcca, linear_regression, procrustes,
@@ -518,3 +690,12 @@ def _train(**given: Any) -> list[Any]:
         return runs.train(**given, progress=True, stop=terminal.signals.stop)
     finally:
         terminal.signals.waits = False
+
+
+def _address(ray: tuple[str, ...] | None) -> bool | str:
+    """What `--ray` says: nothing, this machine, or an address."""
+    if ray is None or not ray:
+        return ray is not None
+    if len(ray) > 1:
+        raise InputError(f"--ray: {' '.join(ray)!r} came, and one address or none was wanted: put FILE before it.")
+    return ray[0]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from numpy import ndarray
 
-from itda import aligned, drawing, layers, saved
+from itda import aligned, drawing, layers, saved, stored
 from itda.aligned import Reading, check_names
 from itda.builder import Builder
 from itda.errors import InputError
@@ -122,7 +122,8 @@ def compare(
     """Compare all layers of two or more models, or the dictionaries that were built on them.
 
     models      ids or folders of language models, or what `itda.hooks.load` returned, which read `data`; or ITDAs or
-                their folders (of several layers, the folder of their folders), which are compared as sets
+                their folders (of several layers, the folder of their folders), which are compared as sets; or folders
+                of activations (`itda collect`), without `data` and without untrained models, which cannot be read again
     data        the text, as for `itda.activations`; for dictionaries the text they were built on, wanted only where
                 their rows differ, which it aligns, and for what they share by chance
     measures    some of `itda.layers.FAMILIES`; all that can be had by default
@@ -156,14 +157,17 @@ def compare(
         raise InputError(f"`draw` is {draw}; a whole number, 0 or more, was wanted.")
     if saved.are_dictionaries(models):
         return _of_dictionaries(saved.read(models, data, align, names), measures, draw)
-    if data is None:
+    on_disk = stored.are_stored(models)
+    if on_disk and data is not None:
+        raise InputError("Activations on disk were read before: leave out `data` (`--data`).")
+    if data is None and not on_disk:
         raise InputError("Models are compared on a text: give `data` (`--data`), or dictionaries in place of models.")
     report = reporter(progress) or (lambda step: None)
     wanted = measures or list(layers.FAMILIES)
     _check(n_atoms, threshold, k, atoms)
     where: dict[str, Any] = dict(layer=layer, hook=hook, tokens=tokens, align=align, names=names, progress=report)
     began = time.monotonic()
-    readings = aligned.read(models, data, **where, **reading)
+    readings = stored.readings(models, **where) if on_disk else aligned.read(models, data, **where, **reading)
     spent = {"reading": time.monotonic() - began}
     settings = _settings(readings, wanted, n_atoms, threshold, k, atoms, draw, report)
     found = layers.compare_layers(readings, wanted, settings)
@@ -179,7 +183,7 @@ def compare(
     pairs = readings[0].labels.pairs()
     by_end = any(r.share < 1 or (r.labels.pairs() != pairs).any() for r in readings)
     del readings  # the controls need the room
-    if controls:
+    if controls and not on_disk:
         again = aligned.read(models, data, random_weights=draw, **where, **reading)
         levels["untrained"] = layers.compare_layers(again, wanted, replace(settings, dictionaries=None))
     report(None)

@@ -252,9 +252,12 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     if isinstance(threshold, float | int):
         centred = ", centred" if cfg.get("center") else ""
         facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold:.4g}{centred}")]
-    refined = section(cfg, "refined")
+    refined, selected = section(cfg, "refined"), section(cfg, "selected")
+    if selected:
+        how = f"on {_whole(selected.get('tokens'))} tokens in {_whole(selected.get('rounds'))} rounds"
+        facts += [("selected", f"those of most use of {_whole(selected.get('from'))} atoms, {how}")]
     if report.moved is not None:
-        how = f"{refined.get('passes')} passes over {refined.get('tokens') or 0:,} tokens"
+        how = f"{_whole(refined.get('passes'))} passes over {_whole(refined.get('tokens'))} tokens"
         median, least = (_number(report.moved[name]) for name in ("median", "min"))
         facts += [("refined", f"{how}; cosine of atoms with their labels' activations: median {median}, least {least}")]
     if report.sample is not None:
@@ -290,6 +293,11 @@ def _bar(share: float, width: int, empty: str = "░") -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _whole(value: Any) -> str:
+    """A count of a dictionary from elsewhere, which may be anything."""
+    return f"{value:,}" if isinstance(value, int) else "?"
 
 
 def _marked(token: str) -> list[tuple[str, str]]:
@@ -398,6 +406,8 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     if report.clean:
         levels = ", ".join(f"{name} {report.clean[name]:.3f}" for name in ("clean", "mean", "zero"))
         yield Text(f"cross-entropy of {report.clean['tokens']:,} tokens, in nats: {levels}", style="dim")
+    elif report.no_ce:
+        yield Text(f"no cross-entropy: {one_line(report.no_ce)}", style="dim")
     if report.probing:
         yield Text()
         yield from _probes(report.probing)
@@ -420,6 +430,7 @@ def _probes(probing: dict[str, Any]) -> RenderResult:
         table.add_row(Text(one_line(name)), *(f"{scores[top]:.3f}" for top in tops))
     yield table
     said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, chance 0.5"
+    said += f"; {_counted(probing['repeated'], 'repeated text')} left out" if probing["repeated"] else ""
     yield Text(said, style="dim")
 
 

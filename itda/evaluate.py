@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +20,19 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from itda import drawing, heldout, hooks
+from itda import drawing, heldout, hooks, stored
 from itda import probing as probes
+from itda._version import __version__
 from itda.aligned import named
 from itda.build import build
+from itda.disk import bytes_of, write_file
 from itda.errors import InputError, check_whole
-from itda.folder import EVAL, write_file
+from itda.folder import EVAL
 from itda.layers import groups_of
 from itda.metrics import ce_score, coherence, cosine
 from itda.model import ITDA
 from itda.progress import Step, reporter
+from itda.prompts import hash_rows
 from itda.pursuit import normalize
 from itda.report import Report, finite, hooked_for
 from itda.report import load as load_dictionary
@@ -43,6 +48,9 @@ CHUNK = 4096
 TOKENS, CE_TOKENS = 50_000, 10_000
 RESERVED = ("itda", "random tokens", "gaussian", "untrained model", "clean", "zero", "mean", "activations")
 CONTROLS = ("random tokens", "gaussian", "untrained model")
+ASKED = ("tokens", "ce_tokens", "probe", "probe_column", "probe_label", "in_sample", "force", "seed")
+NO_MODEL = "activations on disk have no model to run"
+NONE_ASKED = "it was asked for on 0 tokens (`ce_tokens`)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,8 +62,9 @@ class Evaluation(Report):
     dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom; negative, the share of
     negative coefficients; coherence; with_position_0, fvu and mean relative error of special tokens and position 0
     too; positions, fvu by place in the row; ce (see `cross_entropy`), None where there is no language model.
-    `held_out` says which text was measured on, and where the random tokens are from; `probing` is that of
-    `itda.probing.probe`.
+    `held_out` says which text was measured on, and where the random tokens are from; `no_ce` why there are no figures
+    of cross-entropy, where there are none; `settings` all that was chosen, and of what model, dictionary, text and
+    versions this is; `probing` is that of `itda.probing.probe`.
     """
 
     dictionary: str
@@ -65,13 +74,14 @@ class Evaluation(Report):
     held_out: dict[str, Any]
     systems: dict[str, dict[str, Any]]
     clean: dict[str, float] | None  # cross-entropies: clean, zero, mean; and the tokens predicted
+    no_ce: str | None = None
     probing: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        names = ("dictionary", "model", "hook_point", "tokens", "held_out", "systems", "clean", "probing", "seconds")
-        return finite({name: getattr(self, name) for name in names})
+        return finite({each.name: getattr(self, each.name) for each in fields(self)})
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write eval.json into the folder of the dictionary, replacing an older one."""
@@ -117,8 +127,10 @@ def evaluate(
     """Measure `dictionary` on text that it was not built on, beside its controls.
 
     dictionary   an ITDA, its folder or its repository on the hub
-    data         text, as for `itda.activations`, cut into rows as the dictionary's own; if that is what the dictionary
-                 was built on, measuring begins at the first document that it has not read
+    data         text, as for `itda.activations`, cut into rows as the dictionary's own (but a text of one document is
+                 read whole, also where the dictionary has first rows of documents alone); if that is what the
+                 dictionary was built on, measuring begins at the first document that it has not read; or a folder of
+                 activations (`itda collect`), measured without a model: no cross-entropy, no untrained model
     model        where activations are from, if not what the dictionary names: a name, or what `itda.hooks.load` gave
     tokens       valid tokens to measure on at most
     ce_tokens    of them, those on which reconstructions are spliced into the running model; 0 for none, None for all
@@ -135,12 +147,11 @@ def evaluate(
 
     Raises `InputError` for text of which no document is left, and for another model unless `force`.
     """
-    unknown = [name for name in controls if name not in CONTROLS] if isinstance(controls, Sequence) else []
-    if unknown:
-        raise InputError(f"There is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}.")
-    for name, value, least in (("tokens", tokens, 1), ("ce_tokens", ce_tokens, 0), ("seed", seed, 0)):
+    asked = {name: value for name, value in locals().items() if name in ASKED}
+    wanted = _checked_controls(controls)
+    for key, value, least in (("tokens", tokens, 1), ("ce_tokens", ce_tokens, 0), ("seed", seed, 0)):
         if value is not None:
-            check_whole(name, value, least)
+            check_whole(key, value, least)
     if unknown := [key for key in stream if key not in (*heldout.CUT, "revision")]:
         raise InputError(f"`evaluate` has no setting `{unknown[0]}`: of the text there are {', '.join(heldout.CUT)}.")
     systems = list(systems)
@@ -151,9 +162,11 @@ def evaluate(
     dictionary = load_dictionary(dictionary)
     if not len(dictionary):
         raise InputError(f"{name} has no atoms, so there is nothing to measure.")
+    if stored.is_stored(data):
+        settings = {key: value for key, value in (("k", k), ("method", method)) if value is not None}
+        return _on_disk(name, dictionary, data, asked, wanted, settings, systems, report)
     loading: dict[str, Any] = dict(force=force, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     hooked, hook = hooked_for(dictionary, model, tokenizer, head=ce_tokens != 0, **loading)
-    wanted = list(CONTROLS) if controls is True else list(controls or ())
     _check_places(systems, hooked, hook, dictionary.d, force)
     if special_tokens is None:
         special_tokens = bool(dictionary.cfg.get("special_tokens"))
@@ -162,16 +175,10 @@ def evaluate(
     reader = heldout.Reader(split, hook, special_tokens, report)
     held = reader.read(hooked, "reading")
     settings = {key: value for key, value in (("k", k), ("method", method)) if value is not None}
-    every = [System.of(dictionary, "itda", **settings)]
-    if "random tokens" in wanted:
-        every.append(_random_tokens(dictionary, held, settings, seed))
-    if "gaussian" in wanted:
-        every.append(_gaussian(dictionary, settings, seed))
-    names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
-    every += [replace(s, name=n) for s, n in zip(systems, names, strict=True)]
+    every = _every(dictionary, held, wanted, settings, systems, seed)
     found = {s.name: measure(s, held.x, held.labels, held.scored, _threshold(dictionary), seed) for s in every}
-    clean = None
-    if ce_tokens != 0 and hooked.predicts:
+    clean, no_ce = None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
+    if no_ce is None:
         rows = split.first(ce_tokens)
         clean = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
     probing = None
@@ -183,6 +190,7 @@ def evaluate(
     if "untrained model" in wanted:
         found |= _untrained(dictionary, hooked, reader, settings, seed)
     order = ["itda", *(c for c in CONTROLS if c in found), *(n for n in mine if n not in ("itda", *CONTROLS))]
+    asked |= _like(dictionary, settings) | dict(controls=wanted, special_tokens=special_tokens)
     report(None)
     return Evaluation(
         dictionary=name,
@@ -192,9 +200,83 @@ def evaluate(
         held_out=split.about,
         systems={name: found[name] for name in order},
         clean=clean,
+        no_ce=no_ce,
         probing=probing,
+        settings=_settings(dictionary, hooked, hook, split, asked),
         seconds={"all": round(time.monotonic() - began, 3)},
     )
+
+
+def _on_disk(
+    name: str,
+    dictionary: ITDA,
+    data: Any,
+    asked: dict[str, Any],
+    wanted: list[str],
+    settings: dict[str, Any],
+    systems: list[System],
+    report: Callable[[Step | None], None],
+) -> Evaluation:
+    """`evaluate` on activations that were collected: without what takes a model."""
+    if asked["probe"] is not None:
+        raise InputError("A probe reads texts with a model, and activations on disk have none: give text as `data`.")
+    began, seed = time.monotonic(), asked["seed"]
+    stream = stored.source(dictionary, data, asked["force"])
+    (hook,) = stream.hook_points
+    for system in systems:
+        if system.atoms.shape[1] != dictionary.d:
+            raise InputError(f"{system.name} is for activations of width {system.atoms.shape[1]}, not {dictionary.d}.")
+    pool = heldout.pool_size(len(dictionary)) if "random tokens" in wanted else 0
+    held, about = stored.held(dictionary, stream, asked["tokens"], pool, asked["in_sample"], seed, report)
+    if "untrained model" in wanted:
+        wanted = [control for control in wanted if control != "untrained model"]
+        about["left_out"] = f"the untrained model, since {NO_MODEL}"
+    every = _every(dictionary, held, wanted, settings, systems, seed)
+    found = {s.name: measure(s, held.x, held.labels, held.scored, _threshold(dictionary), seed) for s in every}
+    order = ["itda", *(c for c in CONTROLS if c in found), *(n for n in found if n not in ("itda", *CONTROLS))]
+    report(None)
+    said = stream.provenance
+    asked |= _like(dictionary, settings) | dict(controls=wanted, special_tokens=said.get("special_tokens"))
+    return Evaluation(
+        dictionary=name,
+        model=str(said["model"].get("id")),
+        hook_point=hook,
+        tokens=len(held.x),
+        held_out=about,
+        systems={one: found[one] for one in order},
+        clean=None,
+        no_ce=NO_MODEL,
+        settings=_said(dictionary, said["model"], said["stream"], asked),
+        seconds={"all": round(time.monotonic() - began, 3)},
+    )
+
+
+def _checked_controls(controls: bool | Sequence[str]) -> list[str]:
+    wanted = list(CONTROLS) if controls is True else list(controls or ())
+    if unknown := [name for name in wanted if name not in CONTROLS]:
+        raise InputError(f"There is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}.")
+    return wanted
+
+
+def _settings(dictionary: ITDA, hooked: Any, hook: str, split: heldout.Split, asked: dict[str, Any]) -> dict[str, Any]:
+    """What was `asked`, and of which dictionary, model, text and versions."""
+    text = split.stream.provenance | {"hash": hash_rows(split.held)}
+    return _said(dictionary, hooked.provenance(hook) | {"device": str(hooked.device)}, text, asked)
+
+
+def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    probe = asked["probe"]
+    asked |= {"probe": os.fspath(probe) if isinstance(probe, str | os.PathLike) else None}
+    content = hashlib.sha256()
+    for tensor in (dictionary.atoms, dictionary.mean):
+        content.update(b"" if tensor is None else bytes_of(tensor.contiguous()))
+    own = {
+        "sha256": content.hexdigest(),
+        "n_atoms": len(dictionary),
+        "itda_version": dictionary.cfg.get("itda_version"),
+    }
+    versions = {"itda": __version__} | {name: version(name) for name in ("torch", "transformers")}
+    return asked | {"dictionary": own, "model": model, "text": text, "versions": versions}
 
 
 def measure(
@@ -366,6 +448,24 @@ def cross_entropy(out: Spliced, name: str, draws: Bootstrap | None = None) -> di
 # -- controls ---------------------------------------------------------------------------------------------------------
 
 
+def _every(
+    dictionary: ITDA,
+    held: heldout.Held,
+    wanted: list[str],
+    settings: Mapping[str, Any],
+    systems: Sequence[System],
+    seed: int,
+) -> list[System]:
+    """The dictionary, those of its controls that are measured on the same activations, and the other systems."""
+    every = [System.of(dictionary, "itda", **settings)]
+    if "random tokens" in wanted:
+        every.append(_random_tokens(dictionary, held, settings, seed))
+    if "gaussian" in wanted:
+        every.append(_gaussian(dictionary, settings, seed))
+    names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
+    return every + [replace(s, name=n) for s, n in zip(systems, names, strict=True)]
+
+
 def _random_tokens(dictionary: ITDA, held: heldout.Held, settings: Mapping[str, Any], seed: int) -> System:
     """As many activations of the same stream, drawn without looking."""
     return System.of(_drawn(dictionary, held, seed), "random tokens", **_like(dictionary, settings))
@@ -394,7 +494,7 @@ def _plain(atoms: Tensor, dictionary: ITDA) -> ITDA:
 
 def _like(dictionary: ITDA, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The dictionary's own settings of the pursuit, and those given."""
-    own = {key: dictionary.cfg[key] for key in ("method", "nonneg") if dictionary.cfg.get(key)}
+    own = {"method": dictionary.cfg.get("method", "mp"), "nonneg": bool(dictionary.cfg.get("nonneg"))}
     return {"k": dictionary.k} | own | dict(settings)
 
 

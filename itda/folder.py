@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from itda.disk import (
+    ELSEWHERE,
+    LEFTOVER,
+    STATES,
+    as_input_error,
+    checked_path,
+    is_sealed,
+    is_states,
+    sealed_json,
+    sync_folder,
+    write_through,
+)
 from itda.errors import InputError
 
 FORMAT, VERSION = "itda", 1
@@ -24,12 +32,6 @@ EVAL = "eval.json"  # what `itda eval` measured of the dictionary beside it; nev
 CHECKPOINT = "checkpoint.safetensors"  # of a training that has not finished; never part of a dictionary
 RESERVED = ("format", "version", "sha256", "n_atoms", "d", "files")  # keys of cfg.json that the format itself writes
 
-_LEFTOVER = re.compile(r"\..*\.tmp-[0-9a-f]{16}")  # what a killed writer leaves behind
-_NO_DIGEST = "0" * 64
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
@@ -41,14 +43,14 @@ def check_writable_target(path: str | os.PathLike) -> Path:
     a path that is not UTF-8 and for a place without permission to write. Call it before a long training, so that the
     end of it can be saved.
     """
-    place = os.fspath(path)
+    place = checked_path(path)
     try:
         place = os.path.realpath(place)
         place.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{place!a} is not UTF-8, and no ITDA can be read there: choose another path.") from error
     target = Path(place)
-    with _as_input_error(f"{target} could not be used", "choose another place"):
+    with as_input_error(f"{target} could not be used", ELSEWHERE):
         if target.is_dir():
             above = target
             _check_nothing_foreign(target)
@@ -58,33 +60,12 @@ def check_writable_target(path: str | os.PathLike) -> Path:
             above = next(p for p in target.parents if os.path.lexists(p))
             if not above.is_dir():
                 raise InputError(f"{target} cannot be a folder, because {above} is a file: choose another path.")
+            for name in target.relative_to(above).parts:  # one that is too long is so in any folder
+                with suppress(FileNotFoundError):
+                    os.lstat(above / name)
         if not os.access(above, os.W_OK | os.X_OK):
             raise InputError(f"No permission to write into {above}: choose another place for {target}.")
     return target
-
-
-def make_folder(path: str | os.PathLike) -> None:
-    """Make the folder `path`, and those above it, if it is not there; raises `InputError` if that cannot be."""
-    with _as_input_error(f"{path} could not be made", "choose another place"):
-        Path(path).mkdir(parents=True, exist_ok=True)
-
-
-def write_file(path: str | os.PathLike, chunks: Iterable) -> None:
-    """Write the buffers `chunks` (bytes, arrays) as one file: at any moment `path` is the old file or the new one.
-
-    Raises `InputError` if the disk is full or the place cannot be written; nothing is left behind then.
-    """
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
-    with _as_input_error(f"{path} could not be written", "choose another place"):
-        try:
-            _write(temporary, chunks)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
 
 
 def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, files: Mapping[str, Iterable]) -> None:
@@ -98,14 +79,14 @@ def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, 
     new = not target.is_dir()
     # Inside an existing folder and not beside it: that folder may be a mount point, or its parent read-only.
     stage = (target.parent if new else target) / f".itda.tmp-{secrets.token_hex(8)}"
-    with _as_input_error(f"{target} could not be written", "choose another place"):
+    with as_input_error(f"{target} could not be written", ELSEWHERE):
         if new:
             target.parent.mkdir(parents=True, exist_ok=True)
         try:
             stage.mkdir()
             entries = {name: _write(stage / name, chunks) for name, chunks in files.items()}
             _write(stage / MANIFEST, [_manifest_bytes(n_atoms, d, entries, settings)])
-            _sync_folder(stage)
+            sync_folder(stage)
             if new:
                 os.rename(stage, target)
         except BaseException:
@@ -113,76 +94,45 @@ def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, 
                 _remove_leftover(stage)
             raise
         if new:
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         else:
             _move_in(stage, target, list(files))
 
 
-def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> list:
-    """The buffers of a safetensors file, byte for byte what `safetensors.torch.save` makes, without copying tensors.
-
-    Its own writer turns a full disk into an exception of its own and wants either a path or all of the bytes twice.
-    """
-    cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    names = sorted(cpu, key=lambda name: (-cpu[name].element_size(), name))  # so that every tensor is aligned
-    header: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in names:
-        tensor, end = cpu[name], offset + cpu[name].numel() * cpu[name].element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    head += b" " * (-len(head) % 8)
-    return [len(head).to_bytes(8, "little"), head, *(bytes_of(cpu[name]) for name in names)]
-
-
-def bytes_of(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor; its strides may still be odd where it has one entry or none."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
-
-
 def _manifest_bytes(n_atoms: int, d: int, entries: dict, settings: dict) -> bytes:
-    """`cfg.json`; its own digest is taken with zeros in the digest's place."""
-    head = dict(zip(RESERVED, (FORMAT, VERSION, _NO_DIGEST, n_atoms, d, entries), strict=True))
-    data = (json.dumps({**head, **settings}, indent=2, allow_nan=False) + "\n").encode()
-    return data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+    head = dict(zip(RESERVED, (FORMAT, VERSION, "", n_atoms, d, entries), strict=True))
+    return sealed_json({**head, **settings})
 
 
 def _write(path: Path, chunks: Iterable) -> dict:
     """Write a new file through to the disk; returns its size and sha256."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "xb") as file:
+
+    def counted() -> Iterator:
+        nonlocal size
         for chunk in chunks:
-            file.write(chunk)
+            yield chunk
             digest.update(chunk)
             size += memoryview(chunk).nbytes
-        file.flush()
-        os.fsync(file.fileno())
+
+    write_through(path, counted())
     return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _move_in(stage: Path, target: Path, names: list[str]) -> None:
     """Put the files of `stage` into `target`; the manifest in `stage` says meanwhile that what lies there is ours."""
     (target / MANIFEST).unlink(missing_ok=True)
-    _sync_folder(target)
+    sync_folder(target)
     for name in names:
         os.replace(stage / name, target / name)
     for name in {ATOMS, LABELS, SAMPLE, EVAL} - set(names):
         (target / name).unlink(missing_ok=True)
-    _sync_folder(target)
+    sync_folder(target)
     os.replace(stage / MANIFEST, target / MANIFEST)
-    _sync_folder(target)
+    sync_folder(target)
     for path in sorted(target.iterdir()):
-        if _LEFTOVER.fullmatch(path.name):
+        if LEFTOVER.fullmatch(path.name):
             _remove_leftover(path)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of the file `path` left beside it."""
-    for place in path.parent.glob(f".{path.name}.tmp-*"):
-        if _LEFTOVER.fullmatch(place.name):
-            with suppress(OSError):
-                place.unlink()
 
 
 def _remove_leftover(path: Path) -> None:
@@ -197,12 +147,13 @@ def _remove_leftover(path: Path) -> None:
 def _check_nothing_foreign(folder: Path) -> None:
     """Raise unless all that `folder` holds was written by this library."""
     names = sorted(os.listdir(folder))
-    leftovers = [n for n in names if _LEFTOVER.fullmatch(n) and _is_leftover(folder / n)]
+    leftovers = [n for n in names if LEFTOVER.fullmatch(n) and _is_leftover(folder / n)]
     ours = {CHECKPOINT, EVAL, *leftovers}
     # File names alone prove nothing: `labels.parquet` may be anybody's data.
     if any(_is_manifest(folder / place / MANIFEST) for place in ("", *leftovers)):
         ours |= {MANIFEST, ATOMS, LABELS, SAMPLE}
-    foreign = [n for n in names if n not in ours or not (n in leftovers or (folder / n).is_file())]
+    leftovers += [n for n in names if n == STATES and is_states(folder / n)]
+    foreign = [n for n in names if not (n in leftovers or (n in ours and (folder / n).is_file()))]
     if foreign:
         raise InputError(
             f"{folder} holds {foreign[0]!r}, which is not part of an ITDA, so nothing was written: choose a new or "
@@ -222,34 +173,13 @@ def _is_manifest(path: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames and removals in `folder` last through a power cut."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _as_input_error(what: str, advice: str) -> Iterator[None]:
-    """Say an error of the operating system in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{what}, because the disk is full: free some space or {advice}.") from error
-        raise InputError(f"{what} ({error.strerror or error}): {advice}.") from error
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(path: str | os.PathLike) -> dict:
     """The manifest of the dictionary at `path`, after checking it and the size and sha256 of every file it names."""
     folder = Path(path)
-    with _as_input_error(f"{folder} could not be read", "give the folder of a saved ITDA"):
+    with as_input_error(f"{folder} could not be read", "give the folder of a saved ITDA"):
         if not os.path.lexists(folder):
             raise InputError(f"There is no folder {folder}: give the folder of a saved ITDA.")
         if not folder.is_dir():
@@ -285,9 +215,7 @@ def _parse_manifest(path: Path) -> dict:
         raise InputError(f"{path} has format version {version}, and this itda reads version {VERSION}: upgrade itda.")
     if type(version) is not int or version != VERSION:
         raise damaged(path, f"has format version {version!r}, but {VERSION} was wanted")
-    digest = manifest.get("sha256")
-    blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1) if isinstance(digest, str) else b""
-    if hashlib.sha256(blank).hexdigest() != digest:
+    if not is_sealed(data, manifest):
         raise damaged(path, "was changed after it was written (its sha256 differs)")
     for key in ("n_atoms", "d", "k"):
         if type(manifest.get(key)) is not int or manifest[key] < 0:

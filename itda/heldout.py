@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,17 @@ from itda.hooks import Activations, load
 from itda.labels import Batch, Labels
 from itda.model import ITDA
 from itda.progress import Step
-from itda.prompts import Row, StreamHash, TokenStream, valid
+from itda.prompts import Row, TokenStream, hash_rows, valid
 from itda.pursuit.gram import free_bytes
 from itda.reading import HookedModel
 from itda.saved import CUT as ROWS
+from itda.saved import read_until
 
 POOL = 4  # tokens for the controls to draw from, per atom
 LEAST_POOL = 20_000
 OWN = "what the dictionary was built on"
 CUT = (*ROWS, "column", "split", "config")
+ENDLESS = 100_000  # rows of a document, after which it is taken for the last
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,31 +123,33 @@ def split(
 
     The latter are drawn from what it has read, where that is still to be had; else every other document is theirs, or
     of a single document the second half. Of a document that it has read in part, and no other, the rest is measured on.
+    A single document is read whole, also where the dictionary has the first rows of documents alone (`truncate`).
     Raises `InputError` where nothing is left.
     """
     cfg = section(dictionary.cfg, "stream")
     own_cut = {name: cfg[name] for name in CUT if cfg.get(name) is not None}
     stream = TokenStream(data, tokenizer, **own_cut | settings)
-    wanted = 2 * max(tokens, pool) if pool else tokens
-    read, rest = _read_before(dictionary, cfg, stream, wanted, special_tokens)
-    own = read or _own_rows(dictionary, cfg, tokenizer, special_tokens)
-    about: dict[str, Any] = {"data": stream.provenance["data"]}
-    if not read and own:
-        cut_anew = any((own_cut | settings).get(name) != own_cut.get(name) for name in ROWS)
-        as_read = TokenStream(data, tokenizer, **settings | own_cut) if cut_anew else None
-        before, (read, rest) = rest, _known(own, rest, as_read)
-        if not rest and len(every := list(stream)) > len(before):  # what is new may come late
-            read, rest = _known(own, every, as_read)
-    about["read_in_training"] = len(read) > 0
-    if in_sample and read:
-        held, drawn = [*read, *rest], own
+    if stream.truncate and "truncate" not in settings and len(list(islice(stream, 2))) == 1:
+        settings = settings | {"truncate": False}
+        stream = TokenStream(data, tokenizer, **own_cut | settings)
+    read, rows = _read_before(dictionary, cfg, stream)
+    own = read or own_rows(dictionary, cfg, tokenizer)
+    as_read = None
+    anew = {name for name in ROWS if (own_cut | settings).get(name) != own_cut.get(name)}
+    if anew - ({"truncate"} if own_cut.get("truncate") else set()):  # first rows are rows of a whole document too
+        as_read = TokenStream(data, tokenizer, **settings | own_cut | {"seed": None})
+    known = _Known([] if read else own, as_read)
+    wanted = tokens if own or not pool else 2 * max(tokens, pool)
+    seen, held, after = _unread(rows, known, {row.document for row in read}, wanted, special_tokens)
+    about: dict[str, Any] = {"data": stream.provenance["data"], "read_in_training": len(seen) > 0}
+    drawn = own
+    if in_sample and seen:
+        held = list(_until(stream, tokens, special_tokens))
         about |= {"by": "nothing: the dictionary was built on this text", "random_tokens_from": "the same text"}
     elif own:
-        seen = {row.document for row in read}
-        held, drawn = [row for row in rest if row.document not in seen], own
         about |= {"by": "document", "random_tokens_from": OWN}
-        if not held and rest:
-            held, one = rest, len({row.document for row in rest}) == 1
+        if not held and after:
+            held, one = after, len({row.document for row in after}) == 1
             about["by"] = f"rows after those read, of {'one document' if one else 'documents that it has read in part'}"
         if not held:
             raise InputError(
@@ -152,11 +157,12 @@ def split(
                 "all the same with `in_sample` (`--in-sample`)."
             )
     else:
-        held, drawn = _halves(rest) if pool else (rest, [])
-        by = "document" if len({row.document for row in rest}) > 1 else "halves of the one document"
-        other = "other documents of this text" if by == "document" else "its other half"
+        by, other = "document", "other documents of this text"
+        if len({row.document for row in held}) == 1:
+            by, other = "halves of the one document", "its other half"
+        held, drawn = _halves(held) if pool else (held, [])
         unknown = "; what the dictionary was built on was not there to compare with"
-        about |= {"by": by + unknown, "random_tokens_from": other}
+        about |= {"by": (by if pool else "nothing") + unknown, "random_tokens_from": other}
     held = list(_until(held, tokens, special_tokens))
     if not any(valid(row, special_tokens).any() for row in held):
         raise InputError("The text holds no valid token to measure on: give more.")
@@ -168,75 +174,106 @@ def split(
     return Split(stream, held, some, about, tokens, special_tokens)
 
 
-def _known(own: list[Row], rows: list[Row], as_read: Iterable[Row] | None) -> tuple[list[Row], list[Row]]:
-    """`rows` up to the last one of each document that has a row of `own`, and the others.
-
-    Rows are known by their ids, BOS aside. If these rows are cut otherwise than `own`, `as_read` has the text cut as
-    that, and a document with any row of `own` counts as read altogether.
-    """
-
-    def key(row: Row) -> bytes:
-        return row.ids[~row.special].tobytes()
-
-    known = {key(row) for row in own if (~row.special).any()}
-    if as_read is not None:
-        wanted = {row.document for row in rows}
-        seen = {row.document for row in as_read if row.document in wanted and key(row) in known}
-        return [r for r in rows if r.document in seen], [r for r in rows if r.document not in seen]
-    last: dict[int, int] = {}
-    for i, row in enumerate(rows):
-        if key(row) in known:
-            last[row.document] = i + 1  # the row after may have been read in part
-    read = [row for i, row in enumerate(rows) if i <= last.get(row.document, -1)]
-    return read, [row for i, row in enumerate(rows) if i > last.get(row.document, -1)]
+def _read_before(dictionary: ITDA, cfg: dict[str, Any], stream: Iterable[Row]) -> tuple[list[Row], Iterator[Row]]:
+    """The rows that the dictionary has read, if `stream` begins with these, and all others one after another."""
+    rows, until = iter(stream), cfg.get("hash")
+    if not until:
+        return [], rows
+    tokens = cfg.get("tokens") or dictionary.cfg.get("tokens") or 0
+    read = list(read_until(rows, until, int(dictionary.cfg.get("batch_rows") or 1), int(tokens)))
+    return (read, rows) if hash_rows(read) == until else ([], chain(read, rows))
 
 
-def _own_rows(dictionary: ITDA, cfg: dict[str, Any], tokenizer: Any, special_tokens: bool) -> list[Row]:
+def own_rows(dictionary: ITDA, cfg: dict[str, Any], tokenizer: Any) -> list[Row]:
     """The rows that the dictionary was built on, from where it says they are; none if they are not there any more."""
     if not cfg.get("hash") or not isinstance(cfg.get("data"), str):
         return []
     settings = {name: cfg[name] for name in (*CUT, "revision") if cfg.get(name) is not None}
     try:
-        stream = TokenStream(cfg["data"], tokenizer, **settings)
-        return _read_before(dictionary, cfg, stream, 0, special_tokens)[0]
+        return _read_before(dictionary, cfg, TokenStream(cfg["data"], tokenizer, **settings))[0]
     except InputError:
         return []
 
 
-def _read_before(
-    dictionary: ITDA, cfg: dict[str, Any], stream: TokenStream, wanted: int, special_tokens: bool
-) -> tuple[list[Row], list[Row]]:
-    """The rows that the dictionary has read, if `stream` begins with these, and so many tokens of those after them.
+class _Known:
+    """Whether a row is one of `own`, known by its ids, BOS aside.
 
-    The hash that a dictionary has of its stream is that after one of its groups of rows, or at the end of the text.
+    If the text is now cut otherwise than `own`, `as_read` has it cut as that, in the order of its documents; all rows
+    of a document with any row of `own` then count.
     """
-    until, group = cfg.get("hash"), int(dictionary.cfg.get("batch_rows") or 1)
-    own_special = bool(dictionary.cfg.get("special_tokens"))
-    budget = int(dictionary.cfg.get("tokens") or 0)
-    rows: list[Row] = []
-    so_far, count, after, end = StreamHash(), 0, 0, None
-    for row in stream:
-        rows.append(row)
-        here = int(valid(row, special_tokens).sum())
-        if end is not None or until is None:
-            after += here
+
+    def __init__(self, own: list[Row], as_read: Iterable[Row] | None) -> None:
+        self.keys = {self.key(row) for row in own if (~row.special).any()}
+        self.as_read = None if as_read is None else iter(as_read)
+        self.documents: set[int] = set()
+        self.last = -1  # document that `as_read` was read to
+
+    @staticmethod
+    def key(row: Row) -> bytes:
+        """What is compared of a row."""
+        return row.ids[~row.special].tobytes()
+
+    def __call__(self, row: Row) -> bool:
+        if not self.keys or self.as_read is None:
+            return self.key(row) in self.keys
+        while self.last <= row.document and (other := next(self.as_read, None)) is not None:
+            self.last = other.document
+            if self.key(other) in self.keys:
+                self.documents.add(other.document)
+        return row.document in self.documents
+
+
+class _Some:
+    """Rows, by document, up to the one with which they have so many valid tokens."""
+
+    def __init__(self, tokens: int, special_tokens: bool) -> None:
+        self.tokens, self.special_tokens, self.count = tokens, special_tokens, 0
+        self.parts: dict[int, list[Row]] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many as are wanted."""
+        return self.count >= self.tokens
+
+    def add(self, row: Row) -> None:
+        """Take one more, unless they are `full`."""
+        if not self.full:
+            self.parts.setdefault(row.document, []).append(row)
+            self.count += int(valid(row, self.special_tokens).sum())
+
+    def drop(self, document: int) -> None:
+        """Give up those of a document."""
+        self.count -= sum(int(valid(row, self.special_tokens).sum()) for row in self.parts.pop(document, []))
+
+    def rows(self) -> list[Row]:
+        """All of them, in stream order."""
+        return sorted(chain.from_iterable(self.parts.values()), key=lambda row: row.prompt)
+
+
+def _unread(
+    rows: Iterable[Row], known: Callable[[Row], bool], seen: set[int], wanted: int, special_tokens: bool
+) -> tuple[set[int], list[Row], list[Row]]:
+    """The documents that were read, `seen` or with a row `known`; rows of others; and rows after all those known.
+
+    Of either there are so many that they have `wanted` valid tokens. No other document is waited for beyond `ENDLESS`
+    rows of one that was read.
+    """
+    new, after = _Some(wanted, special_tokens), _Some(wanted, special_tokens)
+    waited, cut = 0, None
+    for row in rows:
+        was_read = known(row)
+        if was_read or row.document == cut:  # the row after one that was read may have been read in part
+            seen.add(row.document)
+            new.drop(row.document)
+            after.drop(row.document)
+        elif row.document in seen:
+            after.add(row)
         else:
-            so_far.update(row)
-            count += int(valid(row, own_special).sum())
-            if so_far.hexdigest() == until:
-                end = len(rows)
-            elif count > budget + group * len(row.ids) + 2 * stream.context_length * group:  # other text
-                until, after = None, count
-        if (end is not None or until is None) and after >= wanted and _next_document(rows):
+            new.add(row)
+        cut, waited = (row.document, 0) if was_read else (None, waited + 1)
+        if new.full or (after.full and not new.parts and waited > ENDLESS):
             break
-    if end is None and until is not None and so_far.hexdigest() == until:
-        end = len(rows)
-    return (rows[:end], rows[end:]) if end else ([], rows)
-
-
-def _next_document(rows: list[Row]) -> bool:
-    """Whether more than one document has been seen among the rows, or there are so many that it does not matter."""
-    return len(rows) > 1 and (rows[-1].document != rows[-2].document or len(rows) > 100_000)
+    return seen, new.rows(), after.rows()
 
 
 def _halves(rows: list[Row]) -> tuple[list[Row], list[Row]]:

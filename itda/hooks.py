@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +16,22 @@ from jaxtyping import Bool
 from numpy import ndarray
 from torch import nn
 
+from itda.caches import Cache, from_disk, is_stored
 from itda.errors import InputError
 from itda.labels import Batch, Labels
-from itda.loading import Layout, causal, load_tokenizer, pretrained, random_model
+from itda.layout import Layout
+from itda.loading import causal, checked_device, load_tokenizer, pretrained, random_model, survey
 from itda.prompts import Row, StreamHash, TokenStream
 from itda.prompts import valid as valid_tokens
+from itda.pursuit.gram import free_bytes
 from itda.reading import Group, HookedModel
+from itda.store import Store
+from itda.streaming import StreamedModel
+from itda.traced import TracedModel, remote_model, unwrapped
 
 
 def load(
-    model: str | Path | nn.Module | HookedModel,
+    model: Any,
     tokenizer: Any = None,
     *,
     hooks: int | str | Sequence[int | str],
@@ -32,6 +39,11 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    backend: str = "hooks",
+    remote: bool | str = False,
+    stream_layers: bool | None = None,
+    state_gb: float | None = None,
+    state_dir: str | Path | None = None,
     **kwargs,
 ) -> HookedModel:
     """A model to read `hooks` from: layers (the residual stream after that block), module paths, TransformerLens names.
@@ -40,20 +52,36 @@ def load(
     `from_pretrained`), or a loaded one, Hugging Face module or `HookedModel`, which is used as and where it is.
     `dtype` "auto" is float32, and on CUDA that of the checkpoint. Activations are those of the weights as they are:
     TransformerLens' folded and centred weights give others under the same names.
+
+    `backend` "nnsight" reads the same in nnsight's traces, also of a model of nnsight's; with `remote`, on NDIF (see
+    `itda.traced.RemoteModel`).
+
+    With `stream_layers` one block at a time is in memory (`itda.streaming.StreamedModel`, which takes `state_gb` and
+    `state_dir`); None is for where the weights take more than 0.9 of the memory that is free.
     """
     hooks = [hooks] if isinstance(hooks, int | str) else list(hooks)
     if not hooks:
         raise InputError("No hook point is given: pass at least one layer or module path.")
     settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
+    if backend != "hooks" or remote:
+        settings |= {"trust_remote_code": trust_remote_code, "stream_layers": stream_layers, **kwargs}
+        return _traced(model, tokenizer, hooks, backend, remote, **settings)
+    if device is not None and kwargs.get("device_map") is not None:
+        raise InputError("Give either `device` or `device_map`, not both.")
     if not isinstance(model, nn.Module | HookedModel):
-        settings |= {"trust_remote_code": trust_remote_code, **kwargs}
-        base, tokenizer, layout, missing = pretrained(model, hooks, tokenizer=tokenizer, **settings)
+        place = checked_device(device)
+        found = survey(model, place, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+        if stream_layers or (stream_layers is None and found.bytes(hooks) > 0.9 * free_bytes(place)):
+            state: dict[str, Any] = {"state_gb": state_gb, "folder": state_dir}
+            return StreamedModel(found, hooks, tokenizer, device=place, **state)
+        base, tokenizer, layout, missing = pretrained(found, hooks, tokenizer, place)
         return HookedModel(base, base, tokenizer, layout, hooks, missing)
+    settings |= {"stream_layers": stream_layers or None}
     if idle := [name for name, value in {**settings, **kwargs}.items() if value not in (None, "auto")]:
         raise InputError(f"`model` is loaded already and used as it is: drop `{idle[0]}`, or pass the model's name.")
     if isinstance(model, HookedModel):
         tokenizer = model.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
-        return HookedModel(model.module, model._base, tokenizer, model._layout, hooks, model._missing)
+        return model.at(hooks, tokenizer)
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -66,6 +94,20 @@ def load(
     return HookedModel(model, model.base_model, load_tokenizer(tokenizer), layout, hooks)
 
 
+def _traced(model: Any, tokenizer: Any, hooks: list[int | str], backend: str, remote: bool | str, **kwargs: Any) -> Any:
+    """`load` with a backend that is not our own."""
+    if backend != "nnsight":
+        raise InputError(
+            f"`backend` is {backend!r}: pass 'hooks' or 'nnsight'."
+            if backend != "hooks"
+            else "`remote` is nnsight's: pass `backend='nnsight'` (`--backend nnsight`) too."
+        )
+    if remote:
+        return remote_model(model, tokenizer, hooks, remote, **kwargs)
+    model, tokenizer = unwrapped(model, tokenizer)
+    return TracedModel.of(load(model, tokenizer, hooks=hooks, **kwargs))
+
+
 def language_model(
     model: str | Path | nn.Module | HookedModel,
     tokenizer: Any = None,
@@ -75,13 +117,28 @@ def language_model(
 ) -> HookedModel:
     """As `load`, but whole: all blocks and the language modelling head, so that it has `logits`.
 
-    Of a model without a head (an encoder) it is what `load` gives.
+    Of a model without a head (an encoder), or one that does not fit into memory whole, it is what `load` gives.
     """
-    if not isinstance(model, nn.Module | HookedModel):
+    if not isinstance(model, nn.Module | HookedModel) and _fits(model, **kwargs):
         found = causal(model, tokenizer=tokenizer, **kwargs)
         if found is not None:
             return load(*found, hooks=hooks)
     return load(model, tokenizer, hooks=hooks, **kwargs)
+
+
+def _fits(
+    model: str | Path,
+    *,
+    device: Any = None,
+    revision: str | None = None,
+    dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    **kwargs,
+) -> bool:
+    """Whether all blocks of a model have room in nine tenths of the memory that is free."""
+    place = checked_device(device)
+    found = survey(model, place, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+    return found.bytes([-1]) <= 0.9 * free_bytes(place)
 
 
 def untrained(
@@ -104,7 +161,7 @@ def untrained(
 
 
 def activations(
-    model: str | Path | nn.Module | HookedModel,
+    model: Any,
     data: Any,
     *,
     layer: int | Sequence[int] | None = None,
@@ -126,8 +183,13 @@ def activations(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    backend: str = "hooks",
+    remote: bool | str = False,
+    stream_layers: bool | None = None,
+    state_gb: float | None = None,
+    state_dir: str | Path | None = None,
     **model_kwargs,
-) -> Activations:
+) -> Activations | Store | Cache:
     """The activations of `model` on `data` with their labels: an iterable of `Batch`, one per `batch_rows` rows.
 
     Give `layer` (the residual stream after that block; -1 is the last) or `hook` (a module path or a TransformerLens
@@ -136,9 +198,21 @@ def activations(
     `TokenStream` (which has the settings of the stream already). `column`, `split`, `config` and `data_revision` select
     from a data set, `revision` and `model_kwargs` belong to the model. Iteration ends after `tokens` valid tokens.
 
+    `data` may also be a folder of activations, which `itda collect` or SAELens has written: they are read from there,
+    at all hook points if none is given, and no model is loaded, so `model` may be None.
+
     Valid is no padding, no special token and not position 0, unless `special_tokens`; with `padding`, rows are filled
     to `context_length` and the filling is read like text, as the paper's code does.
+
+    `backend`, `remote`, `stream_layers`, `state_gb` and `state_dir` are those of `load`. With `device_map="auto"` (and
+    `max_memory`, `offload_folder`) accelerate spreads the model over GPUs, memory and disk; `quantization_config`
+    quantises it, which its provenance says. `tp_plan="auto"` under torchrun shares every layer between GPUs: each
+    process then reads all of the data, and one of them should save. (Neither several GPUs nor `tp_plan` is tested.)
     """
+    if is_stored(data):
+        return from_disk(locals(), {name: p.default for name, p in signature(activations).parameters.items()})
+    if model is None:
+        raise InputError("`model` is None: name a model, or give the folder of activations on disk as `data`.")
     if (layer is None) == (hook is None):
         raise InputError("Give either `layer` or `hook`: a layer's number, or the path of a module.")
     given: Any = hook if layer is None else layer
@@ -148,7 +222,9 @@ def activations(
         if value is not None and value < least:
             raise InputError(f"`{name}` is {value}: pass {least} or more.")
     settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
-    hooked = load(model, tokenizer, hooks=hooks, trust_remote_code=trust_remote_code, **settings, **model_kwargs)
+    settings |= {"trust_remote_code": trust_remote_code, "backend": backend, "remote": remote}
+    settings |= {"stream_layers": stream_layers, "state_gb": state_gb, "state_dir": state_dir}
+    hooked = load(model, tokenizer, hooks=hooks, **settings, **model_kwargs)
     if not isinstance(data, TokenStream):
         stream: dict[str, Any] = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}
         stream |= {"context_length": context_length, "config": config, "revision": data_revision}

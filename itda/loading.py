@@ -1,155 +1,132 @@
-"""A Hugging Face model by name: where its blocks are, what hook points are called, and loading no more than needed."""
+"""A Hugging Face model by name: what is known before its weights are read, and loading no more of them than needed."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from itda.errors import InputError
+from itda.layout import Layout
 
-_LENS_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_post|resid_pre|attn_out|mlp_out)")  # TransformerLens
-_ATTENTION, _MLP = ("attn", "self_attn", "attention"), ("mlp", "feed_forward", "fc2")
+_SPREAD = ("device_map", "tp_plan", "distributed_config")  # arguments with which transformers chooses the devices
+PLACED = ("device_map", "quantization_config", "tp_plan", "tp_size", "distributed_config")  # of `from_pretrained`
 _HUB_ARGUMENTS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the blocks of a model are. Paths are those in the base model, which has no language modelling head."""
-
-    model: str  # what errors call it
-    model_type: str
-    prefix: str  # the base model's name in the causal LM, "" where it has none
-    blocks: str  # path of the list of blocks
-    n_layers: int
-    paths: frozenset[str]  # of every module
-
-    @classmethod
-    def of(cls, base: Any, model: str) -> Layout:
-        """The layout of `base`: its blocks are the one `ModuleList` as long as its config has hidden layers."""
-        n_layers = getattr(base.config.get_text_config(), "num_hidden_layers", -1)
-        lists = [name for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-        outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-        if len(outer) != 1:
-            raise InputError(
-                f"The blocks of `{model}` cannot be told: a {type(base).__name__} has {len(outer)} lists of as many "
-                f"modules as its config has hidden layers ({n_layers}), and one was wanted; use a causal language "
-                "model or an encoder."
-            )
-        paths = frozenset(name for name, _ in base.named_modules() if name)
-        return cls(model, base.config.model_type, base.base_model_prefix, outer[0], n_layers, paths)
-
-    def name(self, path: str) -> str:
-        """The canonical name of the hook point at `path`: as the causal LM has it, `transformer.h.8`."""
-        return f"{self.prefix}.{path}" if self.prefix else path
-
-    def layer(self, path: str) -> int | None:
-        """The block that `path` is, or lies in; None outside the blocks."""
-        head, _, rest = path.partition(self.blocks + ".")
-        return int(rest.partition(".")[0]) if rest and not head else None
-
-    def path(self, hook: int | str) -> str:
-        """The path that `hook` names: a layer, a module path with or without the prefix, a TransformerLens name."""
-        if not isinstance(hook, str):
-            return self._block(hook)
-        if match := _LENS_NAME.fullmatch(hook):
-            return self._lens(hook, int(match[1]), match[2])
-        for path in (hook.removeprefix(self.prefix + "."), hook):
-            if path in self.paths:
-                return path
-        known = {self.name(path): path for path in self.paths}
-        near = difflib.get_close_matches(self.name(hook.removeprefix(self.prefix + ".")), sorted(known), 3, 0.5)
-        raise InputError(
-            f"`{self.model}` has no module `{hook}`: name a layer (0 to {self.n_layers - 1}) or one of its modules"
-            + (f", such as {', '.join(f'`{name}`' for name in near)}." if near else f", such as `{self._example()}`.")
-        )
-
-    def _block(self, layer: int) -> str:
-        if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-            raise InputError(f"A layer is a whole number, not {layer!r}: pass one of 0 to {self.n_layers - 1}.")
-        if not -self.n_layers <= layer < self.n_layers:
-            raise InputError(
-                f"`{self.model}` has no layer {int(layer)}: it has {self.n_layers} layers, "
-                f"so pass one of 0 to {self.n_layers - 1}."
-            )
-        return f"{self.blocks}.{layer % self.n_layers}"
-
-    def _lens(self, hook: str, layer: int, what: str) -> str:
-        """The path of TransformerLens' `hook`. Its processing of the weights (folding, centring) is not ours."""
-        if what == "resid_pre":
-            if layer == 0:
-                raise InputError(
-                    f"`{hook}` is the input of the first block, which is no module's output: "
-                    "name the embedding's module instead."
-                )
-            return self._block(layer - 1)
-        block = self._block(layer)
-        if what == "resid_post":
-            return block
-        children = [path[len(block) + 1 :] for path in self.paths if path.startswith(block + ".")]
-        attention, mlp = (next((c for c in kind if c in children), None) for kind in (_ATTENTION, _MLP))
-        if "post_feedforward_layernorm" in children:  # what is added to the residual stream is normalised first
-            attention, mlp = "post_attention_layernorm", "post_feedforward_layernorm"
-        if attention is None or mlp is None:  # as in BERT, whose `attention` ends with the sum and its norm
-            raise InputError(
-                f"`{hook}` has no counterpart in `{self.model}` ({self.model_type}): "
-                f"name the module that you mean by its path in the model, such as `{self._example()}`."
-            )
-        return f"{block}.{attention if what == 'attn_out' else mlp}"
-
-    def _example(self) -> str:
-        inner = sorted(path for path in self.paths if path.startswith(f"{self.blocks}.0."))
-        return self.name(inner[0] if inner else f"{self.blocks}.0")
-
-
 def pretrained(
-    model: str | Path,
-    hooks: Sequence[int | str],
-    *,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-    **kwargs,
+    found: Survey, hooks: Sequence[int | str], tokenizer: Any, device: torch.device
 ) -> tuple[nn.Module, Any, Layout, frozenset[str]]:
-    """Load the base model `model` up to the last block that `hooks` need, on `device`, with its tokenizer.
+    """Load the base model that was surveyed up to the last block that `hooks` need, on `device`, with its tokenizer.
 
     Returns module, tokenizer, layout and the names of the parameters that the checkpoint did not have. Everything
     that can be checked on the config (the layers, the hook points) is checked before any weight is read.
     """
-    model = checked_name(str(model), kwargs.get("subfolder", ""))
-    device = _device(device)
+    layout = None if found.skeleton is None else found.layout
+    keep = None if layout is None else layout.needed(hooks)
+    tokenizer = found.tokenizer(tokenizer)
+    with found.door():
+        how = found.hub | _dtype_argument(found.dtype) | found.kwargs
+        base, missing = _load(found.model, found.config, found.skeleton, layout, keep, **how)
+        if layout is None:
+            layout = Layout.of(base, found.model)
+        if not any(found.kwargs.get(name) for name in _SPREAD):
+            base = aligned(base.to(device))
+    return base.eval(), tokenizer, layout, missing
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a model by name before any of its weights is read."""
+
+    model: str
+    config: Any
+    skeleton: Any  # the base model without storage for its weights; None where it cannot be built so
+    hub: dict[str, Any]  # where on the hub it is
+    dtype: torch.dtype | str
+    kwargs: dict[str, Any]  # for `from_pretrained`
+
+    @property
+    def layout(self) -> Layout:
+        """Where its blocks are."""
+        return Layout.of(self.skeleton, self.model)
+
+    def again(self) -> Survey:
+        """The same, with a skeleton of its own."""
+        return replace(self, skeleton=_skeleton(self.config, self.hub["trust_remote_code"]))
+
+    @contextmanager
+    def door(self) -> Iterator[None]:
+        """Whatever the libraries that load say on the way is not shown, and an error of theirs becomes a sentence."""
+        with _quiet(), _door(self.model, self.hub["revision"]):
+            yield
+
+    def tokenizer(self, given: Any = None) -> Any:
+        """The tokenizer that is given, loaded or not, or the model's own."""
+        with self.door():
+            return load_tokenizer(self.model, **self.hub) if given is None else load_tokenizer(given)
+
+    def bytes(self, hooks: Sequence[int | str]) -> int:
+        """What the weights that `hooks` need take in memory; 0 where that cannot be told."""
+        if (
+            self.skeleton is None
+            or any(name in self.kwargs for name in PLACED)
+            or hasattr(self.config, "quantization_config")
+        ):
+            return 0  # whoever says where the weights go, or how they are packed, knows
+        keep = self.layout.needed(hooks)
+        last = self.layout.n_layers if keep is None else keep
+        blocks = ((p.numel(), self.layout.layer(name)) for name, p in self.skeleton.named_parameters())
+        dtype = self.config.dtype if self.dtype == "auto" else self.dtype
+        size = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+        return size * sum(numel for numel, block in blocks if block is None or block < last)
+
+    def fetch(self, file: str) -> str | None:
+        """The local path of a file of the model, downloaded if need be; None if it has none of that name."""
+        from transformers.utils import cached_file
+
+        where = {name: value for name, value in self.hub.items() if name != "trust_remote_code"}
+        with _door(self.model, self.hub["revision"]):
+            return cached_file(self.model, file, _raise_exceptions_for_missing_entries=False, **where)
+
+    def part(self, keep: Callable[[str], bool], tensors: dict[str, Tensor]) -> tuple[Any, frozenset[str]]:
+        """The base model with the modules whose paths `keep` names, from `tensors`; and what these lack.
+
+        The library that made the model turns the tensors of the checkpoint into the weights of its modules.
+        """
+        with self.door():
+            found: Any = _parts(type(self.skeleton), self.layout.blocks, keep)
+            base, info = found.from_pretrained(
+                None,
+                config=copy.deepcopy(self.config),
+                state_dict=tensors,
+                output_loading_info=True,
+                **_dtype_argument(self.dtype),
+                **self.kwargs,
+            )
+        return base.eval(), frozenset(info["missing_keys"])
+
+
+def survey(
+    model: str | Path, device: torch.device, *, revision: str | None, dtype: Any, trust_remote_code: bool, **kwargs
+) -> Survey:
+    """Read the config of a hub id or folder, and build what can be built without weights."""
     dtype = _dtype(dtype, device)
+    model = checked_name(str(model), kwargs.get("subfolder", ""))
     hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
     with _quiet(), _door(model, revision):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model, **hub)
-        skeleton = _skeleton(config, trust_remote_code)
-        layout = keep = None
-        if skeleton is not None:
-            layout = Layout.of(skeleton, model)
-            layers = [layout.layer(layout.path(hook)) for hook in hooks]
-            inside = [layer for layer in layers if layer is not None]
-            keep = max(inside) + 1 if inside == layers else None  # a module outside the blocks may come after them
-        tokenizer = load_tokenizer(model, **hub) if tokenizer is None else load_tokenizer(tokenizer)
-        base, missing = _load(model, config, skeleton, layout, keep, **hub, **_dtype_argument(dtype), **kwargs)
-        if layout is None:
-            layout = Layout.of(base, model)
-        if "device_map" not in kwargs:
-            base = base.to(device)
-    return base.eval(), tokenizer, layout, missing
+        return Survey(model, config, _skeleton(config, trust_remote_code), hub, dtype, kwargs)
 
 
 def causal(
@@ -164,7 +141,7 @@ def causal(
 ) -> tuple[Any, Any] | None:
     """The whole causal language model `model`, head and all, with its tokenizer; None if what it is has no head."""
     model = checked_name(str(model), kwargs.get("subfolder", ""))
-    device = _device(device)
+    device = checked_device(device)
     dtype = _dtype(dtype, device)
     hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
     with _quiet(), _door(model, revision):
@@ -187,8 +164,8 @@ def causal(
                 f"`{model}` lacks {len(info['missing_keys'])} weights of its language model "
                 f"(`{sorted(info['missing_keys'])[0]}` for one): download or save it again, with its head."
             )
-        if "device_map" not in kwargs:
-            whole = whole.to(device)
+        if not any(kwargs.get(name) for name in _SPREAD):
+            whole = aligned(whole.to(device))
     return whole.eval(), tokenizer
 
 
@@ -211,7 +188,19 @@ def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: b
             config = copy.deepcopy(model)
             config.dtype = torch.float32
             base = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-        return base.float().eval().to(_device(device))
+        return base.float().eval().to(checked_device(device))
+
+
+def aligned(module: Any) -> Any:
+    """`module` with weights that begin where processors like them to.
+
+    Those mapped from a file begin wherever it has them, and sums of products then differ in their last bits from those
+    of the same weights in another file.
+    """
+    for p in module.parameters():
+        if p.device.type == "cpu" and not hasattr(p, "__tensor_flatten__") and p.data_ptr() % 64:  # or packed
+            p.data = p.data.clone()
+    return module
 
 
 def _skeleton(config, trust_remote_code: bool) -> nn.Module | None:
@@ -260,6 +249,25 @@ def _cut(cls: Any, blocks: str, keep: int) -> type:
     def __init__(self, *args, **kwargs):
         cls.__init__(self, *args, **kwargs)
         del self.get_submodule(blocks)[keep:]
+
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
+def _parts(cls: Any, blocks: str, keep: Callable[[str], bool]) -> type:
+    """`cls` without the parameters of modules whose path `keep` does not name, so that they need no weights."""
+
+    def __init__(self, *args, **kwargs):
+        cls.__init__(self, *args, **kwargs)
+        kept = [blocks, *(path for path, _ in self.named_modules() if keep(path))]
+        gone: list[str] = []
+        for path, module in list(self.named_modules()):
+            if keep(path) or not any(True for _ in module.parameters()) or path.startswith(tuple(gone)):
+                continue
+            if not path or any(f"{name}.".startswith(path + ".") for name in kept):
+                module._parameters.update(dict.fromkeys(module._parameters))  # of its own, and not of its children
+            else:
+                self.set_submodule(path, nn.Identity())
+                gone.append(path + ".")
 
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
@@ -313,7 +321,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
     return found
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def checked_device(device: str | torch.device | None) -> torch.device:
     """`device`, after trying it; without one the fastest there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device is None:
@@ -379,6 +387,8 @@ def _sentence(model: str, revision: str | None, error: BaseException) -> str:
             f"`{model}` is neither a local folder nor in the local cache, and the Hugging Face hub was not reached: "
             "check the name and the network, or pass a local folder."
         )
+    if "requires `accelerate`" in str(error):
+        return "`device_map` needs accelerate: install it with `pip install 'itda[big]'`."
     if "SafetensorError" in kinds:
         return f"The weights of `{model}` are damaged ({_one_line(error)}): download or save them again."
     return (

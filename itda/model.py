@@ -20,6 +20,7 @@ from torch import Tensor
 
 from itda import folder, tables
 from itda.codes import Codes
+from itda.disk import safetensors_chunks
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.pursuit import pursue
@@ -132,7 +133,7 @@ class ITDA:
         if problem:
             raise InputError(f"This ITDA cannot be saved, because {problem[1]}.")
         tensors = {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
-        files = {folder.ATOMS: folder.safetensors_chunks(tensors), folder.LABELS: tables.labels_chunks(self.labels)}
+        files = {folder.ATOMS: safetensors_chunks(tensors), folder.LABELS: tables.labels_chunks(self.labels)}
         if self.sample is not None:
             codes = self.sample.codes
             indices, values, losses = (

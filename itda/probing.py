@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from numpy import ndarray
 
 from itda.errors import InputError
 from itda.hooks import Activations
-from itda.prompts import TokenStream
+from itda.prompts import Row, TokenStream
 from itda.reading import HookedModel
 from itda.systems import System
 
@@ -30,29 +30,26 @@ TOPS = (1, 2, 5)
 LEAST = 4  # texts of each class on either side of the split
 
 
-def labelled(data: Any, column: str = "text", label: str = "label") -> list[dict[str, str]]:
-    """`records` as {text, label}, after a look whether a probe could be fitted at all."""
-    _check_sklearn()
-    return [{"text": text, "label": name} for text, name in zip(*records(data, column, label), strict=True)]
+class Labelled(NamedTuple):
+    """Texts with a label each; made by `labelled`."""
+
+    texts: list[str]
+    labels: list[str]
 
 
-def _check_sklearn() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise InputError("Probing needs scikit-learn: install it with `pip install 'itda[probe]'`.") from error
-
-
-def records(data: Any, column: str = "text", label: str = "label") -> tuple[list[str], list[str]]:
+def labelled(data: Any, column: str = "text", label: str = "label") -> Labelled:
     """Texts and their labels, from a .jsonl or .parquet file or a sequence of mappings.
 
-    Raises `InputError` for other files, and for a record without a text or a label.
+    Raises `InputError` for other files, for a record without a text or a label, for labels of different kinds (1 and
+    "1" may be one class or two), and without scikit-learn.
     """
+    _check_sklearn()
     if isinstance(data, str | os.PathLike):
         data = _read(Path(data), column, label)
     if not isinstance(data, Iterable):
         raise InputError(f"Labelled texts came as {type(data).__name__}; a file, or a list of records, was wanted.")
-    texts, labels = [], []
+    texts: list[str] = []
+    labels: list[Any] = []
     for number, record in enumerate(data):
         text, name = (record.get(key) if isinstance(record, Mapping) else None for key in (column, label))
         if not isinstance(text, str) or name is None:
@@ -60,9 +57,21 @@ def records(data: Any, column: str = "text", label: str = "label") -> tuple[list
                 f"Record {number} (from 0) has no text {column!r} or no label {label!r}: name its columns "
                 "(`--probe-column`, `--probe-label`)."
             )
+        if labels and type(name) is not type(labels[0]):
+            raise InputError(
+                f"Record {number} (from 0) has the label {name!r}, of another type than the first, {labels[0]!r}: "
+                "give all labels in one type, such as text."
+            )
         texts.append(text)
-        labels.append(str(name))
-    return texts, labels
+        labels.append(name)
+    return Labelled(texts, list(map(str, labels)))
+
+
+def _check_sklearn() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise InputError("Probing needs scikit-learn: install it with `pip install 'itda[probe]'`.") from error
 
 
 def _read(path: Path, column: str, label: str) -> Iterable[Mapping[str, Any]]:
@@ -97,36 +106,47 @@ def probe(
 ) -> dict[str, Any]:
     """Accuracies of probes on the codes of `systems` and, beside them, on the activations themselves.
 
-    `data` holds texts with labels (`records`), of which each is read as far as one row reaches. Of every class against
-    the rest, as many texts of either are kept, so that chance is 0.5; `test` of them, drawn with `seed`, is held out.
-    Returns texts, labels, and by system the accuracies by "top 1", "top 2", "top 5" and "all" latents, means over the
-    classes. Raises `InputError` for fewer than two classes or too few texts, and without scikit-learn.
+    `data` holds texts with labels (`labelled`), of which each is read as far as one row reaches; a row that was there
+    already is left out, whatever its label, since none may be on both sides of the split. Of every class against the
+    rest, as many texts of either are kept, so that chance is 0.5; `test` of them, drawn with `seed`, is held out.
+    Returns texts, repeated (how many were left out), labels, and by system the accuracies by "top 1", "top 2", "top 5"
+    and "all" latents, means over the classes. Raises `InputError` for fewer than two classes or too few texts, and as
+    `labelled` does.
     """
-    _check_sklearn()
     if not 0 < test < 1:
         raise InputError(f"`test` is {test!r}; a share of the texts between 0 and 1 was wanted.")
-    texts, names = records(data, column, label)
+    texts, names = data if isinstance(data, Labelled) else labelled(data, column, label)
     if not texts:
         raise InputError("There is no labelled text: give some.")
-    dense, codes, there = _means(model, hook, systems, texts, context_length, special_tokens)
+    stream, repeated = _rows(model, texts, context_length)
+    dense, codes, there = _means(model, hook, systems, stream, len(texts), special_tokens)
     classes, y = np.unique(np.array(names)[there], return_inverse=True)
     tasks = _tasks(y, len(classes), test, seed)
     found = {}
     for name, features in {**codes, "activations": dense}.items():
         scores = [_accuracies(features[rows], y[rows] == c, train, tops) for c, rows, train in tasks]
         found[name] = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
-    about = {"texts": len(y), "labels": classes.tolist(), "train": int(tasks[0][2].sum())}
+    about = {"texts": len(y), "repeated": repeated, "labels": classes.tolist(), "train": int(tasks[0][2].sum())}
     return about | {"test": int((~tasks[0][2]).sum()), "systems": found}
 
 
+def _rows(model: HookedModel, texts: list[str], length: int) -> tuple[TokenStream, int]:
+    """The first row of each text, those left out that were there already; and how many these are."""
+    stream = TokenStream(texts, model.tokenizer, context_length=length, truncate=True)
+    rows = list(stream)
+    first: dict[bytes, Row] = {}
+    for row in rows:
+        first.setdefault(row.ids.tobytes(), row)
+    return stream.of(list(first.values())), len(rows) - len(first)
+
+
 def _means(
-    model: HookedModel, hook: str, systems: Sequence[System], texts: list[str], length: int, special_tokens: bool
+    model: HookedModel, hook: str, systems: Sequence[System], stream: TokenStream, texts: int, special_tokens: bool
 ) -> tuple[Float[ndarray, "texts d"], dict[str, csr_matrix], Int[ndarray, " texts"]]:
-    """Mean activations and mean codes of the texts that have valid tokens, and which texts these are."""
+    """Mean activations and mean codes of those of so many texts that have valid tokens, and which these are."""
     from scipy.sparse import csr_matrix
 
-    stream = TokenStream(texts, model.tokenizer, context_length=length, truncate=True)
-    total, count = np.zeros((len(texts), model.d[hook])), np.zeros(len(texts))
+    total, count = np.zeros((texts, model.d[hook])), np.zeros(texts)
     parts: dict[str, list[tuple[ndarray, ndarray, ndarray]]] = {system.name: [] for system in systems}
     batches: Any = Activations(model, stream, special_tokens=special_tokens, single=True)
     for batch in batches:
@@ -146,7 +166,7 @@ def _means(
     found = {}
     for system in systems:
         values, which, latent = (np.concatenate(columns) for columns in zip(*parts[system.name], strict=True))
-        shape = (len(texts), 2 * len(system.atoms))
+        shape = (texts, 2 * len(system.atoms))
         found[system.name] = csr_matrix((values / count[which], (which, latent)), shape=shape)[there]
     return total[there] / count[there, None], found, there
 
@@ -161,8 +181,8 @@ def _tasks(y: Int[ndarray, " texts"], classes: int, test: float, seed: int) -> l
         held = round(test * n)
         if held < LEAST or n - held < LEAST:
             raise InputError(
-                f"A class has {n} texts to compare, and at least {LEAST} of each were wanted on either side of the "
-                "split: give more labelled texts."
+                f"A class has {n} different texts to compare, and at least {LEAST} of each were wanted on either side "
+                "of the split: give more labelled texts."
             )
         rows = np.concatenate([inside[:n], outside[:n]])
         train = np.concatenate([np.arange(n) >= held] * 2)

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
+from itda import parameters
 from itda.errors import InputError
-from itda.loading import Layout
+from itda.layout import Layout
 from itda.prompts import tokenizer_hash
 
 _SAMPLE = 256  # values per parameter in a fingerprint
@@ -25,7 +26,7 @@ _SAMPLE = 256  # values per parameter in a fingerprint
 class Group(NamedTuple):
     """Rows that go through a model together."""
 
-    index: int  # of all groups of the stream
+    index: int  # type: ignore[assignment]  # of all groups of the stream
     ids: Int[Tensor, "rows length"]
     mask: Int[Tensor, "rows length"]
 
@@ -49,9 +50,10 @@ class HookedModel:
         self.module, self.tokenizer, self.n_layers = module, tokenizer, layout.n_layers
         self._base, self._layout, self._missing = base, layout, missing
         self._is_causal = False  # once it was looked at
+        self._fetched: dict[str, bytes] = {}  # samples of parameters that are not simply there
         self._vocabulary = base.get_input_embeddings().weight.shape[0]
-        weight = next(p for p in base.parameters() if p.is_floating_point())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device = parameters.input_device(base)
+        self.dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
         self._paths: dict[str, Any] = dict.fromkeys(layout.path(hook) for hook in hooks)
         here = {name for name, _ in base.named_modules()}
         for path in self._paths:
@@ -79,10 +81,7 @@ class HookedModel:
                 handle.remove()
         for path in self._paths:
             if path not in found:
-                raise InputError(
-                    f"A forward pass of `{self._layout.model}` never calls `{self._layout.name(path)}`: "
-                    f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
-                )
+                raise self._never_called(path)
         self._paths = {path: self._reading(before[path]) for path in found}
         self.d = {self._layout.name(path): x.shape[-1] for path, x in found.items()}
         self.hook_points = tuple(self.d)
@@ -96,8 +95,12 @@ class HookedModel:
     def _reading(self, ran: frozenset[str]) -> list[str]:
         """The parameters that decide an activation: of the modules that `ran` before it, and of all their blocks."""
         blocks = {self._layout.layer(name) for name in ran} - {None}
-        names = (name for name, _ in self._base.named_parameters())
+        names = parameters.stored(self._base)
         return [n for n in names if n.rpartition(".")[0] in ran or self._layout.layer(n) in blocks]
+
+    def at(self, hooks: Iterable[int | str], tokenizer: Any) -> HookedModel:
+        """The same model, to be read at other hook points."""
+        return HookedModel(self.module, self._base, tokenizer, self._layout, hooks, self._missing)
 
     def canonical(self, hook: int | str) -> str:
         """The name that `hook` (a layer, a path, a TransformerLens name) has here; `InputError` if none has it."""
@@ -109,6 +112,7 @@ class HookedModel:
         if path not in self._paths:
             raise InputError(f"`{hook}` is not read here: pass one of {', '.join(self.hook_points)}.")
         name = self._layout.name(path)
+        method = parameters.quantization(self._base.config)
         return {
             "id": self._layout.model,
             "revision": getattr(self._base.config, "_commit_hash", None),
@@ -119,6 +123,7 @@ class HookedModel:
             "dtype": str(self.dtype).removeprefix("torch."),
             "model_type": self._layout.model_type,
             "tokenizer_hash": self._tokenizer_hash,
+            **({"quantization": method} if method else {}),  # the activations are not those of the checkpoint's weights
         }
 
     @cached_property
@@ -131,14 +136,17 @@ class HookedModel:
         Whole blocks count, and nothing after them; so it is one for a model cut or whole, with its head or without,
         in float32 or in the half precision of its checkpoint. (A float32 checkpoint read in float16 is rounded.)
         """
-        digest = hashlib.sha256()
-        parameters = dict(self._base.named_parameters())
-        for name in sorted(self._paths[path]):
-            values = parameters[name].detach()
-            sample = values.reshape(-1)[:: max(1, -(-values.numel() // _SAMPLE))].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(values.shape)} ".encode())
-            digest.update(sample.contiguous().view(torch.int16).numpy().astype("<i2").tobytes())
-        return digest.hexdigest()
+        return fingerprint({name: self._sample(name) for name in self._paths[path]})
+
+    def _sample(self, name: str) -> bytes:
+        """`sample_of` a parameter, kept where its values have to be fetched from disk, or unpacked."""
+        sample = self._fetched.get(name)
+        if sample is None:
+            with parameters.present(self._base, name) as values:
+                sample = sample_of(name, values)
+            if not parameters.is_there(self._base, name):
+                self._fetched[name] = sample
+        return sample
 
     @property
     def max_length(self) -> int | None:
@@ -183,9 +191,16 @@ class HookedModel:
     @property
     def predicts(self) -> bool:
         """Whether this is a language model with its head, so that it has `logits`."""
-        with suppress(InputError):
+        return self.no_logits is None
+
+    @property
+    def no_logits(self) -> str | None:
+        """Why it is no language model with its head, in a few words; None where it is."""
+        try:
             self._check_causal()
-        return self._is_causal
+        except InputError as error:
+            return str(error).rpartition(": ")[0]
+        return None
 
     def _check_causal(self) -> None:
         """Once: that there is a head, and that no token knows what comes after it."""
@@ -215,9 +230,9 @@ class HookedModel:
             if path in reached or threading.get_ident() != mine:  # when called again, the first output counts
                 return None
             reached.add(path)
-            x = _rows_of(output, *ids.shape)
+            x = rows_of(output, *ids.shape)
             assert x is not None, "a hook point was tried when the model was loaded"
-            return _with_rows(output, replace[path](x))
+            return with_rows(output, replace[path](x))
 
         with self._hooked(replace, replacer):
             out = self.module(
@@ -250,20 +265,29 @@ class HookedModel:
         def reader(path: str, output: Any) -> None:
             if path in found or threading.get_ident() != mine:  # when called again, the first output counts
                 return
-            x = _rows_of(output, *ids.shape)
+            x = rows_of(output, *ids.shape)
             if x is None:
-                raise InputError(
-                    f"The output of `{self._layout.name(path)}` is not one vector per token: "
-                    f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
-                )
+                raise self._no_vectors(path)
             last = len(found) + 1 == len(self._paths)
             found[path] = x if last else x.clone()  # later modules may write into it
             if last:
-                raise _Stop
+                raise Stop
 
-        with self._hooked(self._paths, reader), suppress(_Stop):
+        with self._hooked(self._paths, reader), suppress(Stop):
             self._base(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self._taken_by(self._base))
         return found
+
+    def _never_called(self, path: str) -> InputError:
+        return InputError(
+            f"A forward pass of `{self._layout.model}` never calls `{self._layout.name(path)}`: "
+            f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
+        )
+
+    def _no_vectors(self, path: str) -> InputError:
+        return InputError(
+            f"The output of `{self._layout.name(path)}` is not one vector per token: "
+            f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
+        )
 
     @contextmanager
     def _hooked(self, paths: Iterable[str], function: Callable[[str, Any], Any]) -> Iterator[None]:
@@ -293,11 +317,26 @@ class HookedModel:
         return {name: False for name in options if takes_any or name in taken}
 
 
-class _Stop(BaseException):
+def sample_of(name: str, values: Tensor) -> bytes:
+    """What a parameter adds to a fingerprint."""
+    values = values.detach()
+    sample = values.reshape(-1)[:: max(1, -(-values.numel() // _SAMPLE))].to("cpu", torch.bfloat16)
+    return (
+        f"{name} {tuple(values.shape)} ".encode()
+        + sample.contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
+    )
+
+
+def fingerprint(samples: Mapping[str, bytes]) -> str:
+    """The sha256 of parameters by their samples, in the order of their names."""
+    return hashlib.sha256(b"".join(samples[name] for name in sorted(samples))).hexdigest()
+
+
+class Stop(BaseException):
     """Ends a forward pass; no `except Exception` in a model's code may catch it."""
 
 
-def _rows_of(output: Any, rows: int, length: int) -> Tensor | None:
+def rows_of(output: Any, rows: int, length: int) -> Tensor | None:
     """A module's output as (rows, length, d), None if it is something else.
 
     Blocks return a tensor or, in transformers 4, a tuple; a bare `output[0]` would be the first row of the former.
@@ -311,11 +350,11 @@ def _rows_of(output: Any, rows: int, length: int) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == (rows, length) else None
 
 
-def _with_rows(output: Any, x: Tensor) -> Any:
-    """A module's `output` with `x` (rows, length, d) in place of what `_rows_of` finds in it."""
+def with_rows(output: Any, x: Tensor) -> Any:
+    """A module's `output` with `x` (rows, length, d) in place of what `rows_of` finds in it."""
     if isinstance(output, Mapping):
         first = next(iter(output))
-        return type(output)(**{**output, first: _with_rows(output[first], x)})
+        return type(output)(**{**output, first: with_rows(output[first], x)})
     if isinstance(output, tuple | list):
-        return type(output)([_with_rows(output[0], x), *output[1:]])
+        return type(output)([with_rows(output[0], x), *output[1:]])
     return x.flatten(0, 1) if output.ndim == 2 else x

@@ -24,6 +24,7 @@ from itda.labels import Batch, Labels
 from itda.model import ITDA
 from itda.progress import Step
 from itda.pursuit import METHODS, as_tensor, normalize, pursue, too_large
+from itda.pursuit.gram import free_bytes
 
 CHUNK = 8192  # tokens between two updates of the atoms
 ROUNDS = 4  # of pruning
@@ -51,7 +52,7 @@ def select(
 
     Raises `InputError` for more atoms than there are.
     """
-    x = _checked(candidates, x)
+    x = _checked(candidates, x, labels)
     check_whole("n_atoms", n_atoms, 1)
     check_whole("rounds", rounds, 1)
     if n_atoms > len(candidates):
@@ -113,11 +114,12 @@ def refine(
 
     Returns a dictionary with the same labels, `norms` and `losses`; `moved` is the cosine of each atom with the
     activation of its label, and `cfg["refined"]` says what was done. Raises `InputError` for a dictionary that has been
-    refined already (its atoms are the labels' no more, so how far they moved would not be known), and where the
-    products of codes, n_atoms x n_atoms, would not fit into memory.
+    refined already (its atoms are the labels' no more, so how far they moved would not be known), and as `check_room`
+    does.
     """
-    x = _checked(model, x)
+    x = _checked(model, x, labels)
     check_whole("passes", passes, 1)
+    check_whole("seed", seed, 0)
     if model.moved is not None:
         raise InputError(f"{model!r} is refined already: refine what it was made from, with more `passes`.")
     k, how = model.k if k is None else k, _how(model)
@@ -125,6 +127,7 @@ def refine(
         how["method"] = method
     if how["method"] not in METHODS:
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+    check_room(len(model))
     sums = _Sums(model.atoms)
     atoms, began, done = model.atoms.clone(), time.monotonic(), 0
     for number in range(passes):
@@ -140,20 +143,26 @@ def refine(
     return _sampled(replace(model, atoms=atoms, moved=moved, cfg=model.cfg | {"refined": said}), x, labels)
 
 
+def check_room(n_atoms: int, beside: float = 0.0) -> None:
+    """Raise `InputError` where the products of codes, n_atoms x n_atoms, do not fit into memory `beside` so many bytes.
+
+    Call it before a long building, so that what is built can be refined.
+    """
+    need, free = 4.0 * n_atoms * (n_atoms + CHUNK), free_bytes(torch.device("cpu"))  # and the codes of a chunk
+    if need + beside > 0.9 * free:
+        raise InputError(
+            f"Refining {n_atoms:,} atoms needs {need / 1e9:.1f} GB for the products of their codes, and "
+            f"{max(0.0, free - beside) / 1e9:.1f} GB are free: refine fewer (`--n-atoms`, `--max-atoms`)."
+        )
+
+
 class _Sums:
     """Sums over the codes c and the activations x of all tokens so far: of c c^T (n, n) and of c x^T (n, d)."""
 
     BLOCK = 64  # atoms that move together
 
     def __init__(self, atoms: Float[Tensor, "n_atoms d"]) -> None:
-        n = len(atoms)
-        try:
-            self.products = torch.zeros(n, n)
-        except RuntimeError as error:
-            raise InputError(
-                f"Refining {n:,} atoms needs {4e-9 * n * n:.1f} GB for the products of their codes, more than is free: "
-                "refine fewer atoms."
-            ) from error
+        self.products = torch.zeros(len(atoms), len(atoms))
         self.targets, self.updates = torch.zeros_like(atoms), 0
 
     def add(self, x: Float[Tensor, "tokens d"], codes: Codes) -> None:
@@ -191,12 +200,14 @@ def _how(model: ITDA) -> dict[str, Any]:
     return {"method": model.cfg.get("method", "mp"), "nonneg": bool(model.cfg.get("nonneg", False))}
 
 
-def _checked(model: ITDA, activations: Any) -> Tensor:
+def _checked(model: ITDA, activations: Any, labels: Labels | None) -> Tensor:
     """The activations as float32 (tokens, d), less the dictionary's mean, on the CPU."""
     x = as_tensor(activations)
     if x is None or x.ndim != 2 or x.shape[1] != model.d:
         shape = tuple(getattr(activations, "shape", ())) or type(activations).__name__
         raise InputError(f"`x` is {shape}; activations (tokens, {model.d}) of floating point were wanted.")
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"`labels` has {len(labels):,} entries and `x` {len(x):,} activations: give one for each.")
     if not len(x) or not len(model):
         raise InputError("There is nothing to improve on: give activations, and a dictionary with atoms.")
     if (where := too_large(x)) is not None:

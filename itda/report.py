@@ -242,7 +242,8 @@ def load(dictionary: ITDA | str | os.PathLike) -> ITDA:
     if isinstance(dictionary, ITDA):
         return dictionary.to("cpu")
     path = Path(dictionary)
-    inside = sorted(child.name for child in path.glob("*") if (child / folder.MANIFEST).is_file())
+    children = sorted(path.glob("*")) if os.path.isdir(path) else []
+    inside = [child.name for child in children if (child / folder.MANIFEST).is_file()]
     if inside and not (path / folder.MANIFEST).exists():
         raise InputError(f"{path} holds the ITDAs {', '.join(inside)}: give the folder of one, {path / inside[0]}.")
     return ITDA.from_pretrained(dictionary)
@@ -316,11 +317,13 @@ def hooked_for(
         raise InputError(f"The model of this ITDA cannot be loaded ({str(error).rstrip('.')}): {advice}.") from error
     hook = hooked.hook_points[0]
     now = hooked.provenance(hook)
-    named = {"fingerprint": "weights", "tokenizer_hash": "tokenizer", "d": "width d"}
+    named = {"fingerprint": "weights", "quantization": "quantisation", "tokenizer_hash": "tokenizer", "d": "width d"}
+    if was.get("remote"):
+        del named["fingerprint"]  # of which nothing was known
     differ = [
-        f"{what} ({short(was.get(key))}, not {short(now[key])})"
+        f"{what} ({short(was.get(key))}, not {short(now.get(key))})"
         for key, what in named.items()
-        if was.get(key) != now[key]
+        if was.get(key) != now.get(key)
     ]
     if differ and (not force or was.get("d") != now["d"]):
         raise InputError(

@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from itda import folder
+from itda import folder, states
 from itda.build import PAPER, build
-from itda.errors import InputError, check_whole
+from itda.builder import Builder
+from itda.caches import is_stored
+from itda.disk import STATES, locked
+from itda.errors import InputError
 from itda.hooks import activations
-from itda.labels import Batch, Labels
+from itda.improving import Improvement
 from itda.model import ITDA
 from itda.progress import Progress, Step, reporter
-from itda.pursuit.gram import free_bytes
-from itda.refine import refine as refine_atoms
-from itda.refine import select as select_atoms
 from itda.report import finite
+from itda.streaming import StreamedModel
+from itda.workers import workers_of
 
 # What the published code does. Its threshold, 4e-4, is the default of the cosine loss.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "padding": True,
     }
 }
+# What loading a model takes, of the settings.
+LOADING = ("tokenizer", "dtype", "device", "revision", "trust_remote_code", "backend", "remote", "device_map")
 REFINE_TOKENS = 200_000
 DEFAULTS: dict[str, Any] = {"loss": "relative", "admission": "sequential", "batch_rows": 32}
 
@@ -107,12 +109,19 @@ def train(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    backend: str = "hooks",
+    remote: bool | str = False,
+    device_map: Any = None,
     chunk_size: int = 4096,
     candidates: int = 1,
     refine: int = 0,
     refine_tokens: int = REFINE_TOKENS,
     checkpoint_seconds: float = 30.0,
     overwrite: bool = False,
+    workers: int | None = None,
+    ray: bool | str = False,
+    stream_layers: bool | None = None,
+    state_gb: float | None = None,
     progress: bool | Callable[[Progress | None], None] = False,
     stop: Callable[[], bool] = bool,
 ) -> list[Trained]:
@@ -126,10 +135,15 @@ def train(
     (`itda.refine.refine`). Both are done on the first `refine_tokens` tokens, which are read again and held in memory;
     `progress` then is also called with a `Step`.
 
+    With `workers` or `ray`, so many processes on this machine, or on those of the Ray cluster at that address, read the
+    model together (`itda.workers`), and the dictionary is the same. With `stream_layers` (None: where the model does
+    not fit into memory) its blocks come into memory one after another; the states between two of them lie in `out`, so
+    that an interrupted training goes on after the last block that was finished.
+
     Raises `InputError` for what cannot be read, built or saved, a folder that is not ours, a dictionary that is there
     already unless `overwrite`, and `Interrupted` when `stop` said so.
     """
-    _check_improvements(n_atoms, candidates, refine, refine_tokens)
+    improvement = Improvement(n_atoms, candidates, refine, refine_tokens)
     chosen = _preset(
         preset, dict(loss=loss, admission=admission, batch_rows=batch_rows), truncate, special_tokens, padding
     )
@@ -138,29 +152,31 @@ def train(
     )
     read |= dict(config=config, data_revision=data_revision, tokenizer=tokenizer, dtype=dtype, device=device)
     read |= {name: chosen.pop(name) for name in ("batch_rows", "truncate", "special_tokens", "padding")}
+    read |= dict(revision=revision, trust_remote_code=trust_remote_code, backend=backend, remote=remote)
+    read |= {} if device_map is None else {"device_map": device_map}
     grow: dict[str, Any] = dict(
-        k=k,
-        threshold=threshold,
-        n_atoms=n_atoms * candidates if candidates > 1 and n_atoms else n_atoms,
-        center=center,
-        max_atoms=max_atoms,
-        chunk_size=chunk_size,
+        k=k, threshold=threshold, n_atoms=n_atoms, center=center, max_atoms=max_atoms, chunk_size=chunk_size
     )
+    Builder(**grow, **chosen, total=n_atoms)  # bad settings are refused as they were given, before anything is loaded
     began = time.monotonic()
-    single = _is_one(layer) and _is_one(hook)
+    single = _is_single(layer, hook, data)
     shown = Path(out)
     out = _checked_out(out, single, overwrite)
-    if read["truncate"] and str(data).lower().endswith(".txt"):
-        raise InputError(
-            f"`truncate` keeps the first row of each document, and {data} is one document: give a .jsonl, a .parquet "
-            "or a folder of files, or leave out `truncate` (which preset 'paper' sets)."
-        )
-    stream = activations(model, data, tokens=tokens, revision=revision, trust_remote_code=trust_remote_code, **read)
-    folders = {"": out} if single else {name: out / name for name in stream.hook_points}
+    _check_documents(data, read["truncate"])
     watch = _Watch(progress)
-    with ExitStack() as locks:
+    with ExitStack() as held:
+        if not is_stored(data):
+            read |= dict(stream_layers=stream_layers, state_gb=state_gb, state_dir=out / STATES)
+        if workers is not None or ray:
+            model, read = _by_workers(held, model, read, workers, ray)
+        stream = activations(model, data, tokens=tokens, **read)
+        reader = getattr(stream, "model", None)
+        if isinstance(reader, StreamedModel):
+            reader.stop, reader.report = stop, watch.step
+        grow["n_atoms"] = improvement.wish(stream, max_atoms, tokens)
+        folders = {"": out} if single else {name: out / name for name in stream.hook_points}
         for target in folders.values():
-            locks.enter_context(_locked(target))
+            held.enter_context(locked(target, "training into"))
         _check_targets(folders, overwrite)
         try:
             built = build(
@@ -174,9 +190,7 @@ def train(
                 stop=stop,
             )
             models = {"": built} if isinstance(built, ITDA) else built
-            if refine or candidates > 1:
-                keep = n_atoms if candidates > 1 else None
-                models = _improved(models, stream, keep, refine, refine_tokens, watch, stop)
+            models = improvement.of(models, stream, watch.step, stop)
         except KeyboardInterrupt:
             raise Interrupted(min(map(_kept, folders.values()))) from None
         finally:
@@ -186,63 +200,30 @@ def train(
         # Only now: a run that is killed between two saves goes on from its checkpoints.
         for target in folders.values():
             (target / folder.CHECKPOINT).unlink(missing_ok=True)
+        states.remove(out / STATES)
     return [_trained(models[name], shown / name, watch, began) for name in folders]
 
 
-def _check_improvements(n_atoms: int | None, candidates: int, refine: int, refine_tokens: int) -> None:
-    given = (("candidates", candidates, 1), ("refine", refine, 0), ("refine_tokens", refine_tokens, 1))
-    for name, value, least in given:
-        check_whole(name, value, least)
-    if candidates > 1 and n_atoms is not None:
-        check_whole("n_atoms", n_atoms, 1)
-    if candidates > 1 and n_atoms is None:
-        raise InputError(f"`candidates` is {candidates}, times as many as `n_atoms`: give that too (`--n-atoms`).")
+def _by_workers(held: ExitStack, model: Any, read: dict, workers: int | None, ray: bool | str) -> tuple[Any, dict]:
+    """Workers in place of `model` until `held` is left, and what there is to say besides of how to read."""
+    if read.get("stream_layers"):
+        raise InputError("A model that is streamed is read by one process: leave out workers or streaming.")
+    hooks = read["hook"] if read["layer"] is None else read["layer"]
+    if hooks is None:
+        return model, read  # which is refused
+    own = {name: value for name, value in read.items() if name in LOADING}
+    hooks = [hooks] if isinstance(hooks, str) or not isinstance(hooks, Iterable) else list(hooks)
+    found = held.enter_context(workers_of(model, hooks, workers=workers, ray=ray, **own))
+    said = (*own, "stream_layers", "state_gb", "state_dir")
+    return found, {name: value for name, value in read.items() if name not in said}
 
 
-def _improved(
-    models: dict[str, ITDA],
-    stream: Any,
-    keep: int | None,
-    passes: int,
-    tokens: int,
-    watch: _Watch,
-    stop: Callable[[], bool],
-) -> dict[str, ITDA]:
-    """The dictionaries with `keep` of their atoms, moved in so many passes, to fit the first `tokens` tokens.
-
-    These are read once more.
-    """
-
-    def report(step: Step | None) -> None:
-        watch.step(step)
-        if stop():
-            raise KeyboardInterrupt
-
-    tokens = min([tokens, *(int(model.cfg["tokens"]) for model in models.values())])  # nothing that was not judged
-    d = sum(model.d for model in models.values())
-    if (need := 4.0 * d * tokens) > 0.5 * free_bytes(torch.device("cpu")):
+def _check_documents(data: Any, truncate: bool) -> None:
+    if truncate and str(data).lower().endswith(".txt"):
         raise InputError(
-            f"Refining on {tokens:,} tokens holds {need / 1e9:.1f} GB of activations, more than half of what is free: "
-            "choose fewer `refine_tokens` (`--refine-tokens`)."
+            f"`truncate` keeps the first row of each document, and {data} is one document: give a .jsonl, a .parquet "
+            "or a folder of files, or leave out `truncate` (which preset 'paper' sets)."
         )
-    parts: dict[str, list[Batch]] = {name: [] for name in models}
-    count, began = 0, time.monotonic()
-    for item in stream:
-        batches = {"": item} if isinstance(item, Batch) else item
-        size = min(len(next(iter(batches.values())).labels), tokens - count)
-        for name, (x, labels) in batches.items():
-            parts[name].append(Batch(x[:size].float().cpu(), labels[:size]))
-        count += size
-        report(Step("reading again", count, tokens, time.monotonic() - began))
-        if count == tokens:
-            break
-    found = {}
-    for name, model in models.items():
-        x, labels = torch.cat([part.activations for part in parts[name]]), [part.labels for part in parts.pop(name)]
-        how: dict[str, Any] = dict(labels=Labels.concat(labels), progress=report)
-        model = select_atoms(model, x, min(keep, len(model)), **how) if keep else model
-        found[name] = refine_atoms(model, x, passes=passes, **how) if passes else model
-    return found
 
 
 def _preset(name: str | None, given: dict[str, Any], truncate: bool, special_tokens: bool, padding: bool) -> dict:
@@ -258,8 +239,11 @@ def _preset(name: str | None, given: dict[str, Any], truncate: bool, special_tok
     )
 
 
-def _is_one(given: Any) -> bool:
-    return isinstance(given, str) or not isinstance(given, Iterable)
+def _is_single(layer: Any, hook: Any, data: Any) -> bool:
+    """Whether one dictionary is to be built; of activations on disk all that are there, unless some are chosen."""
+    if layer is None and hook is None and is_stored(data):
+        return activations(None, data).single
+    return all(isinstance(given, str) or not isinstance(given, Iterable) for given in (layer, hook))
 
 
 def _checked_out(out: str | os.PathLike, single: bool, overwrite: bool) -> Path:
@@ -288,37 +272,6 @@ def _check_targets(folders: dict[str, Path], overwrite: bool) -> None:
             f"{finished[0]} holds a finished ITDA already: choose another folder, or replace it with `overwrite` "
             "(`--overwrite`)."
         )
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Make the folder, and keep another process from training into it meanwhile, where the system can do that.
-
-    It is the folder itself that is locked, so nothing is left behind; a folder that was made and not used goes again.
-    """
-    new = not target.is_dir()
-    target.mkdir(parents=True, exist_ok=True)
-    descriptor = None
-    try:
-        with suppress(ImportError):  # Windows
-            import fcntl
-
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"Another process is training into {target}: wait for it to end, or choose another folder."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if new:
-            with suppress(OSError):
-                target.rmdir()
 
 
 class _Watch:

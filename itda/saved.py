@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -152,14 +152,22 @@ def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[nda
     rows = TokenStream(data, tokenizer, revision=stream.get("revision"), **settings)
     special = any(cfg.get("special_tokens") for cfg in cfgs)
     tokens = max(int(cfg.get("tokens") or 1 << 60) for cfg in cfgs)  # all if they do not say
-    found, ends = valid_tokens(_same_rows(rows, stream["hash"], one.cfg.get("batch_rows") or 1, tokens), None, special)
+    most = int(stream.get("tokens") or tokens)  # where one was full before others of its training
+    found, ends = valid_tokens(_same_rows(rows, stream["hash"], one.cfg.get("batch_rows") or 1, most), None, special)
     return found[:tokens], ends[:tokens]
 
 
 def _same_rows(rows: Iterable[Row], until: str, group: int, tokens: int) -> Iterator[Row]:
-    """`rows` until their hash is `until`, after one of their groups of so many or at the end.
+    """The rows of `read_until`; raises `InputError` if their hash is never met."""
+    if not (yield from read_until(rows, until, group, tokens)):
+        raise InputError("The text is not the one that this dictionary was built on: give that, unchanged.")
 
-    Raises `InputError` if it never is; no more is read once there are more than the `tokens` that were read.
+
+def read_until(rows: Iterable[Row], until: str, group: int, tokens: int) -> Generator[Row, None, bool]:
+    """`rows` until their hash is `until`, which is what a dictionary with that hash has read; returns whether it is.
+
+    Hashes are taken after a group of so many rows or at the end of the text. In other text it is never met, and no more
+    is read once there are more than the `tokens` that were read.
     """
     so_far, count = StreamHash(), 0
     for number, row in enumerate(rows, 1):
@@ -168,8 +176,7 @@ def _same_rows(rows: Iterable[Row], until: str, group: int, tokens: int) -> Iter
         count += int(valid(row).sum())
         if so_far.hexdigest() == until or (number % group == 0 and count > tokens):
             break
-    if so_far.hexdigest() != until:
-        raise InputError("The text is not the one that this dictionary was built on: give that, unchanged.")
+    return so_far.hexdigest() == until
 
 
 def _on_text(names, sides, streams: dict[str, tuple[Labels, ndarray]], align: bool | None) -> Sides:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import itda
-from itda import cli, runs, terminal
+from itda import cli, disk, runs, terminal
 from itda.labels import Batch, Labels
 from tests import models
 
@@ -322,7 +322,7 @@ def test_a_finished_dictionary_is_not_overwritten(capfd, trained, tmp_path):
 
 
 def test_two_trainings_into_one_folder(capfd, tmp_path):
-    with runs._locked(tmp_path / "out"):
+    with disk.locked(tmp_path / "out", "training into"):
         assert "Another process" in fails(capfd, "train", "model", "text.txt", *SMALL, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -12,7 +12,7 @@ from itda import cli, heldout, hooks, metrics
 from itda.errors import InputError
 from itda.evaluate import cross_entropy, evaluate, measure
 from itda.labels import Labels
-from itda.prompts import TokenStream
+from itda.prompts import Row, TokenStream
 from itda.splice import Spliced
 from itda.systems import System
 from tests import models
@@ -184,6 +184,8 @@ def test_documents_that_were_read_are_left_out(home, monkeypatch):
     assert not {row.document for row in halves.held} & {row.document for row in halves.pool}
     assert halves.about["random_tokens_from"] == "other documents of this text"
     assert "not there to compare with" in halves.about["by"]
+    bare = split("renamed", home / "new.jsonl")
+    assert bare.about["by"].startswith("nothing; what the dictionary was built on was not there")
     with pytest.raises(InputError, match="All documents of this text were read"):
         evaluate(home / "all", home / "train.jsonl", **QUICK)
     inside = split("all", home / "train.jsonl", in_sample=True)
@@ -201,6 +203,76 @@ def test_one_long_document_is_measured_after_what_was_read(home):
     gone = replace(d, cfg=d.cfg | {"stream": d.cfg["stream"] | {"data": "gone.txt"}})
     result = evaluate(gone, home / "new.txt", tokens=200, ce_tokens=0, controls=["random tokens"])
     assert result.held_out["by"].startswith("halves of the one document; ")
+
+
+def test_a_text_of_one_document_is_read_whole(home):
+    settings = dict(layer=2, k=6, threshold=0.4, context_length=LENGTH, batch_rows=2, truncate=True)
+    itda.train(home / "model", home / "train.jsonl", home / "d-first", **settings)
+    (home / "other.txt").write_text(" ".join(text.upper() for text in TEXTS), encoding="utf-8")
+    result = evaluate(home / "d-first", home / "other.txt", tokens=500, ce_tokens=0, controls=["gaussian"])
+    assert result.tokens == 500 and result.settings["text"]["truncate"] is False
+    one = evaluate(home / "d-first", home / "other.txt", truncate=True, **QUICK)
+    assert one.tokens == LENGTH - 1 and one.settings["text"]["truncate"] is True
+    longer = evaluate(home / "d-first", [" ".join([TEXTS[3], *TEXTS[:20]])], **QUICK)  # its first row was read
+    assert longer.held_out["by"] == "rows after those read, of one document" and longer.tokens == 300
+    several = evaluate(home / "d-first", home / "new.jsonl", **{**QUICK, "tokens": 500})
+    assert several.settings["text"]["truncate"] is True and several.tokens <= 9 * (LENGTH - 1)
+    every = {json.loads(line)["text"] for line in (home / "new.jsonl").read_text().splitlines()}
+    (home / "own.txt").write_text(text := " ".join(every), encoding="utf-8")
+    stream = itda.activations(str(home / "model"), home / "own.txt", layer=2, context_length=LENGTH, truncate=True)
+    result = evaluate(itda.build(stream, k=4, threshold=0.2), home / "own.txt", **QUICK)
+    assert result.held_out["by"] == "rows after those read, of one document" and result.tokens == 300
+    assert itda.activations(str(home / "model"), [text], layer=2, context_length=LENGTH).count_tokens() > 320
+
+
+def test_what_was_read_is_known_where_another_dictionary_was_full_later(home):
+    settings = dict(layer=[0, 2], k=6, threshold=0.3, context_length=LENGTH, batch_rows=2, max_atoms=30)
+    itda.train(home / "model", home / "train.jsonl", home / "both", **settings)
+    read = []
+    for layer in (0, 2):
+        d = itda.ITDA.load(home / "both" / f"transformer.h.{layer}")
+        read.append(d.cfg["tokens"])
+        result = evaluate(d, home / "train.jsonl", **QUICK)
+        assert result.held_out["read_in_training"] and result.held_out["by"] == "document"
+    assert read[0] != read[1]
+
+
+def lines(documents, tokens=10):
+    """Rows of `tokens` valid tokens, one for each number, which is that of its document."""
+    for prompt, document in enumerate(documents):
+        ids = np.array([prompt // 256, prompt % 256, *range(tokens - 2)])
+        yield Row(prompt, document, ids, ids, ids, np.zeros(tokens, bool), "", 0)
+
+
+def test_no_more_is_held_than_is_measured(monkeypatch):
+    monkeypatch.setattr(heldout, "ENDLESS", 200)
+    taken = []
+
+    def unread(documents, known=lambda row: False, seen=(0,)):
+        taken.clear()
+        rows = (taken.append(row) or row for row in lines(documents))
+        return heldout._unread(rows, known, set(seen), 100, special_tokens=True)[1:]
+
+    def prompts(rows):
+        return [row.prompt for row in rows]
+
+    new, after = unread([0] * 5000)  # no other document comes
+    assert not new and prompts(after) == list(range(10)) and len(taken) == 201
+    new, after = unread([0] * 50 + [1] * 5000)  # what is left of a document does not count as held out
+    assert prompts(new) == list(range(50, 60)) and len(after) == 10 and len(taken) == 60
+    new, after = unread([0] * 50 + [1, 0, 2] * 30)
+    assert {row.document for row in new} == {1, 2} and len(new) == 10
+
+    def known(row):
+        return row.prompt % 7 == 0 and row.prompt < 4000
+
+    new, after = unread([row // 5 for row in range(8000)], known, seen=())
+    held = {row.document for row in new}
+    assert len(new) == 10 and not held & {prompt // 5 for prompt in range(0, 4000, 7)}
+    new, after = unread([row // 2000 for row in range(8000)], known, seen=())
+    assert {row.document for row in new} == {2} and prompts(new) == list(range(4000, 4010))
+    new, after = unread([0] * 8000, known, seen=())  # the row after the last known one may have been read in part
+    assert not new and prompts(after) == list(range(3999, 4009))
 
 
 def test_controls_are_what_they_say(home):
@@ -260,7 +332,49 @@ def test_names_in_the_table_are_told_apart_and_other_places_refused(home):
 def test_an_encoder_has_no_cross_entropy(home):
     result = evaluate(home / "d-bert", home / "new.jsonl", tokens=200, ce_tokens=100, controls=["gaussian"])
     assert result.clean is None and result.ce is None and 0 < result.fvu < 2
-    assert "CE score" not in str(result)
+    assert "CE score" not in str(result) and "no cross-entropy: " in str(result)
+    reason = "is read without a language modelling head, so it predicts nothing"
+    assert result.to_json()["no_ce"].endswith(reason) and reason in " ".join(str(result).split())
+
+
+def test_it_says_why_there_is_no_cross_entropy(home, monkeypatch):
+    result = evaluate(home / "d", home / "new.jsonl", **QUICK)
+    assert result.to_json()["no_ce"] == "it was asked for on 0 tokens (`ce_tokens`)"
+    assert "no cross-entropy: it was asked for on 0 tokens" in str(result)
+    measured = evaluate(home / "d", home / "new.jsonl", **{**QUICK, "ce_tokens": 50})
+    assert measured.no_ce is None and "no cross-entropy" not in str(measured)
+    model = hooks.language_model(home / "model", hooks=2)
+    sees = model.module.forward
+
+    def forward(input_ids, **settings):  # as an encoder with a head does: it sees the row from its end
+        return sees(input_ids=input_ids.flip(1), **settings)
+
+    monkeypatch.setattr(model.module, "forward", forward)
+    result = evaluate(home / "d", home / "new.jsonl", **{**QUICK, "ce_tokens": 50}, model=model)
+    assert result.no_ce.endswith("sees the tokens that it is to predict (it is an encoder)") and result.clean is None
+
+
+def test_the_settings_are_said(home, tmp_path):
+    d, versions = itda.ITDA.load(home / "d"), {"itda": itda.__version__, "torch": torch.__version__}
+    plain = evaluate(d, home / "new.jsonl", **QUICK).to_json()["settings"]
+    given = dict(
+        k=3, method="omp", seed=5, special_tokens=True, force=True, tokens=200, ce_tokens=0, controls=["gaussian"]
+    )
+    result = evaluate(d, home / "new.jsonl", **given)
+    result.save(tmp_path)
+    found = json.loads((tmp_path / "eval.json").read_text())["settings"]
+    assert {name: found[name] for name in given} == given and found["nonneg"] is False and found["in_sample"] is False
+    assert {"k": 6, "method": "mp", "seed": 0, "special_tokens": False, "controls": []}.items() <= plain.items()
+    assert versions.items() <= found["versions"].items() and found["dictionary"]["itda_version"] == itda.__version__
+    assert found["model"].items() >= d.cfg["model"].items() and found["model"]["device"] == "cpu"
+    assert (found["text"]["context_length"], found["text"]["data"]) == (LENGTH, str(home / "new.jsonl"))
+    for part in ("dictionary", "model"):
+        assert found[part] == plain[part]
+    assert found["text"]["hash"] != plain["text"]["hash"]  # of fewer rows
+    turned = replace(d, atoms=d.atoms.flip(1))
+    assert (
+        evaluate(turned, home / "new.jsonl", **QUICK).settings["dictionary"]["sha256"] != found["dictionary"]["sha256"]
+    )
 
 
 def test_intervals_are_over_documents():

@@ -3,7 +3,6 @@
 import base64
 import errno
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -24,12 +23,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from itda import folder, tables
+from itda import disk, folder, tables
 from itda.codes import Codes
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.model import ITDA, Sample
 from itda.pursuit import normalize
+from tests.machine import Killed, Machine
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 ALL = (folder.MANIFEST, folder.ATOMS, folder.LABELS, folder.SAMPLE)
@@ -164,10 +164,10 @@ def test_safetensors_bytes_are_those_of_the_library():
         "h": torch.ones(3, dtype=torch.bfloat16), "t": torch.randn(3, 4).t(), "f": torch.tensor([True]),
     }  # fmt: skip
     for some in ({}, golden_tensors(), {k: v.contiguous() for k, v in tensors.items()}):
-        assert b"".join(map(bytes, folder.safetensors_chunks(some, {"a": "1"}))) == safetensors.torch.save(
+        assert b"".join(map(bytes, disk.safetensors_chunks(some, {"a": "1"}))) == safetensors.torch.save(
             some, {"a": "1"}
         )
-    back = safetensors.torch.load(b"".join(map(bytes, folder.safetensors_chunks(tensors))))
+    back = safetensors.torch.load(b"".join(map(bytes, disk.safetensors_chunks(tensors))))
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
@@ -498,7 +498,7 @@ def test_saving_over_what_is_ours(tmp_path, old):
     if old == "an ITDA":
         random_itda(9, 2, 0).save(path)
     if old == "a checkpoint":
-        folder.write_file(path / folder.CHECKPOINT, [b"state"])
+        disk.write_file(path / folder.CHECKPOINT, [b"state"])
     if old == "leftovers":
         write(path / (".itda.tmp-" + "0" * 16), {A: b"", "cfg.json": b'{"format": "itda"}'})
         write(path, {L: b"", f".{folder.CHECKPOINT}.tmp-" + "f" * 16: b""})
@@ -542,7 +542,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No permission to write into"):
         folder.check_writable_target(tmp_path / "new" / "x")
     with pytest.raises(InputError, match=r"gone.x could not be written \(No such file or directory\): choose another"):
-        folder.write_file(tmp_path / "gone" / "x", [b""])
+        disk.write_file(tmp_path / "gone" / "x", [b""])
 
 
 def test_a_path_that_safetensors_cannot_open_is_refused(tmp_path):
@@ -554,53 +554,6 @@ def test_a_path_that_safetensors_cannot_open_is_refused(tmp_path):
                 action(tmp_path / path)
             assert str(refused.value).isascii()  # it can be printed
     assert os.listdir(tmp_path / "\udcff") == []
-
-
-class Killed(BaseException):
-    """The process ends here: nothing that it would do afterwards happens."""
-
-
-class Machine:
-    """Counts the steps that change a disk, and at step `fails_at` dies, or finds the disk full (`error`)."""
-
-    def __init__(self, monkeypatch, fails_at: int, error: BaseException | None = None):
-        self.left, self.error, self.failed = fails_at, error, False
-        calls = ("mkdir",) if error else ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync")
-        for name in calls:
-            monkeypatch.setattr(os, name, self.watched(getattr(os, name)))
-        monkeypatch.setattr(folder, "open", self.open, raising=False)
-
-    def step(self):
-        self.left -= 1
-        if self.failed and not self.error:  # the dead stay dead, a disk may have room for something smaller
-            raise Killed
-        if self.left < 0 and not self.failed:
-            self.failed = True
-            raise self.error or Killed
-
-    def watched(self, function):
-        def watched(*args, **kwargs):
-            self.step()
-            return function(*args, **kwargs)
-
-        return watched
-
-    def open(self, path, mode="r"):
-        if mode == "rb":
-            return open(path, mode)
-        self.step()
-        machine = self
-
-        class File(io.FileIO):
-            def write(self, data):
-                try:
-                    machine.step()
-                except BaseException:
-                    super().write(memoryview(data)[: memoryview(data).nbytes // 2])
-                    raise
-                return super().write(data)
-
-        return File(path, mode)
 
 
 OLD = {"nothing": None, "an ITDA": golden, "a checkpoint": None, "a killed save": None}
@@ -672,7 +625,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, code, old):
 
 def test_write_file_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.safetensors"
-    folder.write_file(path, [b"old ", np.arange(3, dtype=np.uint8)])
+    disk.write_file(path, [b"old ", np.arange(3, dtype=np.uint8)])
     assert path.read_bytes() == b"old \0\1\2"
     for error in (
         OSError(errno.ENOSPC, ""),
@@ -683,14 +636,14 @@ def test_write_file_is_atomic(tmp_path, monkeypatch):
             with monkeypatch.context() as patch:
                 machine = Machine(patch, i, error)
                 with suppress(Killed, KeyboardInterrupt, InputError):
-                    folder.write_file(path, [b"new ", b"state"])
+                    disk.write_file(path, [b"new ", b"state"])
             done = not machine.failed or (error is None and i > 4)  # only the folder's fsync is missing
             assert path.read_bytes() == (b"new state" if done else b"old \0\1\2")
             assert error is None or os.listdir(tmp_path) == [path.name]
             if not machine.failed:
                 break
         assert i > 1
-        folder.write_file(path, [b"old \0\1\2"])
+        disk.write_file(path, [b"old \0\1\2"])
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------

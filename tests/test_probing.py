@@ -11,7 +11,7 @@ import itda
 from itda import hooks, probing
 from itda.errors import InputError
 from itda.evaluate import evaluate
-from itda.probing import records
+from itda.probing import labelled as read_texts
 from itda.systems import System
 from tests import models
 
@@ -65,8 +65,9 @@ def test_every_class_is_told_from_the_rest(read):
 def test_a_text_is_the_mean_of_its_split_codes(read):
     model, hook, systems = read
     texts = [labelled()[0]["text"], "", labelled()[1]["text"]]
-    dense, codes, there = probing._means(model, hook, systems, texts, 60, False)
-    assert there.tolist() == [0, 2]
+    stream, repeated = probing._rows(model, texts, 60)
+    dense, codes, there = probing._means(model, hook, systems, stream, 3, False)
+    assert there.tolist() == [0, 2] and repeated == 0
     for row, i in enumerate(there):
         (batch,) = itda.activations(model, [texts[i]], layer=2, context_length=60)
         x = batch.activations
@@ -98,15 +99,37 @@ def test_classes_are_balanced_and_split(read):
     assert (~train).sum() == 12
 
 
+def test_no_text_is_on_both_sides_of_the_split(read, monkeypatch):
+    sides = []
+
+    def watched(features, y, train, tops):
+        if isinstance(features, np.ndarray):  # the activations themselves
+            sides.extend((features[train], features[~train]))
+        return real(features, y, train, tops)
+
+    real = probing._accuracies
+    monkeypatch.setattr(probing, "_accuracies", watched)
+    endless = "She counted the birds again and again, until nobody was left to be surprised. " * 3
+    tails = [{"text": f"{endless}{n}", "label": "prose"} for n in range(5)]  # alike as far as one row reaches
+    twice = [{"text": record["text"], "label": "code"} for record in labelled(3)]  # whatever their label
+    found = probe(*read, [*labelled(), *labelled(), *twice, *tails])
+    assert found["texts"] == 81 and found["repeated"] == 80 + 6 + 4
+    train, test = sides
+    assert len(train) == 60 and np.abs(test[:, None] - train).max(2).min() > 1e-3
+    assert probe(*read, labelled())["repeated"] == 0
+
+
 def test_it_stands_in_the_evaluation(tmp_path):
     models.save("gpt2", tmp_path / "model")
     itda.train(tmp_path / "model", models.DOCUMENTS, tmp_path / "d", layer=2, k=4, threshold=0.3, context_length=32)
     path = tmp_path / "labelled.jsonl"
-    path.write_text("\n".join(json.dumps({"body": r["text"], "kind": r["label"]}) for r in labelled()))
+    rows = [{"body": r["text"], "kind": r["label"]} for r in labelled()]
+    path.write_text("\n".join(map(json.dumps, [*rows, *rows[:2]])))
     settings = dict(tokens=100, ce_tokens=0, controls=["random tokens"], in_sample=True)
     result = evaluate(tmp_path / "d", models.DOCUMENTS, probe=path, probe_column="body", probe_label="kind", **settings)
     assert set(result.probing["systems"]) == {"itda", "random tokens", "activations"}
     assert "probe on" in str(result) and result.to_json()["probing"]["texts"] == 80
+    assert "chance 0.5; 2 repeated texts left out" in str(result)
 
 
 def test_records_come_from_files_too(tmp_path):
@@ -117,9 +140,9 @@ def test_records_come_from_files_too(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, labelled(3))) + "\n\n")
     parquet.write_table(pa.Table.from_pylist(labelled(3)), tmp_path / "a.parquet")
     for data in (labelled(3), tmp_path / "a.jsonl", tmp_path / "a.parquet"):
-        assert records(data) == want
+        assert read_texts(data) == want
     numbers = [{"text": "x", "label": 3}]
-    assert records(numbers) == (["x"], ["3"])
+    assert read_texts(numbers) == (["x"], ["3"])
 
 
 def test_what_cannot_be_probed_is_refused_in_one_sentence(read, tmp_path, monkeypatch):
@@ -133,7 +156,12 @@ def test_what_cannot_be_probed_is_refused_in_one_sentence(read, tmp_path, monkey
         (tmp_path / "c.parquet", "cannot be read as labelled texts"),
         ([{"text": "x"}], "Record 0 (from 0) has no text 'text' or no label"),
         (["x"], "Record 0 (from 0) has no text"),
-        (labelled(3), "A class has 3 texts to compare"),
+        (
+            [{"text": "x", "label": 1}, {"text": "y", "label": "1"}],
+            "has the label '1', of another type than the first, 1",
+        ),
+        (labelled(3), "A class has 3 different texts to compare"),
+        ([*labelled(3)] * 9, "A class has 3 different texts to compare"),
         (labelled(kinds=("code",)), "All texts have one label"),
     ]
     for data, says in cases:

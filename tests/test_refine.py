@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import itda
-from itda import metrics, refine
+from itda import improving, metrics, refine, runs
 from itda.errors import InputError
 from itda.labels import Labels
 from tests import models
@@ -119,6 +119,23 @@ def test_atoms_keep_their_labels_and_say_how_far_they_moved(tmp_path):
         refine.refine(again, x)
 
 
+def test_show_says_what_was_selected_and_how_far_atoms_moved():
+    x, _ = planted()
+    chosen = refine.select(built(240), x, 60, rounds=2)
+    line = "those of most use of 240 atoms, on 3,000 tokens in 2 rounds"
+    shown = str(itda.report.summary(chosen))
+    assert shown.count(line) == 1 and "refined" not in shown and "selected" not in str(itda.report.summary(built()))
+    found = refine.refine(chosen, x, passes=2)
+    shown, moved = str(itda.report.summary(found)), found.moved
+    levels = f"median {np.median(moved):.4g}, least {moved.min():.4g}"
+    assert (
+        line in shown
+        and f"2 passes over 3,000 tokens; cosine of atoms with their labels' activations: {levels}" in shown
+    )
+    chosen.cfg["selected"] = {"from": "many"}  # whoever wrote that
+    assert "those of most use of ? atoms" in str(itda.report.summary(chosen))
+
+
 def test_choosing_among_refined_atoms_keeps_how_far_they_moved():
     x, _ = planted()
     found = refine.refine(built(), x)
@@ -171,6 +188,12 @@ def test_progress_is_told():
         (lambda m, x: refine.select(m, x, 1000), "there are 80 candidates"),
         (lambda m, x: refine.select(m, x, 10, rounds=0), "`rounds` is 0"),
         (lambda m, x: refine.select(m, x[:, :5], 10), "activations (tokens, 24)"),
+        (
+            lambda m, x: refine.select(m, x, 10, labels=Labels.counted(0, 7)),
+            "`labels` has 7 entries and `x` 3,000 acti",
+        ),
+        (lambda m, x: refine.refine(m, x, labels=Labels.counted(0, 7)), "`labels` has 7 entries and `x` 3,000 activat"),
+        (lambda m, x: refine.refine(m, x, seed=-1), "`seed` is -1; a whole number, 0 or more"),
         (lambda m, x: refine.refine(m, x, passes=0), "`passes` is 0"),
         (lambda m, x: refine.refine(m, x, method="lasso"), "`method` is 'lasso'"),
         (lambda m, x: refine.refine(m, x[:0]), "There is nothing to improve on"),
@@ -183,6 +206,45 @@ def test_bad_input_is_said_in_one_sentence(call, says):
     with pytest.raises(InputError) as found:
         call(built(), planted()[0])
     assert says in str(found.value) and str(found.value).endswith(".") and "\n" not in str(found.value)
+
+
+def test_products_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(refine, "free_bytes", lambda device: 1e6)
+    with pytest.raises(InputError, match=r"Refining 80 atoms needs 0\.0 GB .* 0\.0 GB are free: refine fewer"):
+        refine.refine(built(), planted()[0])
+    monkeypatch.setattr(refine, "free_bytes", lambda device: 4e6)
+    assert refine.refine(built(), planted()[0], passes=1).moved is not None
+
+
+def test_what_cannot_be_refined_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    models.save("gpt2", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(models.DOCUMENTS * 3), encoding="utf-8")
+
+    def train(name, free, **settings):
+        for module in (improving, refine):
+            monkeypatch.setattr(module, "free_bytes", lambda device: free)
+        settings = dict(layer=2, k=6, context_length=24, tokens=600, **settings)
+        return itda.train(tmp_path / "model", tmp_path / "text.txt", tmp_path / name, **settings)
+
+    rows = 4 * models.WIDTH * 600  # bytes of 600 activations
+    assert train("fits", 3 * rows, n_atoms=40, candidates=2, refine_tokens=10**9)[0].n_atoms == 40  # the text is short
+    products = 4 * 40 * (40 + refine.CHUNK)
+    for limit in (dict(n_atoms=40), dict(max_atoms=40)):
+        assert train(f"both {limit}", 2 * (rows + products), refine=1, threshold=None, **limit)
+
+    def never(*args, **settings):
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(runs, "build", never)
+    for how in (dict(candidates=2), dict(refine=1)):
+        with pytest.raises(InputError, match=r"Refining on 600 tokens holds 0\.0 GB of activations, more than half"):
+            train("x", 1.9 * rows, n_atoms=20, refine_tokens=10**9, **how)
+    for limit in (dict(n_atoms=40), dict(max_atoms=40), dict(n_atoms=40, candidates=3)):
+        with pytest.raises(InputError, match="Refining 40 atoms needs"):
+            train("x", 2.01 * rows, refine=1, **limit)
+    with pytest.raises(InputError, match="Refining 600 atoms needs"):
+        train("x", 2.01 * rows, refine=1, max_atoms=10**6)
+    assert not (tmp_path / "x").exists()
 
 
 def test_train_refines_show_says_so_and_a_kill_changes_nothing(tmp_path, capfd):
@@ -229,3 +291,7 @@ def test_train_keeps_the_most_useful_of_several_candidates(tmp_path):
     assert few.moved is None and few.sample is not None and few.cfg["selected"]["from"] == len(many)
     with pytest.raises(InputError, match="times as many as `n_atoms`: give that too"):
         itda.train(*read, tmp_path / "x", candidates=3, **settings)
+    with pytest.raises(InputError, match="`n_atoms` is 400 and `candidates` 30, but the stream has 1,223 tokens"):
+        itda.train(*read, tmp_path / "x", candidates=30, n_atoms=400, **settings)
+    with pytest.raises(InputError, match=r"Both `threshold` \(0\.3\) and `n_atoms` \(40\) were given"):
+        itda.train(*read, tmp_path / "x", candidates=3, n_atoms=40, threshold=0.3, **settings)

@@ -312,6 +312,22 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(dictionaries,
     assert "'atoms.safetensors'" in refusal(saelens.export, d, home / "d") and len(itda.ITDA.load(home / "d")) == len(d)
 
 
+def test_names_that_no_folder_can_have_are_said_in_one_sentence(dictionaries, home, tmp_path, capfd):
+    d, long = dictionaries["signed"], "x" * 300
+    for name in (long, f"new/{long}", f"{long}/sae"):
+        for write in (lambda path: saelens.export(d, path), d.save):
+            assert refusal(write, tmp_path / name).endswith(
+                "could not be used (File name too long): choose another place."
+            )
+        assert "holds no cfg.json" in refusal(saelens.load_sae, tmp_path / name)
+        assert "There is no folder" in refusal(itda.report.summary, tmp_path / name)
+    for write in (lambda path: saelens.export(d, path), d.save, lambda path: itda.train("no", "no", path, layer=1)):
+        assert "has a NUL in it, which no path can have" in refusal(write, tmp_path / "a\0b")
+    assert not list(tmp_path.iterdir())
+    assert cli.main(["export", str(home / "d"), "--to", "saelens", "--out", str(tmp_path / long)]) == 2
+    assert capfd.readouterr().err.endswith("could not be used (File name too long): choose another place.\n")
+
+
 def test_an_export_replaces_an_export_and_no_other_sae(dictionaries, tmp_path, monkeypatch):
     d, centred = dictionaries["signed"], dictionaries["centred"]
     out = saelens.export(d, tmp_path / "sae")

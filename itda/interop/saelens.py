@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from itda.codes import Codes
+from itda.disk import make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.drawing import section
 from itda.errors import InputError
-from itda.folder import ATOMS, check_writable_target, make_folder, remove_leftovers, safetensors_chunks, write_file
+from itda.folder import ATOMS, check_writable_target
 from itda.model import ITDA
 from itda.pursuit import normalize, pursue
 from itda.systems import System
@@ -85,7 +86,7 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
 
 def _target(out: str | os.PathLike) -> Path:
     target = Path(out)
-    if not target.is_dir():
+    if not os.path.isdir(target):
         check_writable_target(target)
         return target
     for name in (CFG, NEXT):
@@ -147,9 +148,9 @@ def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cp
     register()
     from sae_lens import SAE
 
-    if not (Path(path) / CFG).is_file():
+    if not os.path.isfile(Path(path) / CFG):
         raise InputError(f"{path} holds no {CFG}, so it is no SAE in SAELens' format: give the folder of one.")
-    if (Path(path) / ATOMS).is_file():
+    if os.path.isfile(Path(path) / ATOMS):
         raise InputError(f"{path} is an ITDA, and an SAE in SAELens' format was wanted: export it, or give another.")
     try:
         sae = SAE.load_from_disk(str(path), device=device)

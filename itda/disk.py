@@ -1,0 +1,198 @@
+"""Files that a kill or a full disk cannot spoil: written beside their place, flushed, and moved there in one step."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itda.errors import InputError
+
+LEFTOVER = re.compile(r"\..*\.tmp-[0-9a-f]{16}")  # what a killed writer leaves behind
+STATES, STATES_MANIFEST = "states", "states.json"  # the folder of hidden states, in that of what is trained on them
+_STATE = re.compile(r"(hidden|kept)-\d+\.bin")
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+ELSEWHERE = "choose another place"
+_NO_DIGEST = "0" * 64
+
+
+def checked_path(path: str | os.PathLike) -> str:
+    """`path` as text; raises `InputError` if a NUL is in it, which no system takes."""
+    if "\0" in (place := os.fsdecode(path)):
+        raise InputError(f"The path {place!r} has a NUL in it, which no path can have: choose another.")
+    return place
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Make the folder `path`, and those above it, if it is not there; raises `InputError` if that cannot be."""
+    checked_path(path)
+    with as_input_error(f"{path} could not be made", ELSEWHERE):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def write_file(path: str | os.PathLike, chunks: Iterable, advice: str = ELSEWHERE) -> None:
+    """Write the buffers `chunks` (bytes, arrays) as one file: at any moment `path` is the old file or the new one.
+
+    Raises `InputError`, which ends with `advice`, if the disk is full or the place cannot be written; nothing is left
+    behind then.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
+    with as_input_error(f"{path} could not be written", advice):
+        try:
+            write_through(temporary, chunks)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_through(path: Path, chunks: Iterable) -> None:
+    """Write a new file, through to the disk."""
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed writers of the file `path` left beside it."""
+    for place in path.parent.glob(f".{path.name}.tmp-*"):
+        if LEFTOVER.fullmatch(place.name):
+            with suppress(OSError):
+                place.unlink()
+
+
+def is_states(path: Path) -> bool:
+    """Whether this is a folder that holds hidden states and nothing else."""
+    return path.is_dir() and not path.is_symlink() and all(map(is_state, os.listdir(path)))
+
+
+def is_state(name: str) -> bool:
+    """Whether a file of this name in the folder of states is one of them."""
+    return name == STATES_MANIFEST or _STATE.fullmatch(name) is not None or LEFTOVER.fullmatch(name) is not None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` last through a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def as_input_error(what: str, advice: str) -> Iterator[None]:
+    """Say an error of the operating system in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{what}, because the disk is full: free some space or {advice}.") from error
+        raise InputError(f"{what} ({error.strerror or error}): {advice}.") from error
+
+
+@contextmanager
+def locked(target: Path, doing: str) -> Iterator[None]:
+    """Make the folder, and keep another process from `doing` the same meanwhile, where the system can do that.
+
+    It is the folder itself that is locked, so nothing is left behind; a folder that was made and not used goes again.
+    """
+    new = not target.is_dir()
+    make_folder(target)
+    descriptor = None
+    try:
+        with suppress(ImportError):  # Windows
+            import fcntl
+
+            descriptor = os.open(target, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"Another process is {doing} {target}: wait for it to end, or choose another folder."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        if new:
+            with suppress(OSError):
+                target.rmdir()
+
+
+def sealed_json(document: dict, indent: int | None = 2) -> bytes:
+    """A file of JSON whose "sha256", the first of 64 zeros in it, becomes its own, taken with zeros in its place."""
+    data = (json.dumps({**document, "sha256": _NO_DIGEST}, indent=indent, allow_nan=False) + "\n").encode()
+    return data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def is_sealed(data: bytes, document: dict) -> bool:
+    """Whether the file `data`, read as `document`, is as `sealed_json` wrote it."""
+    digest = document.get("sha256")
+    blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1) if isinstance(digest, str) else b""
+    return hashlib.sha256(blank).hexdigest() == digest
+
+
+# -- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def safetensors_chunks(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> list:
+    """The buffers of a safetensors file, byte for byte what `safetensors.torch.save` makes, without copying tensors.
+
+    Its own writer turns a full disk into an exception of its own and wants either a path or all of the bytes twice.
+    """
+    cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    head, places = safetensors_head({name: (t.dtype, t.shape) for name, t in cpu.items()}, metadata)
+    return [head, *(bytes_of(cpu[name]) for name in places)]
+
+
+def safetensors_head(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a safetensors file of such tensors begins with; and where each of them starts and ends in it, in order."""
+    sizes = {name: dtype.itemsize for name, (dtype, _) in tensors.items()}
+    names = sorted(sizes, key=lambda name: (-sizes[name], name))  # so that every tensor is aligned
+    header: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offsets, end = {}, 0
+    for name in names:
+        dtype, shape = tensors[name]
+        start, end = end, end + sizes[name] * _product(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": [*shape], "data_offsets": [start, end]}
+        offsets[name] = start, end
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    head = len(head).to_bytes(8, "little") + head
+    return head, {name: (len(head) + start, len(head) + end) for name, (start, end) in offsets.items()}
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor; its strides may still be odd where it has one entry or none."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def _product(shape: Sequence[int]) -> int:
+    out = 1
+    for side in shape:
+        out *= side
+    return out

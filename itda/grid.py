@@ -1,0 +1,139 @@
+"""The settings of a sweep: from a file, or names and lists, to the trainings that they stand for."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from itda.disk import as_input_error
+from itda.errors import InputError, one_line
+from itda.runs import train
+
+MOST = 10_000  # trainings: what is more is a slip
+SLOW = ("model", "revision", "data")  # changing these costs loading
+ONE_PASS = ("layer", "hook")  # read together
+SIZES = ("threshold", "n_atoms")  # alternatives
+_NOT_SETTINGS = ("out", "overwrite", "workers", "ray", "progress", "stop", "checkpoint_seconds")
+_PARAMETERS = {
+    name: parameter for name, parameter in inspect.signature(train).parameters.items() if name not in _NOT_SETTINGS
+}
+_KINDS = {"int": int, "float": float, "str": str, "bool": bool, "Any": str}
+_SAID = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of a sweep: settings of `itda.train`, and what it reads in one pass."""
+
+    settings: dict[str, Any]  # those that are not the default
+    kind: str  # "layer" or "hook"
+    places: tuple[int | str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder: for people, and for the settings alone, so that it finds what was trained before."""
+        model = self.settings["model"].rstrip("/\\").replace("\\", "/").split("/")[-1]
+        parts = [model] + [f"{n[0]}{self.settings[n]}" for n in ("revision", "k", *SIZES, "seed") if n in self.settings]
+        readable = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts)).strip("._-")[:60]
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        return f"{readable}-{digest[:12]}"
+
+
+def read_grid(settings: Mapping[str, Any] | str | os.PathLike, *, whole: bool = True) -> dict[str, list]:
+    """A list of values by name of a setting, every one of its type; `settings` is a mapping or a TOML file.
+
+    If it is the `whole` of a sweep, what every sweep needs must be there.
+    """
+    where = "The settings"
+    if not isinstance(settings, Mapping):
+        where = one_line(os.fspath(settings))
+        settings = _file(Path(settings))
+    grid: dict[str, list] = {}
+    for given, value in settings.items():
+        name = str(given).replace("-", "_")
+        if name not in _PARAMETERS:
+            near = difflib.get_close_matches(name, _PARAMETERS, 1, 0.5)
+            hint = f"perhaps {near[0]!r} was meant" if near else f"those of `itda train` are {', '.join(_PARAMETERS)}"
+            raise InputError(f"{where}: there is no setting {_shown(given)}; {hint}.")
+        if name in grid:
+            raise InputError(f"{where}: {name!r} is there twice, with - and with _: leave one out.")
+        if value is None:
+            continue
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if not values:
+            raise InputError(f"{where}: {name!r} is an empty list: give it a value, or leave it out.")
+        grid[name] = list(dict.fromkeys(_checked(v, name, where) for v in values))
+    for name in ("model", "data") if whole else ():
+        if name not in grid:
+            raise InputError(f"{where}: {name!r} is missing, and a sweep needs it.")
+    if whole and len(set(grid) & set(ONE_PASS)) != 1:
+        raise InputError(f"{where}: give either 'layer' or 'hook', the numbers of layers or the paths of modules.")
+    return grid
+
+
+def jobs_of(grid: Mapping[str, list]) -> list[Job]:
+    """The trainings of a grid, model by model, the last name changing fastest; none that would be the same."""
+    names = [*(name for name in SLOW if name in grid), *(n for n in grid if n not in (*SLOW, *ONE_PASS, *SIZES))]
+    axes = [[{name: value} for value in grid[name]] for name in names]
+    if sizes := [{name: value} for name in SIZES for value in grid.get(name, ())]:
+        axes.append(sizes)
+    if (count := prod(map(len, axes))) > MOST:
+        raise InputError(f"These settings make {count:,} trainings, and {MOST:,} are the most: make several sweeps.")
+    (kind,) = set(grid) & set(ONE_PASS)
+    jobs = {}
+    for parts in itertools.product(*axes):
+        given = {name: value for part in parts for name, value in part.items()}
+        job = Job({n: v for n, v in given.items() if v != default(n)}, kind, tuple(grid[kind]))
+        jobs[job.name] = job
+    return list(jobs.values())
+
+
+def default(name: str) -> Any:
+    """What `itda.train` takes where a setting is not given."""
+    return _PARAMETERS[name].default
+
+
+def _file(path: Path) -> dict[str, Any]:
+    with as_input_error(f"{path} could not be read", "give a TOML file of settings"):
+        data = path.read_bytes()
+    try:
+        return tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        reason = one_line(str(error)) or type(error).__name__
+        raise InputError(
+            f'{path} is not TOML ({reason}): write lines like `k = [20, 40]` and `model = "gpt2"`.'
+        ) from error
+
+
+def _checked(value: Any, name: str, where: str) -> Any:
+    """`value` as the setting `name` wants it."""
+    kinds = [kind for word, kind in _KINDS.items() if word in re.findall(r"\w+", str(_PARAMETERS[name].annotation))]
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if int in kinds and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) not in kinds:
+        wanted = " or ".join(_SAID[kind] for kind in kinds)
+        raise InputError(f"{where}: {name!r} is {_shown(value)}; {wanted}, or a list of such, was wanted.")
+    if isinstance(value, str) and not (value and value.isprintable()):
+        raise InputError(f"{where}: {name!r} is {_shown(value)}, which is empty or has control characters in it.")
+    if isinstance(value, float) and value != value:
+        raise InputError(f"{where}: {name!r} is nan; a number was wanted.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

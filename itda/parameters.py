@@ -1,0 +1,75 @@
+"""The weights of a loaded model where they are not simply there: offloaded by accelerate, or quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from itda.errors import InputError
+
+
+def input_device(base: Any) -> torch.device:
+    """Where `base` wants its ids: where its embedding is, or, if that is offloaded, where accelerate runs it."""
+    embedding = base.get_input_embeddings()
+    if not embedding.weight.is_meta:
+        return embedding.weight.device
+    devices = [getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in (embedding, base)]
+    return next((torch.device(device) for device in devices if device is not None), embedding.weight.device)
+
+
+def quantization(config: Any) -> str | None:
+    """The method by which the weights of a model with this config were quantised ("torchao"); None if they were not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def stored(base: Any) -> list[str]:
+    """The names of what a checkpoint of `base` holds its weights in.
+
+    These are its parameters, and the saved buffers of a quantised model, where some methods keep what they pack.
+    """
+    names = [name for name, _ in base.named_parameters()]
+    if quantization(base.config) is not None:
+        for path, module in base.named_modules():
+            own = module._buffers.keys() - module._non_persistent_buffers_set
+            names += [f"{path}.{name}" if path else name for name in sorted(own)]
+    return names
+
+
+def is_there(base: Any, name: str) -> bool:
+    """Whether the values of the parameter `name` can be read as they stand."""
+    path, _, own = name.rpartition(".")
+    values = getattr(base.get_submodule(path), own)
+    return not (values.is_meta or hasattr(values, "__tensor_flatten__"))
+
+
+@contextmanager
+def present(base: Any, name: str) -> Iterator[Tensor]:
+    """The parameter `name` of `base` with its values, which accelerate may have to fetch for as long as this lasts."""
+    path, _, own = name.rpartition(".")
+    module: nn.Module = base.get_submodule(path)
+    if not getattr(module, own).is_meta:
+        yield plain(getattr(module, own))
+        return
+    from accelerate.utils import align_module_device
+
+    with torch.no_grad(), align_module_device(module):
+        values = getattr(module, own)
+        if values.is_meta:
+            raise InputError(f"The weight `{name}` has no values (it is on the meta device): load the model whole.")
+        yield plain(values)
+
+
+def plain(values: Tensor) -> Tensor:
+    """The numbers that `values` stands for: a quantised tensor's own, the whole of one that is spread over devices."""
+    values = values.detach()
+    if not hasattr(values, "__tensor_flatten__"):  # which tensors have that are made of others
+        return values
+    return values.full_tensor() if hasattr(values, "full_tensor") else values.dequantize()

@@ -1,0 +1,264 @@
+"""Activations on disk in place of a model that reads: what `itda.evaluate` measures on, and `itda.compare` compares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy import ndarray
+
+from itda.aligned import Reading, ends, gather, named, places
+from itda.caches import is_stored
+from itda.drawing import section
+from itda.errors import InputError
+from itda.heldout import OWN, Held, own_rows
+from itda.hooks import activations
+from itda.labels import Labels
+from itda.loading import load_tokenizer
+from itda.model import ITDA
+from itda.progress import Step, reporter
+from itda.prompts import valid
+from itda.pursuit.gram import free_bytes
+from itda.report import short
+from itda.saved import CUT
+
+
+def source(dictionary: ITDA, data: Any, force: bool = False) -> Any:
+    """The activations on disk at the dictionary's hook point.
+
+    Raises `InputError` for those of another width, and unless `force` for those of other weights or another tokenizer.
+    """
+    was = section(dictionary.cfg, "model")
+    stream: Any = activations(None, data)
+    names = list(stream.hook_points)
+    hook = was.get("hook_point")
+    if hook not in names and len(names) == 1 and force:
+        hook = names[0]
+    stream = activations(None, data, hook=hook)
+    now = stream.provenance["model"]
+    named = {"fingerprint": "weights", "tokenizer_hash": "tokenizer"}
+    differ = [
+        f"{what} ({short(was.get(key))}, not {short(now.get(key))})"
+        for key, what in named.items()
+        if was.get(key) != now.get(key)
+    ]
+    if dictionary.d != now["d"]:
+        differ, force = [f"width d ({dictionary.d}, not {now['d']})"], False
+    if differ and not force:
+        raise InputError(
+            f"{stream.path} holds activations of a model that differs from the dictionary's in its "
+            f"{' and its '.join(differ)}: give those of its model, or take these all the same with `force` (`--force`)."
+        )
+    return stream
+
+
+def held(
+    dictionary: ITDA, stream: Any, tokens: int, pool: int, in_sample: bool, seed: int, report: Callable
+) -> tuple[Held, dict[str, Any]]:
+    """Activations of documents that the dictionary has not read, others for its controls, and what they are.
+
+    As `itda.heldout.split` does it with text; a cache without documents is divided by rows.
+    """
+    labels, hashes = _labels(stream)
+    if not len(labels):
+        raise InputError(f"{stream.path} holds no token to measure on.")
+    document = labels.document if (labels.document >= 0).all() else labels.prompt
+    read, known = _read_in_training(dictionary, stream, labels, hashes)
+    if read.all() and not in_sample:
+        raise InputError(
+            "All documents of these activations were read when the dictionary was built: collect those of other text, "
+            "or measure on them all the same with `in_sample` (`--in-sample`)."
+        )
+    new = ~np.isin(document, np.unique(document[read]))
+    about: dict[str, Any] = {"data": str(stream.path), "read_in_training": bool(read.any()), "by": "document"}
+    if in_sample and read.any():
+        candidates, drawn = np.ones(len(document), bool), read
+        about |= {"by": "nothing: the dictionary was built on this text", "random_tokens_from": "the same text"}
+    elif read.any():
+        candidates, drawn = new if new.any() else ~read, read
+        if not new.any():
+            about["by"] = "rows after those read, of documents that it has read in part"
+        about["random_tokens_from"] = OWN
+    else:
+        every = np.unique(document)
+        half = every[::2] if len(every) > 1 else every
+        candidates = np.isin(document, half) if len(every) > 1 else np.arange(len(document)) < (len(document) + 1) // 2
+        drawn = ~candidates
+        about["random_tokens_from"] = "other documents of this text" if len(every) > 1 else "its other half"
+        if not pool:
+            candidates = np.ones(len(document), bool)
+        if not known:
+            about["by"] += "; what the dictionary was built on was not there to compare with"
+    chosen = np.flatnonzero(candidates)[:tokens]
+    some = np.random.default_rng([seed, 5]).permutation(np.flatnonzero(drawn))[:pool]
+    if pool and not len(some):
+        raise InputError("There is too little to draw controls from: collect more, or measure none (`--no-controls`).")
+    about["documents"] = len(np.unique(document[chosen]))
+    x, own = _activations_at(stream, np.concatenate([chosen, some]), report), labels[chosen]
+    return Held(x[: len(chosen)], own, np.ones(len(chosen), bool), x[len(chosen) :]), about
+
+
+def _labels(stream: Any) -> tuple[Labels, list[tuple[int, str]]]:
+    """All labels; and after how many tokens the stream has which hash."""
+    parts, hashes, count = [], [], 0
+    for labels, read in stream.labels():
+        parts.append(labels)
+        count += len(labels)
+        hashes.append((count, read))
+    return Labels.concat(parts), hashes
+
+
+def _read_in_training(
+    dictionary: ITDA, stream: Any, labels: Labels, hashes: list[tuple[int, str]]
+) -> tuple[Bool[ndarray, " tokens"], bool]:
+    """Which tokens are of rows that the dictionary was built on; and whether its own text was there to compare with."""
+    cfg, cut = section(dictionary.cfg, "stream"), stream.provenance["stream"]
+    until = next((count for count, read in hashes if read == cfg.get("hash")), None)
+    if until is None and hashes and stream.hash == cfg.get("hash"):
+        until = len(labels)
+    if until is not None:
+        return np.arange(len(labels)) < until, True
+    none = np.zeros(len(labels), bool)
+    special = bool(stream.provenance.get("special_tokens"))
+    own = []
+    if cfg.get("tokenizer_hash") == cut.get("tokenizer_hash") and cfg.get("tokenizer_hash"):
+        try:
+            tokenizer = load_tokenizer(section(dictionary.cfg, "model")["id"])
+            own = own_rows(dictionary, cfg, tokenizer)
+        except (InputError, KeyError):
+            return none, False
+    if not own:
+        return none, False
+    if any(cfg.get(name) != cut.get(name) for name in CUT) or stream.provenance.get("padding"):
+        raise InputError(
+            f"{stream.path} has its text cut into other rows than the dictionary's, so what was read cannot be told: "
+            "collect with the same settings, or measure all the same with `in_sample` (`--in-sample`)."
+        )
+    cut_short = not stream.contents.ended
+    known = {row.ids[valid(row, special)].tobytes() for row in own}
+    starts = np.flatnonzero(np.r_[True, np.diff(labels.prompt) != 0])
+    for start, stop in zip(starts, np.r_[starts[1:], len(labels)], strict=True):
+        row = labels.token_id[start:stop].tobytes()
+        # The last row may have been cut short, by how many tokens were asked for.
+        none[start:stop] = row in known or (
+            stop == len(labels) and cut_short and any(key.startswith(row) for key in known)
+        )
+    return none, True
+
+
+def _activations_at(stream: Any, wanted: Int[ndarray, " n"], report: Callable) -> torch.Tensor:
+    """The activations of the tokens `wanted`, in that order, float32 on the CPU."""
+    d = stream.provenance["model"]["d"]
+    if (need := 4.0 * d * len(wanted)) > 0.8 * free_bytes(torch.device("cpu")):
+        raise InputError(
+            f"The activations take {need / 1e9:.1f} GB, more than is free: measure on fewer `tokens` (`--tokens`)."
+        )
+    x, done, began, last = torch.empty(len(wanted), d), 0, time.monotonic(), int(wanted.max()) + 1
+    order = np.argsort(wanted, kind="stable")
+    for batch in stream:
+        stop = done + len(batch.labels)
+        here = order[slice(*np.searchsorted(wanted[order], [done, stop]))]
+        rows = torch.from_numpy(wanted[here] - done).to(batch.activations.device)
+        x[torch.from_numpy(here)] = batch.activations[rows].float().cpu()
+        done = stop
+        report(Step("reading", min(done, last), last, time.monotonic() - began))
+        if done >= last:
+            break
+    return x
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def are_stored(models: Sequence[Any]) -> bool:
+    """Whether all of them are activations on disk; `InputError` if some are."""
+    kinds = [is_stored(model) for model in models]
+    if any(kinds) and not all(kinds):
+        one, other = models[kinds.index(True)], models[kinds.index(False)]
+        raise InputError(f"{one!r} holds activations and {other!r} does not: compare activations, or models on a text.")
+    return all(kinds)
+
+
+def readings(
+    models: Sequence[Any],
+    *,
+    layer: Any = None,
+    hook: Any = None,
+    tokens: int,
+    align: bool | None = None,
+    names: Sequence[str] | None = None,
+    progress: Any = False,
+) -> list[Reading]:
+    """The activations on disk of several models that read one text, at the tokens that they have in common.
+
+    Rows are compared where they are the same ones; else, unless `align` is False, tokens are by where they end, if the
+    texts are the same there. Raises `InputError` for different texts.
+    """
+    report = reporter(progress)
+    names = named(names, [Path(getattr(model, "path", model)).name for model in models])
+    streams: list[Any] = []
+    for model in models:
+        listed: Any = {key: [v] if isinstance(v, int | str) else v for key, v in (("layer", layer), ("hook", hook))}
+        found: Any = activations(None, model, tokens=tokens, **listed)
+        streams.append(activations(None, model, tokens=tokens, hook=list(found.hook_points)))
+    labels = [_labels(stream)[0] for stream in streams]
+    first = labels[0]
+    if not all(map(len, labels)):
+        raise InputError(f"{names[list(map(len, labels)).index(0)]} holds no token to compare.")
+    alike = all(
+        np.array_equal(first.pairs(), other.pairs()) and np.array_equal(first.token_id, other.token_id)
+        for other in labels[1:]
+    ) and (len({stream.hash for stream in streams}) == 1)
+    if alike and not align:
+        where = [np.arange(len(first))] * len(streams)
+    elif align is False:
+        raise InputError(
+            f"{' and '.join(names)} have different rows: compare them where tokens end at the same character with "
+            "`align=True` (the default)."
+        )
+    else:
+        where = _aligned(labels, names)
+    left, found_readings = len(streams), []
+    for stream, place, name in zip(streams, where, names, strict=True):
+        found_readings.append(Reading(name, *gather(stream, place, left, f"reading {name}", report)))
+        left -= 1
+    if report:
+        report(None)
+    return found_readings
+
+
+def _aligned(labels: Sequence[Labels], names: Sequence[str]) -> list[Int[ndarray, " tokens"]]:
+    """For each the place of its tokens among those that end at one character for all; -1 for the others."""
+    keys = [ends(own) for own in labels]
+    shared = reduce(np.intersect1d, (key[key >= 0] for key in keys))
+    if not len(shared):
+        raise InputError(
+            f"{' and '.join(names)} have no token in common: no token ends at one character for all; collect "
+            "activations of one text."
+        )
+    in_order = keys[0][np.isin(keys[0], shared)]
+    where = [places(key, in_order) for key in keys]
+    said = [_last_characters(own, place) for own, place in zip(labels, where, strict=True)]
+    if any(other != said[0] for other in said[1:]):
+        raise InputError(
+            f"{' and '.join(names)} are of different texts, or cut from them by other settings: collect activations of "
+            "one text."
+        )
+    return where
+
+
+def _last_characters(labels: Labels, place: Int[ndarray, " tokens"]) -> list[str]:
+    """The last characters of the tokens that have a `place`, in order of these."""
+    rows = np.flatnonzero(place >= 0)
+    rows = rows[np.argsort(place[rows])]
+    at = labels.end[rows] - labels.text_start[labels.row[rows]]
+    return [
+        labels.texts[row][max(0, stop - 1) : stop]
+        for row, stop in zip(labels.row[rows].tolist(), at.tolist(), strict=True)
+    ]

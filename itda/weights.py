@@ -1,0 +1,141 @@
+"""The safetensors of a checkpoint, file by file: which hold a block's weights, and no more of them read than that."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Set
+from pathlib import Path
+
+from torch import Tensor
+
+from itda.errors import InputError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LARGEST_INDEX = 256 * 2**20
+
+
+class Weights:
+    """The weights of the checkpoint `model`, found by the blocks that they belong to.
+
+    `fetch` gives the local path of one of its files, or None if it has none of that name; from the hub, that is when
+    the file is downloaded, once. `blocks` is the path of the list of blocks. `bytes_read` counts what was asked for.
+    """
+
+    def __init__(self, model: str, blocks: str, fetch: Callable[[str], str | None]) -> None:
+        self.model, self.bytes_read = model, 0
+        self._fetch = functools.cache(fetch)
+        self._files = self._index()  # tensor -> file
+        found = re.compile(rf"(.*?){re.escape(blocks)}\.(\d+)\.")
+        self._blocks: dict[int, list[str]] = {}
+        self._others: list[str] = []
+        prefixes: set[str] = set()
+        for name in self._files:
+            if match := found.match(name):
+                prefixes.add(match[1])
+                self._blocks.setdefault(int(match[2]), []).append(name)
+            else:
+                self._others.append(name)
+        if len(prefixes) != 1:
+            raise InputError(
+                f"The weights of `{model}` do not say which belong to which block ({len(prefixes)} lists of them are "
+                f"called `{blocks}`): read it whole, without streaming (`--no-stream-layers`)."
+            )
+        self._prefix = prefixes.pop()
+
+    def block(self, number: int) -> dict[str, Tensor]:
+        """The weights of a block by their names in the checkpoint, read into memory."""
+        if number not in self._blocks:
+            raise InputError(
+                f"`{self.model}` has no weights for block {number}, and its config has that block: its config and its "
+                "weights do not belong together, so download or save it again."
+            )
+        return self._read(self._blocks[number])
+
+    def outside(self, names: Set[str]) -> dict[str, Tensor]:
+        """Those of the weights outside the blocks that the model calls `names`."""
+        return self._read([name for name in self._others if names & {name, name.removeprefix(self._prefix)}])
+
+    def files(self, blocks: Iterable[int]) -> list[str]:
+        """The files that hold the weights of these blocks."""
+        return sorted({self._files[name] for block in blocks for name in self._blocks.get(block, ())})
+
+    def _index(self) -> dict[str, str]:
+        """The file of every tensor."""
+        if (single := self._fetch(SINGLE)) is not None:
+            return dict.fromkeys(self._names(single), SINGLE)
+        path = self._fetch(INDEX)
+        if path is None:
+            raise InputError(
+                f"`{self.model}` has neither {SINGLE} nor {INDEX}: save it as safetensors (`save_pretrained` does)."
+            )
+        try:
+            if os.path.getsize(path) > LARGEST_INDEX:
+                raise ValueError(f"it has more than {LARGEST_INDEX} bytes")
+            files = json.loads(Path(path).read_bytes())["weight_map"]
+            if not isinstance(files, dict) or not files:
+                raise ValueError("its weight_map is not a table")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{INDEX} of `{self.model}` cannot be read ({error}): download or save it again."
+            ) from error
+        for name, file in files.items():
+            if not is_plain(file):
+                raise InputError(
+                    f"{INDEX} of `{self.model}` says that {name!r} is in {file!r}, which is no file of its own folder: "
+                    "do not use it, or download it again."
+                )
+        return files
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        out = {}
+        for file, wanted in sorted(by_file.items()):
+            path = self._path(file)
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    there = set(opened.keys())
+                    for name in wanted:
+                        if name not in there:
+                            raise InputError(
+                                f"{file} of `{self.model}` has no {name!r}, and {INDEX} says so: download or save it "
+                                "again."
+                            )
+                        out[name] = opened.get_tensor(name).clone()  # it was mapped, and is read now
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{file} of `{self.model}` is damaged ({error}): download or save it again."
+                ) from error
+        self.bytes_read += sum(tensor.nbytes for tensor in out.values())
+        return out
+
+    def _names(self, path: str) -> list[str]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as opened:
+                return list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{SINGLE} of `{self.model}` is damaged ({error}): download or save it again.") from error
+
+    def _path(self, file: str) -> str:
+        path = self._fetch(file)
+        if path is None:
+            raise InputError(f"`{self.model}` lacks {file}, which {INDEX} names: download or save it again.")
+        return path
+
+
+def is_plain(file: object) -> bool:
+    """Whether this is the name of a safetensors file, and no path."""
+    return (
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and not set(file) & set("/\\:\0")
+        and not file.startswith(".")
+    )

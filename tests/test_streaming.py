@@ -1,0 +1,363 @@
+"""A model that is streamed block by block is read as a whole one is, to the last bit, and goes on where it stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import itda
+from itda import hooks, states, streaming
+from itda.errors import InputError
+from itda.progress import Progress
+from itda.reading import Group
+
+FAMILIES = [*models.FAMILIES, "gpt_neo", "mixtral", "qwen3_moe"]
+EXTRA = {
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+}
+TEXTS = [f"{i}: " + text for i, text in enumerate(models.DOCUMENTS * 3)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a small Llama, whole in one file, and in several."""
+    folder = tmp_path_factory.mktemp("home")
+    models.save("llama", folder / "llama")
+    shutil.copytree(folder / "llama", folder / "shards")
+    module = models.module("llama", len(models.tokenizer("llama")))
+    (folder / "shards" / "model.safetensors").unlink()
+    module.save_pretrained(folder / "shards", max_shard_size="20KB")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 4
+    return folder
+
+
+def groups(n=3, length=12):
+    ids = torch.randint(3, 100, (n, 4, length))
+    mask = torch.ones_like(ids)
+    mask[:, 1, length // 2 :] = 0
+    return [Group(i, ids[i], mask[i]) for i in range(n)]
+
+
+def equal(a, b):
+    a, b = list(a), list(b)
+    return len(a) == len(b) > 0 and all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True)
+    )
+
+
+def both(folder, at, **settings):
+    whole = hooks.load(folder, hooks=at, stream_layers=False)
+    streamed = hooks.load(folder, hooks=at, stream_layers=True, **settings)
+    assert isinstance(streamed, streaming.StreamedModel) and not isinstance(whole, streaming.StreamedModel)
+    return whole, streamed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_as_it_is_whole(family, tmp_path):
+    models.save(family, tmp_path, **EXTRA.get(family, {}))
+    skeleton = hooks.load(tmp_path, hooks=0)
+    ends = (".1.mlp", ".1.fc2", ".1.attention.output")
+    inside = next(path for path in sorted(skeleton._layout.paths) if path.endswith(ends))
+    for at in ([2], [0, inside, 3]):
+        whole, streamed = both(tmp_path, at)
+        asked = groups()
+        assert streamed.provenance(streamed.hook_points[0])["fingerprint"] is None  # nothing was read yet
+        assert equal(whole.read_all(asked), streamed.read_all(asked))
+        assert whole.d == streamed.d and whole.hook_points == streamed.hook_points
+        assert [whole.provenance(h) for h in whole.hook_points] == [streamed.provenance(h) for h in whole.hook_points]
+
+
+def test_activations_do_not_depend_on_where_weights_lie_in_their_file(home, tmp_path):
+    shutil.copytree(home / "llama", tmp_path / "model")
+    weights = load_file(home / "llama" / "model.safetensors")
+    asked = groups()
+    whole = list(hooks.load(home / "llama", hooks=3).read_all(asked))
+    for shift in range(1, 5):
+        save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt", "a": "b" * 8 * shift})
+        model = hooks.load(tmp_path / "model", hooks=3, stream_layers=False)
+        assert all(p.data_ptr() % 64 == 0 for p in model._base.parameters())
+        assert equal(whole, model.read_all(asked))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("as_it_is", [True, False])
+def test_half_precision(dtype, as_it_is, tmp_path):
+    models.save("llama", tmp_path, dtype=dtype)
+    settings = {"dtype": dtype} if as_it_is else {}
+    whole = hooks.load(tmp_path, hooks=2, **settings)
+    streamed = hooks.load(tmp_path, hooks=2, stream_layers=True, **settings)
+    assert streamed.dtype == (dtype if as_it_is else torch.float32)
+    asked = groups()
+    assert equal(whole.read_all(asked), streamed.read_all(asked))
+
+
+@pytest.mark.parametrize("where", ["llama", "shards"])
+def test_no_more_is_read_than_is_needed(where, home, monkeypatch):
+    folder = home / where
+    names = {}
+    for path in folder.glob("*.safetensors"):
+        names |= load_file(path)
+    streamed = hooks.load(folder, hooks=1, stream_layers=True)
+    list(streamed.read_all(groups()))
+    needed = sum(x.nbytes for name, x in names.items() if "layers.0." in name or "layers.1." in name)
+    assert streamed.bytes_read == needed + names["model.embed_tokens.weight"].nbytes
+
+
+def test_files_without_a_needed_weight_are_not_fetched(home, monkeypatch):
+    fetched = set()
+    fetch = streaming.Survey.fetch
+    monkeypatch.setattr(streaming.Survey, "fetch", lambda self, file: (fetched.add(file), fetch(self, file))[1])
+    streamed = hooks.load(home / "shards", hooks=1, stream_layers=True)
+    list(streamed.read_all(groups()))
+    index = json.loads((home / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {file for name, file in index.items() if "layers.0." in name or "layers.1." in name or "embed" in name}
+    assert fetched - {"model.safetensors", "model.safetensors.index.json"} == files < set(index.values())
+
+
+def test_one_block_at_a_time(home, monkeypatch):
+    streamed, seen = hooks.load(home / "llama", hooks=3, stream_layers=True), []
+    run = streaming.StreamedModel._run
+
+    def watch(self, *args, **kwargs):
+        blocks = self._base.get_submodule("layers")
+        seen.append([i for i, block in enumerate(blocks) if not next(block.parameters()).is_meta])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(streaming.StreamedModel, "_run", watch)
+    list(streamed.read_all(groups()))
+    assert seen == [[0]] * 3 + [[1]] * 3 + [[2]] * 3 + [[3]] * 3
+    assert all(p.is_meta for p in streamed._base.get_submodule("layers").parameters())
+
+
+def test_rows_in_lots(home, tmp_path):
+    whole, streamed = both(home / "llama", [0, 2], state_gb=30e-6, state_dir=tmp_path / "states")
+    lots, before = [], streaming.StreamedModel._read_lot
+    streamed._read_lot = lambda number, lot, kept: (lots.append(len(lot)), before(streamed, number, lot, kept))[1]
+    asked = groups(5)
+    assert equal(whole.read_all(asked), streamed.read_all(asked))
+    assert len(lots) > 1 and sum(lots) == 5
+    assert max(path.stat().st_size for path in (tmp_path / "states").glob("*.bin")) <= 10e3
+
+
+@pytest.mark.parametrize("stops", [1, 4, 5, 6, 11, 12])
+def test_a_reading_that_is_stopped_goes_on(stops, home, tmp_path):
+    whole, first = both(home / "llama", [0, 3], state_dir=tmp_path / "states")
+    asked, count = groups(), iter(range(100))
+    first.stop = lambda: next(count) == stops - 1
+    with pytest.raises(KeyboardInterrupt):
+        list(first.read_all(asked))
+        raise KeyboardInterrupt  # no stop is asked for in the last block
+    second = hooks.load(home / "llama", hooks=[0, 3], stream_layers=True, state_dir=tmp_path / "states")
+    ran, run = [], second._run
+    second._run = lambda number, *args, **kwargs: (ran.append(number), run(number, *args, **kwargs))[1]
+    assert equal(whole.read_all(asked), second.read_all(asked))
+    assert min(ran) == (stops - 1) // 3 if stops < 10 else 3
+    assert second.provenance(3) == whole.provenance(3)
+
+
+def test_states_of_other_rows_or_weights_are_not_used(home, tmp_path):
+    shutil.copytree(home / "llama", tmp_path / "model")
+    kept = {"stream_layers": True, "state_dir": tmp_path / "states"}
+    list(hooks.load(tmp_path / "model", hooks=2, **kept).read_all(groups()))
+    asked = groups()  # others
+    whole = hooks.load(tmp_path / "model", hooks=2)
+    assert equal(whole.read_all(asked), hooks.load(tmp_path / "model", hooks=2, **kept).read_all(asked))
+    models.save("llama", tmp_path / "model", seed=1)
+    other = hooks.load(tmp_path / "model", hooks=2)
+    streamed = hooks.load(tmp_path / "model", hooks=2, **kept)
+    assert equal(other.read_all(asked), streamed.read_all(asked)) and not equal(
+        whole.read_all(asked), other.read_all(asked)
+    )
+    (tmp_path / "states" / "states.json").write_text("{")
+    assert equal(other.read_all(asked), hooks.load(tmp_path / "model", hooks=2, **kept).read_all(asked))
+    states.remove(tmp_path / "states")
+    assert not (tmp_path / "states").exists()
+
+
+def folder_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+SETTINGS = {"k": 4, "threshold": 0.2, "context_length": 16, "batch_rows": 4}
+
+
+def test_dictionaries_are_the_same(home, tmp_path):
+    for layer in (2, [0, 3]):
+        for name, how in (("whole", False), ("streamed", True)):
+            itda.train(str(home / "llama"), TEXTS, tmp_path / name, layer=layer, stream_layers=how, **SETTINGS)
+        for path in (tmp_path / "whole").rglob("cfg.json"):
+            other = tmp_path / "streamed" / path.parent.relative_to(tmp_path / "whole")
+            assert folder_bytes(path.parent) == folder_bytes(other)
+        shutil.rmtree(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "streamed")
+
+
+def test_a_model_that_does_not_fit_is_streamed(home, monkeypatch):
+    need = 4 * sum(p.numel() for p in hooks.load(home / "llama", hooks=1)._base.parameters())
+    for free, streamed in ((need / 0.9 * 1.2, False), (need / 0.9 * 0.8, True)):
+        monkeypatch.setattr(hooks, "free_bytes", lambda device, free=free: free)
+        found = hooks.load(home / "llama", hooks=1)
+        assert isinstance(found, streaming.StreamedModel) == streamed
+        assert not isinstance(hooks.load(home / "llama", hooks=1, stream_layers=False), streaming.StreamedModel)
+
+
+def test_a_language_model_that_does_not_fit_is_streamed_without_its_head(home, monkeypatch):
+    assert hooks.language_model(home / "llama", hooks=1).predicts
+    monkeypatch.setattr(hooks, "free_bytes", lambda device: 1000)
+    found = hooks.language_model(home / "llama", hooks=1)
+    assert isinstance(found, streaming.StreamedModel) and not found.predicts
+
+
+CODE = """
+import sys, time, itda
+from itda import streaming
+say = streaming.StreamedModel._say
+def slow(self, *args):
+    print(*args[:2], flush=True)
+    time.sleep(0.05)
+    return say(self, *args)
+streaming.StreamedModel._say = slow
+itda.train(sys.argv[1], eval(sys.argv[3]), sys.argv[2], layer=3, stream_layers=True, **{settings})
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 30])
+def test_killed_and_run_again(lines, home, tmp_path, monkeypatch):
+    out, code = tmp_path / "out", CODE.replace("{settings}", repr(SETTINGS))
+    words = [sys.executable, "-c", code, str(home / "llama"), str(out), repr(TEXTS)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    said = [process.stdout.readline() for _ in range(lines)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    block = int(said[-1].split()[1])
+    assert (out / "states").is_dir() and not (out / "cfg.json").exists() and block == 1 + (lines > 1)
+    ran, say = [], streaming.StreamedModel._say
+    monkeypatch.setattr(
+        streaming.StreamedModel, "_say", lambda self, what, *args: (ran.append(what), say(self, what, *args))
+    )
+    itda.train(str(home / "llama"), TEXTS, out, layer=3, stream_layers=True, **SETTINGS)
+    assert int(ran[0].split()[1]) in (block, block + 1)  # the block that was running, or the one after it
+    monkeypatch.undo()
+    itda.train(str(home / "llama"), TEXTS, tmp_path / "whole", layer=3, stream_layers=False, **SETTINGS)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+
+
+def test_weights_that_change_between_two_runs(home, tmp_path):
+    shutil.copytree(home / "llama", tmp_path / "model")
+    out, judged = tmp_path / "out", []
+    settings = {"layer": 1, "stream_layers": True, "stop": lambda: bool(judged)} | SETTINGS
+    with pytest.raises(KeyboardInterrupt):
+        itda.train(
+            str(tmp_path / "model"),
+            TEXTS,
+            out,
+            progress=lambda done: judged.append(done) if isinstance(done, Progress) else None,
+            **settings,
+        )
+    assert (out / "checkpoint.safetensors").exists()
+    models.save("llama", tmp_path / "model", seed=1)
+    with pytest.raises(InputError, match="weights of the model have changed"):
+        itda.train(str(tmp_path / "model"), TEXTS, out, layer=1, stream_layers=True, **SETTINGS)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(match, folder, at=1, **settings):
+    with pytest.raises(InputError, match=match) as caught:
+        list(hooks.load(folder, hooks=at, stream_layers=True, **settings).read_all(groups()))
+    assert "\n" not in str(caught.value)
+
+
+def test_refusals(home, tmp_path):
+    llama = home / "llama"
+    refused("in no block", llama, "model.embed_tokens")
+    refused("above 0", llama, state_gb=0.0)
+    refused("choose one", llama, device_map="cpu")
+    refused("no layer 9", llama, 9)
+    loaded = hooks.load(llama, hooks=1)
+    with pytest.raises(InputError, match="loaded already"):
+        hooks.load(loaded, hooks=1, stream_layers=True)
+    with pytest.raises(InputError, match="one process"):
+        itda.train(str(llama), TEXTS, tmp_path / "x", layer=1, stream_layers=True, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("index", "match"),
+    [
+        ({"weight_map": {"model.layers.0.x": "../llama/model.safetensors"}}, "no file of its own folder"),
+        ({"weight_map": {"model.layers.0.x": "/etc/model.safetensors"}}, "no file of its own folder"),
+        ({"weight_map": {"model.layers.0.x": "..\\model.safetensors"}}, "no file of its own folder"),
+        ({"weight_map": {"model.layers.0.x": 3}}, "no file of its own folder"),
+        ({"weight_map": {"model.layers.0.x": "model.bin"}}, "no file of its own folder"),
+        ({"weight_map": []}, "cannot be read"),
+        ({}, "cannot be read"),
+        ([], "cannot be read"),
+        ({"weight_map": {"model.layers.0.x": "model-00009-of-00009.safetensors"}}, "lacks|belong together"),
+    ],
+)
+def test_a_hostile_index(index, match, home, tmp_path):
+    shutil.copytree(home / "shards", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(match, tmp_path / "model")
+
+
+def test_damaged_weights(home, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(home / "llama", model)
+    whole = load_file(model / "model.safetensors")
+    for change, match in (
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "lacks 1 of the weights"),
+        (lambda w: [w.pop(name) for name in list(w) if "layers.1." in name], "no weights for block 1"),
+        (lambda w: w.pop("model.embed_tokens.weight"), "lacks 1 of the weights"),
+        (lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}), "could not be loaded"),
+        (lambda w: w.update({"other.layers.1.mlp": torch.zeros(3)}), "which belong to which block"),
+    ):
+        weights = dict(whole)
+        change(weights)
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        refused(match, model)
+    data = (home / "llama" / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused("damaged", model)
+    (model / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + data[8:])
+    refused("damaged", model)
+
+
+def test_a_disk_that_is_full(home, tmp_path, monkeypatch):
+    streamed = hooks.load(home / "llama", hooks=2, stream_layers=True, state_dir=tmp_path / "states")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(InputError, match="the disk is full: free some space or give a smaller --state-gb"):
+        list(streamed.read_all(groups()))
+
+
+def test_a_block_whose_next_one_sees_something_else_is_refused(home):
+    streamed = hooks.load(home / "llama", hooks=2, stream_layers=True)
+    after = streamed._base.get_submodule("layers")[1]
+    after.register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(InputError, match="changes its states between its blocks"):
+        list(streamed.read_all(groups()))
+
+
+def test_reading_again_and_at_other_places(home):
+    whole, streamed = both(home / "llama", [2])
+    asked = groups()
+    assert equal(streamed.read_all(asked), streamed.read_all(asked))
+    other = hooks.load(streamed, hooks=1)
+    assert equal(hooks.load(home / "llama", hooks=1).read_all(asked), other.read_all(asked))
+    one = streamed.read(asked[0].ids, asked[0].mask)
+    assert torch.equal(one["model.layers.2"], whole.read(asked[0].ids, asked[0].mask)["model.layers.2"])
