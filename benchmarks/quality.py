@@ -392,7 +392,14 @@ def curves(plot, rows, names, x, measured):
         points = sorted({(row[x], row["fvu"] if measured == "fvu" else 1 - row["ce_score"]) for row in mine})
         if points:
             style = dict(marker="s", linestyle="--") if "SAE" in name else dict(marker="o")
-            plot.plot(*zip(*points, strict=True), label=name, color=f"C{number % 10}", markersize=4, **style)
+            plot.plot(
+                *zip(*points, strict=True),
+                label=name,
+                color=f"C{number % 10}",
+                fillstyle="full" if number < 10 else "none",
+                markersize=4,
+                **style,
+            )
 
 
 def most(values):

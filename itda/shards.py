@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from itda.disk import bytes_of, safetensors_head, write_file
 from itda.errors import InputError
 from itda.labels import LABEL_ARRAYS, Batch, Labels
 
+CHUNK = 1 << 20  # bytes that are read and summed while they are in the processor's cache
 Places = Mapping[str, tuple[torch.dtype, int]]  # dtype and width of the activations, by hook point
 
 
@@ -130,33 +129,30 @@ def read(
     head, where = safetensors_head({hook: (dtype, (shard.tokens, d)) for hook, (dtype, d) in places.items()})
     found = {}
     try:
-        with open(activations, "rb") as file:
+        with open(activations, "rb", buffering=0) as file:
+            if file.read(len(head)) != head:
+                raise damaged(activations, "is damaged or was changed (its header differs)")
+            for hook in wanted:
+                if _xxh64(_chunks(file, *where[hook])) != shard.xxh64[hook]:
+                    raise damaged(activations, f"is damaged or was changed (the checksum of {hook} differs)")
             # A private map: no copy is made of what the system holds of the file, and none is changed by a user.
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if memory[: len(head)] != head:
-            raise damaged(activations, "is damaged or was changed (its header differs)")
         for hook in wanted:
             dtype, d = places[hook]
-            start, stop = where[hook]
-            if _xxh64([memoryview(memory)[start:stop]]) != shard.xxh64[hook]:
-                raise damaged(activations, f"is damaged or was changed (the checksum of {hook} differs)")
-            count = (stop - start) // dtype.itemsize
-            found[hook] = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shard.tokens, d)
+            found[hook] = torch.frombuffer(memory, dtype=dtype, count=shard.tokens * d, offset=where[hook][0])
+            found[hook] = found[hook].view(shard.tokens, d)
         return found, _read_labels(table, shard)
     except OSError as error:
         raise damaged(activations, f"cannot be read ({error.strerror or error})") from error
 
 
-def expect(folder: Path, number: int, shard: Shard, places: Places, wanted: Sequence[str]) -> None:
-    """Have the system begin to read what `read` will read; nothing is checked, nor waited for."""
-    _, where = safetensors_head({hook: (dtype, (shard.tokens, d)) for hook, (dtype, d) in places.items()})
-    with suppress(OSError, AttributeError, OverflowError):  # where that cannot be said to the system
-        descriptor = os.open(files(folder, number)[0], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            for start, stop in (where[hook] for hook in wanted):
-                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
+def _chunks(file: Any, start: int, stop: int) -> Iterator[memoryview]:
+    """The bytes of `file` from `start` to `stop`, in memory that is used again."""
+    memory = memoryview(bytearray(CHUNK))
+    file.seek(start)
+    while start < stop and (count := file.readinto(memory[: stop - start])):
+        start += count
+        yield memory[:count]
 
 
 def _read_labels(path: Path, shard: Shard) -> Labels:

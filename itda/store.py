@@ -332,9 +332,6 @@ class Store:
 
             def start(number: int) -> Any:
                 shard = self.contents.shards[number]
-                for soon in [n for n in numbers if n >= number][:2]:  # the disk works while what is here is summed
-                    parts = self.contents.shards[soon], self.contents.places, self.hook_points
-                    shards.expect(self.path, soon, *parts)
                 return thread.submit(shards.read, self.path, number, shard, self.contents.places, self.hook_points)
 
             reading = [start(number) for number in numbers[:1]]
