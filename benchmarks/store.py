@@ -3,9 +3,9 @@
     python benchmarks/store.py [--folder DIR] [--megabytes 512] [--d 768] [--rounds 9]
 
 No model is read: batches are made before. Plain writing is one file of the same bytes, written and flushed to the disk;
-plain reading is the store's own files into memory, when they are still in the system's cache, and when they are not. The
-store checks all that it reads. Medians over rounds; ratios are taken within each round, as other work on a machine comes and goes.
-goes. What was read is compared with what was written before reading is timed.
+plain reading is the store's own files into memory, when they are still in the system's cache, and when they are not.
+The store checks all that it reads. Medians over rounds; ratios are taken within each round, as other work on a machine
+comes and goes. What was read is compared with what was written before reading is timed.
 """
 
 import argparse

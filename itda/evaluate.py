@@ -275,7 +275,7 @@ def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: 
         "n_atoms": len(dictionary),
         "itda_version": dictionary.cfg.get("itda_version"),
     }
-    versions = {"itda": __version__} | {name: version(name) for name in ("torch", "transformers")}
+    versions = {"itda": __version__, "torch": torch.__version__, "transformers": version("transformers")}
     return asked | {"dictionary": own, "model": model, "text": text, "versions": versions}
 
 

@@ -369,6 +369,7 @@ def test_a_worker_is_killed_in_the_middle(three, alone, home, tmp_path):
     wait_for_all(three)
     pids = [worker.answer.pid for worker in three.crew.workers]
     assert train(three, home, tmp_path / "out", 3, lambda: os.kill(pids[0], signal.SIGKILL)) == alone
+    assert train(three, home, tmp_path / "again") == alone  # by when the loss was seen
     assert pids[0] not in [worker.answer.pid for worker in three.crew.workers if worker.ready]
     assert set(pids[1:]) <= {worker.answer.pid for worker in three.crew.workers if worker.ready}
     assert len(three.crew.workers) == 3
@@ -378,7 +379,8 @@ def test_a_machine_is_lost_in_the_middle(three, nodes, alone, home, tmp_path):
     wait_for_all(three)
     try:
         assert train(three, home, tmp_path / "out", 3, lambda: nodes.remove_node(nodes.second, False)) == alone
-        assert sum(worker.ready for worker in three.crew.workers) == 2  # there is no room for the third
+        # The rest may have been done before the loss was seen: nobody can be asked to work there any more.
+        assert train(three, home, tmp_path / "again") == alone
     finally:
         three.crew.close()  # for the next test
 
