@@ -183,7 +183,7 @@ def main():
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         needed = sum((folder / file).stat().st_size for file in files)
         assert took["sum"] == whole(folder, middle, args.tokens, args.device), "the activations differ"
-    block = 12 * args.width**2
+    block = 16 * args.width**2  # parameters: attention 4 d^2, MLP 3 x 4 d^2
     flops = took["tokens"] * (middle + 1) * (2 * block + 2 * args.width * LENGTH * 2)
     least = max(needed / disk, flops / speed)
     row = dict(model_gb=size / 1e9, blocks=n, read_blocks=middle + 1, tokens=took["tokens"], device=args.device)
