@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-similarity bench-quality bench-streaming interop clean
+.PHONY: demo test lint format bench bench-similarity bench-quality bench-streaming soak interop clean
 
 demo: .venv/ready
 	$(BIN)/itda demo
@@ -37,6 +37,10 @@ bench-quality: .venv/dev
 # A model of several gigabytes, read block by block: memory, bytes and time beside what they must be.
 bench-streaming: .venv/dev
 	$(BIN)/python benchmarks/streaming.py $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE))
+
+# Trainings killed at random moments and started again must end in the bytes of undisturbed ones.
+soak: .venv/dev
+	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KILLS),--kills $(KILLS))
 
 # What SAEBench and SAELens say of a dictionary, beside what we say, offline.
 interop: .venv-interop/ready

@@ -300,6 +300,8 @@ def _save(stream: Any, read: str | None, builders: dict[str, Builder], folders: 
     identity = _identity(stream, builders)
     for name, folder in folders.items():
         builders[name].stream_hash = read
+        if identity[name].get(checkpoints.FINGERPRINT, "") is None:  # streamed, and nothing read since it was restored
+            identity[name][checkpoints.FINGERPRINT] = builders[name].fingerprint
         checkpoints.save(builders[name], folder, identity[name])
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from itda.errors import InputError
+from itda.errors import InputError, one_line
 from itda.labels import Batch, Labels
 from itda.prompts import Row, StreamHash
 from itda.store import Store, chosen, is_store
@@ -114,8 +114,8 @@ class Cache:
         self.path, self.skipped, self._budget = Path(path), 0, tokens
         self._files = _arrow_files(self.path)
         row = next(self._rows(None), None)
-        if row is None:
-            raise InputError(f"{path} has no rows: give a cache with activations in it.")
+        if row is None or not set(row) - {IDS}:
+            raise InputError(f"{path} has no rows of activations: give a cache with activations in it.")
         columns = sorted(row)
         self._ids = IDS in columns
         names, self.single = chosen([name for name in columns if name != IDS], layer, hook, None, path)
@@ -191,6 +191,9 @@ class Cache:
         """How many tokens there were with those of a group of rows, and what of these comes after the skipped ones."""
         labels, places = [], []
         for number, row in group:
+            for hook, about in self._about.items():
+                if (row[hook].shape[1], str(row[hook].dtype)) != about:
+                    raise _damaged(self.path, f"has other activations in row {number} than in the first")
             where = np.flatnonzero(self._valid(row))
             ids = row[IDS].astype(np.int64) if self._ids else np.full(len(self._of(row)), -1)
             # Where no ids are known, what the row begins with tells it from others.
@@ -250,7 +253,7 @@ class Cache:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path} {what}: copy the folder again, or make the cache anew.")
+    return InputError(f"{path} {one_line(what)}: copy the folder again, or make the cache anew.")
 
 
 def _arrow_files(folder: Path) -> list[Path]:
@@ -305,4 +308,6 @@ def _lengths(column: Any) -> ndarray:
     """How many values each list of a column has."""
     if hasattr(column.type, "list_size"):
         return np.full(len(column), column.type.list_size)
+    if not hasattr(column, "value_lengths"):
+        raise ValueError(f"{column.type} came, and lists were wanted")
     return np.asarray(column.value_lengths())

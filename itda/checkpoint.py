@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itda.builder import Builder
 from itda.disk import bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
-from itda.errors import InputError
+from itda.errors import InputError, check_whole, one_line
 from itda.folder import CHECKPOINT
 from itda.labels import LABEL_ARRAYS, Labels
 from itda.threshold import Schedule
@@ -81,14 +81,52 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
         if identity.get(FINGERPRINT) is None:  # a model that is streamed says so when it was read
             identity = identity | {FINGERPRINT: builder.fingerprint} if FINGERPRINT in identity else identity
         _compare(state["settings"] | state["identity"], builder.settings | identity, path)
-        _fill(builder, state, tensors)
     except InputError:
         raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}): remove it to start again."
-        ) from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    try:
+        _check(state, tensors)
+        _fill(builder, state, tensors)
+    except Exception as error:  # whatever other tensors and values than `save` writes lead to
+        raise _unreadable(path, error) from error
     return True
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = one_line(f"{type(error).__name__}: {error}")
+    return InputError(f"The checkpoint {path} cannot be read ({reason}): remove it to start again.")
+
+
+def _check(state: dict, tensors: dict[str, Tensor]) -> None:
+    """Raise one of the errors of Python unless types, shapes and counts are such as `save` writes."""
+    n, d = tensors["atoms"].shape
+    m, f32, f64 = len(tensors["sample"]), torch.float32, torch.float64
+    wanted = {"atoms": (f32, n, d), "norms": (f64, n), "losses": (f64, n), "sample": (f32, m, d)}
+    wanted |= {"mean": (f32, d)} if "mean" in tensors else {}
+    wanted["watched"] = (f64, tensors["watched"].numel())
+    for prefix, rows in (("labels", n), ("sample_labels", m)):
+        wanted |= {f"{prefix}.{name}": (torch.int64, rows) for name in LABEL_ARRAYS}
+        texts = json.loads(tensors[f"{prefix}.texts"].numpy().tobytes())
+        wanted[f"{prefix}.text_start"] = (torch.int64, len(texts))
+        row = tensors[f"{prefix}.row"]
+        if not all(isinstance(text, str) for text in texts) or bool(((row < -1) | (row >= len(texts))).any()):
+            raise ValueError(f"the texts of `{prefix}` are not those of its rows")
+    for name, form in wanted.items():
+        if (tensors[name].dtype, *tensors[name].shape) != form:
+            raise ValueError(f"`{name}` has dtype {tensors[name].dtype} and shape {tuple(tensors[name].shape)}")
+    schedule = state["schedule"]
+    counts = [("position", state["position"]), ("seen", state["seen"]), ("stride", state["stride"] - 1)]
+    counts += [(name, schedule[name]) for name in ("total", "milestone")]
+    counts += [("counts", count) for count in (*state["counts"], *schedule["last"], schedule["wish"] or 0)]
+    for name, count in counts + [("history", seen) for seen, _ in schedule["history"]]:
+        check_whole(name, count, 0)
+        if count >= 1 << 62:
+            raise ValueError(f"`{name}` is {count:.3g}")
+    if not schedule["history"] or not all(type(threshold) is float for _, threshold in schedule["history"]):
+        raise ValueError("the thresholds are no numbers")
+    if not all(isinstance(state[name], str | None) for name in ("stream_hash", "content_hash")):
+        raise ValueError("the hashes are no text")
 
 
 def _digest(state: str, tensors: dict[str, Tensor]) -> str:

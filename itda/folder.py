@@ -24,7 +24,7 @@ from itda.disk import (
     sync_folder,
     write_through,
 )
-from itda.errors import InputError
+from itda.errors import InputError, one_line
 
 FORMAT, VERSION = "itda", 1
 MANIFEST, ATOMS, LABELS, SAMPLE = "cfg.json", "atoms.safetensors", "labels.parquet", "sample.parquet"
@@ -199,7 +199,7 @@ def read_manifest(path: str | os.PathLike) -> dict:
 
 def damaged(path: Path, what: str) -> InputError:
     """The error that says `what` is wrong with a file of a dictionary, and what to do."""
-    return InputError(f"{path} {what}: copy the whole folder of the ITDA again, or train it again.")
+    return InputError(f"{path} {one_line(what)}: copy the whole folder of the ITDA again, or train it again.")
 
 
 def _parse_manifest(path: Path) -> dict:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from itda.errors import InputError
+from itda.errors import InputError, one_line
 from itda.hooks import Activations
 from itda.prompts import Row, TokenStream
 from itda.reading import HookedModel
@@ -85,8 +85,9 @@ def _read(path: Path, column: str, label: str) -> Iterable[Mapping[str, Any]]:
             return parquet.read_table(path, columns=[column, label]).to_pylist()
         if kind == ".jsonl":
             return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as labelled texts ({error}): give another file.") from error
+    except Exception as error:  # whatever a file format can raise
+        reason = one_line(str(error))
+        raise InputError(f"{path} cannot be read as labelled texts ({reason}): give another file.") from error
     raise InputError(f"{path} is neither .jsonl nor .parquet: give one of these, with a text and a label per record.")
 
 

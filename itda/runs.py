@@ -197,10 +197,10 @@ def train(
             watch.end()
         for name, dictionary in models.items():
             dictionary.save(folders[name])
-        # Only now: a run that is killed between two saves goes on from its checkpoints.
+        # Only now, and the checkpoints last: a run that is killed before or in between goes on from them.
+        states.remove(out / STATES)
         for target in folders.values():
             (target / folder.CHECKPOINT).unlink(missing_ok=True)
-        states.remove(out / STATES)
     return [_trained(models[name], shown / name, watch, began) for name in folders]
 
 

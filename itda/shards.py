@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda.disk import bytes_of, safetensors_head, write_file
-from itda.errors import InputError
+from itda.errors import InputError, one_line
 from itda.labels import LABEL_ARRAYS, Batch, Labels
 
 CHUNK = 1 << 20  # bytes that are read and summed while they are in the processor's cache
@@ -41,7 +41,8 @@ def files(folder: Path, number: int) -> tuple[Path, Path]:
 
 def damaged(path: Path, what: str) -> InputError:
     """The error that says `what` is wrong with a file of a store, and what to do."""
-    return InputError(f"{path} {what}: copy that file again, or collect all anew with `overwrite` (`--overwrite`).")
+    advice = "copy that file again, or collect all anew with `overwrite` (`--overwrite`)"
+    return InputError(f"{path} {one_line(what)}: {advice}.")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

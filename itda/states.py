@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itda.disk import STATES_MANIFEST, as_input_error, bytes_of, is_state, make_folder, write_file
+from itda.disk import DTYPES, STATES_MANIFEST, as_input_error, bytes_of, is_state, make_folder, write_file
 from itda.reading import Group
 
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 ADVICE = "give a smaller --state-gb, or choose another place"
 
 
@@ -39,8 +40,8 @@ class States:
 
     def holds(self, groups: Sequence[Group]) -> bool:
         """Whether all of these groups are among those that the states are of."""
-        known = {index: digest for index, digest, _ in self.groups}
-        return bool(groups) and all(known.get(group.index) == digest_of(group) for group in groups)
+        known = {index: (digest, tokens) for index, digest, tokens in self.groups}
+        return bool(groups) and all(known.get(g.index) == (digest_of(g), g.ids.numel()) for g in groups)
 
     def begin(self, groups: Sequence[Group]) -> None:
         """Forget what there is, and begin anew with these groups."""
@@ -61,10 +62,16 @@ class States:
 
     def get(self, name: str, group: Group) -> Tensor:
         """The state `name` (rows, length, d) of a group."""
-        d, dtype = self.forms[name]
-        x = torch.empty(*group.ids.shape, d, dtype=getattr(torch, dtype))
-        data, at = memoryview(bytes_of(x)).cast("B"), self._starts[group.index] * d * x.element_size()
         with as_input_error(f"{self.folder} could not be read", "remove it and run the same command again"):
+            if name not in self.forms:
+                raise OSError(f"it has no {name}")
+            d, dtype = self.forms[name]
+            size = d * _DTYPES[dtype].itemsize
+            at = self._starts[group.index] * size
+            if os.fstat(self._file(name)).st_size < at + group.ids.numel() * size:  # before any memory is taken
+                raise OSError(f"{name} is too short")
+            x = torch.empty(*group.ids.shape, d, dtype=_DTYPES[dtype])
+            data = memoryview(bytes_of(x)).cast("B")
             while len(data):
                 done = os.preadv(self._file(name), [data], at)
                 if not done:
@@ -90,10 +97,15 @@ class States:
         try:
             kept = json.loads((self.folder / STATES_MANIFEST).read_bytes())
             if kept["identity"] == self._identity:
-                self._name([(int(i), str(digest), int(tokens)) for i, digest, tokens in kept["groups"]])
-                self.block, self.forms, self.notes = int(kept["block"]), dict(kept["forms"]), dict(kept["notes"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or none that is of use
-            self.block, self.groups = -1, []
+                self._name([(_count(i), str(digest), _count(tokens)) for i, digest, tokens in kept["groups"]])
+                self.forms = {name: [_count(d), _DTYPES[dtype] and dtype] for name, (d, dtype) in kept["forms"].items()}
+                self.block, self.notes = _count(kept["block"]), dict(kept["notes"])
+                if self.notes.keys() != {"tuple", "samples"}:
+                    raise ValueError("notes are missing")
+                for sample in self.notes["samples"].values():
+                    bytes.fromhex(sample)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # none, or none of use
+            self.block, self.groups, self.forms = -1, [], {}
 
     def _name(self, groups: list[tuple[int, str, int]]) -> None:
         self.groups, self._starts, tokens = groups, {}, 0
@@ -105,6 +117,12 @@ class States:
         if name not in self._open:
             self._open[name] = os.open(self.folder / f"{name}.bin", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         return self._open[name]
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 40:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def digest_of(group: Group) -> str:
@@ -120,6 +138,7 @@ def remove(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if not folder.is_dir() or folder.is_symlink():
         return
+    (folder / STATES_MANIFEST).unlink(missing_ok=True)  # before the files that it names
     for path in list(folder.iterdir()):
         if is_state(path.name):
             path.unlink(missing_ok=True)

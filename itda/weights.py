@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from itda.errors import InputError
+from itda.errors import InputError, one_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LARGEST_INDEX = 256 * 2**20
@@ -79,7 +79,7 @@ class Weights:
                 raise ValueError("its weight_map is not a table")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
-                f"{INDEX} of `{self.model}` cannot be read ({error}): download or save it again."
+                f"{INDEX} of `{self.model}` cannot be read ({one_line(str(error))}): download or save it again."
             ) from error
         for name, file in files.items():
             if not is_plain(file):
@@ -110,7 +110,7 @@ class Weights:
                         out[name] = opened.get_tensor(name).clone()  # it was mapped, and is read now
             except (SafetensorError, OSError) as error:
                 raise InputError(
-                    f"{file} of `{self.model}` is damaged ({error}): download or save it again."
+                    f"{file} of `{self.model}` is damaged ({one_line(str(error))}): download or save it again."
                 ) from error
         self.bytes_read += sum(tensor.nbytes for tensor in out.values())
         return out
@@ -122,7 +122,8 @@ class Weights:
             with safe_open(path, framework="pt") as opened:
                 return list(opened.keys())
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{SINGLE} of `{self.model}` is damaged ({error}): download or save it again.") from error
+            reason = one_line(str(error))
+            raise InputError(f"{SINGLE} of `{self.model}` is damaged ({reason}): download or save it again.") from error
 
     def _path(self, file: str) -> str:
         path = self._fetch(file)
@@ -138,4 +139,6 @@ def is_plain(file: object) -> bool:
         and file.endswith(".safetensors")
         and not set(file) & set("/\\:\0")
         and not file.startswith(".")
+        and file.isprintable()
+        and len(file.encode()) < 256  # what a system takes
     )

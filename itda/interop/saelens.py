@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from itda.codes import Codes
 from itda.disk import make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.drawing import section
-from itda.errors import InputError
+from itda.errors import InputError, one_line
 from itda.folder import ATOMS, check_writable_target
 from itda.model import ITDA
 from itda.pursuit import normalize, pursue
@@ -155,7 +155,7 @@ def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cp
     try:
         sae = SAE.load_from_disk(str(path), device=device)
     except Exception as error:
-        said = str(error).partition("\n")[0]
+        said = one_line(str(error).partition("\n")[0])
         raise InputError(
             f"SAELens cannot load {path} ({type(error).__name__}: {said}): give another folder."
         ) from error
@@ -181,8 +181,9 @@ def system_of(sae: SAE, name: str, **cost: Any) -> System:
         return torch.cat(parts), Codes.concat([_padded(part, most) for part in codes])
 
     atoms = normalize(sae.W_dec.detach().float().cpu())
-    hook = sae.cfg.metadata.hook_name
-    return System(name, atoms, run, getattr(sae.cfg, "k", None), dict(cost), hook if isinstance(hook, str) else None)
+    hook, k = sae.cfg.metadata.hook_name, getattr(sae.cfg, "k", None)
+    k = k if isinstance(k, int) else None
+    return System(name, atoms, run, k, dict(cost), hook if isinstance(hook, str) else None)
 
 
 def _padded(codes: Codes, k: int) -> Codes:
