@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Survey:
     dtype: torch.dtype | str
     kwargs: dict[str, Any]  # for `from_pretrained`
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """Where its blocks are."""
         return Layout.of(self.skeleton, self.model)

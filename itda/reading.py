@@ -85,8 +85,11 @@ class HookedModel:
         self._paths = {path: self._reading(before[path]) for path in found}
         self.d = {self._layout.name(path): x.shape[-1] for path, x in found.items()}
         self.hook_points = tuple(self.d)
-        lost = sorted(self._missing & set().union(*self._paths.values()))
-        if lost:
+        self._check_there(self._missing & set().union(*self._paths.values()))
+
+    def _check_there(self, missing: Iterable[str]) -> None:
+        """Raise `InputError` if any of the weights that are read are `missing` in the checkpoint."""
+        if lost := sorted(missing):
             raise InputError(
                 f"`{self._layout.model}` lacks {len(lost)} of the weights that are read (`{lost[0]}` for one): "
                 "its config and its weights do not belong together, so download or save it again."

@@ -136,13 +136,6 @@ class StreamedModel(HookedModel):
             raise Stop
         return x if self._tuple is None else (x, *[None] * (self._tuple - 1))
 
-    def _check_there(self, missing: Iterable[str]) -> None:
-        if lost := sorted(missing):
-            raise InputError(
-                f"`{self._layout.model}` lacks {len(lost)} of the weights that are read (`{lost[0]}` for one): "
-                "its config and its weights do not belong together, so download or save it again."
-            )
-
     def _load(self, number: int, tensors: dict[str, Tensor]) -> nn.Module:
         """A block with its weights, on the device."""
         path = f"{self._layout.blocks}.{number}"
