@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,30 @@ def is_sealed(data: bytes, document: dict) -> bool:
     digest = document.get("sha256")
     blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1) if isinstance(digest, str) else b""
     return hashlib.sha256(blank).hexdigest() == digest
+
+
+def read_sealed(
+    data: bytes, kind: tuple[str, int], damaged: Callable[[str], InputError], foreign: InputError, path: Path
+) -> dict:
+    """The document in the file `data` as `sealed_json` wrote it, if it is of this format and version.
+
+    Raises `foreign` for one of another format, and what `damaged` makes of a sentence's end for anything else.
+    """
+    format, newest = kind
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise damaged("is not JSON") from error
+    if not isinstance(document, dict) or document.get("format") != format:
+        raise foreign
+    version = document.get("version")
+    if type(version) is int and version > newest:
+        raise InputError(f"{path} has format version {version}, and this itda reads version {newest}: upgrade itda.")
+    if type(version) is not int or version != newest:
+        raise damaged(f"has format version {version!r}, but {newest} was wanted")
+    if not is_sealed(data, document):
+        raise damaged("was changed after it was written (its sha256 differs)")
+    return document
 
 
 # -- safetensors ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -18,8 +19,8 @@ from itda.disk import (
     STATES,
     as_input_error,
     checked_path,
-    is_sealed,
     is_states,
+    read_sealed,
     sealed_json,
     sync_folder,
     write_through,
@@ -203,20 +204,8 @@ def damaged(path: Path, what: str) -> InputError:
 
 
 def _parse_manifest(path: Path) -> dict:
-    data = path.read_bytes()
-    try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, "is not JSON") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f'{path} is not the manifest of an ITDA ("format": "itda"): give the folder of a saved ITDA.')
-    version = manifest.get("version")
-    if type(version) is int and version > VERSION:
-        raise InputError(f"{path} has format version {version}, and this itda reads version {VERSION}: upgrade itda.")
-    if type(version) is not int or version != VERSION:
-        raise damaged(path, f"has format version {version!r}, but {VERSION} was wanted")
-    if not is_sealed(data, manifest):
-        raise damaged(path, "was changed after it was written (its sha256 differs)")
+    foreign = InputError(f'{path} is not the manifest of an ITDA ("format": "itda"): give the folder of a saved ITDA.')
+    manifest = read_sealed(path.read_bytes(), (FORMAT, VERSION), partial(damaged, path), foreign, path)
     for key in ("n_atoms", "d", "k"):
         if type(manifest.get(key)) is not int or manifest[key] < 0:
             raise damaged(path, f"says {key} = {manifest.get(key)!r}, but a count was wanted")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from itda import shards
-from itda.disk import DTYPES, LEFTOVER, as_input_error, is_sealed, sealed_json
+from itda.disk import DTYPES, LEFTOVER, as_input_error, read_sealed, sealed_json
 from itda.errors import InputError
 from itda.labels import Batch, Labels
 from itda.prompts import StreamHash
@@ -64,19 +64,8 @@ def read_contents(path: Path) -> Contents:
         if path.is_symlink():
             raise damaged(path, "is a link, and a file was wanted")
         data = path.read_bytes()
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, "is not JSON") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise InputError(f'{path} is not of activations on disk ("format": "{FORMAT}"): give the folder of a store.')
-    version = document.get("version")
-    if type(version) is int and version > VERSION:
-        raise InputError(f"{path} has format version {version}, and this itda reads version {VERSION}: upgrade itda.")
-    if type(version) is not int or version != VERSION:
-        raise damaged(path, f"has format version {version!r}, but {VERSION} was wanted")
-    if not is_sealed(data, document):
-        raise damaged(path, "is damaged or was changed (its sha256 differs)")
+    foreign = InputError(f'{path} is not of activations on disk ("format": "{FORMAT}"): give the folder of a store.')
+    document = read_sealed(data, (FORMAT, VERSION), partial(damaged, path), foreign, path)
     try:
         return _parsed(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
