@@ -128,7 +128,7 @@ def plain(atoms, k, mean=None):
     return itda.ITDA(itda.normalize(atoms), Labels.counted(0, len(atoms)), k, mean, ones, ones)
 
 
-def random_tokens(place, n, k, center=False):
+def random_tokens(place, n, k, center=True):
     mean = place.train[: 8 * n].mean(0) if center else None
     x = place.train[:n]
     return plain(x if mean is None else x - mean, k, mean)
@@ -148,8 +148,8 @@ def real(place, n, k, args):
         built, seconds = timed(function)
         return place.row(System.of(built, name), seconds, len(x))
 
-    for centred in (False, True):
-        name = ", centred" * centred
+    for centred in (True, False):
+        name = "" if centred else ", uncentred"
         drawn = System.of(random_tokens(place, n, k, centred), "random tokens" + name)
         yield drawn.name, partial(place.row, drawn)
         build = partial(itda.build, x, k=k, n_atoms=n, center=centred)
@@ -159,7 +159,7 @@ def real(place, n, k, args):
     yield "paper", partial(made, "the paper's admission", partial(paper, x, k, n))
 
 
-def chosen(x, k, n, times, center=False):
+def chosen(x, k, n, times, center=True):
     many = itda.build(x, k=k, n_atoms=min(times * n, len(x) // 3), center=center)
     return select(many, x, min(n, len(many)))
 

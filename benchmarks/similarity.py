@@ -77,7 +77,8 @@ def by_size(folders, args):
     """The control that uses one number per layer: how many atoms its dictionary has at one threshold."""
     readings = read(folders, held_out(args), **reading(args))
     began = time.perf_counter()
-    sizes = [[len(itda.build([r.batch(hook)], k=8, threshold=0.4)) for hook in r.hook_points] for r in readings]
+    settings = dict(k=8, threshold=0.4, center=False)
+    sizes = [[len(itda.build([r.batch(hook)], **settings)) for hook in r.hook_points] for r in readings]
     sizes = np.array(sizes, float)
     ratio = np.minimum(sizes[:, None, :, None], sizes[None, :, None, :])
     ratio /= np.maximum(sizes[:, None, :, None], sizes[None, :, None, :])

@@ -24,7 +24,7 @@ from itda.progress import Progress, reporter
 from itda.pursuit.products import is_full_float32
 
 # The settings of the published code, for `build(stream, **PAPER)`; its stream has padding and BOS.
-PAPER = {"k": 40, "loss": "cosine", "threshold": 4e-4, "admission": "paper"}
+PAPER = {"k": 40, "loss": "cosine", "threshold": 4e-4, "admission": "paper", "center": False}
 
 
 def build(
@@ -35,7 +35,7 @@ def build(
     n_atoms: int | None = None,
     loss: str = "relative",
     admission: str = "sequential",
-    center: bool = False,
+    center: bool = True,
     max_atoms: int | None = None,
     tokens: int | None = None,
     chunk_size: int = 4096,
@@ -55,7 +55,8 @@ def build(
     loss        "relative" |x - x_hat|^2 / |x|^2; "cosine", the published code's; "squared" |x - x_hat|^2 (eq. 6)
     admission   "sequential": each token is judged by the dictionary grown from all before it, whatever the batches;
                 "batch": each batch by the dictionary before it; "paper": the published code (see `PAPER`)
-    center      subtract the mean of the first 8192 tokens
+    center      subtract the mean of the first 8192 tokens, which the dictionary keeps, so that atoms and losses are of
+                what differs from it
     max_atoms   stop when there are so many
     tokens      read so many tokens at most
     chunk_size  tokens pursued together at most; changes memory and speed, never the result
@@ -158,7 +159,9 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
                 f"The stream ends after {position:,} tokens, and the unfinished build has read {ahead:,}: give the "
                 "same activations to go on, or another folder to start anew."
             )
-    if len(folders) > 1:  # they are saved one after another, and a kill in between must find all of them
+    if folders:  # what comes next, and saving one after another, may be killed too
+        for builder in builders.values():
+            builder.settle()
         _save(stream, read, builders, folders)
     if report:
         report(None)

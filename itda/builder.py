@@ -45,7 +45,7 @@ class Builder:
         n_atoms: int | None = None,
         loss: str = "relative",
         admission: str = "sequential",
-        center: bool = False,
+        center: bool = True,
         max_atoms: int | None = None,
         chunk_size: int = 4096,
         total: int | None = None,
@@ -126,10 +126,14 @@ class Builder:
                 "the same ones to go on, or another folder to start anew."
             )
 
-    def finish(self, provenance: Mapping[str, Any] | None = None) -> ITDA:
-        """The dictionary of all tokens seen. `provenance` goes into its `cfg` ("model", "stream")."""
+    def settle(self) -> None:
+        """Judge what waited for more to estimate the mean or the threshold from: the stream has ended."""
         if self._head:
             self._start()
+
+    def finish(self, provenance: Mapping[str, Any] | None = None) -> ITDA:
+        """The dictionary of all tokens seen. `provenance` goes into its `cfg` ("model", "stream")."""
+        self.settle()
         if not self.started or not self.seen:
             raise InputError("The stream held no valid token, so there is nothing to build on: give it more text.")
         atoms = self.dictionary.gram.atoms.clone().cpu()

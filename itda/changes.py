@@ -114,8 +114,8 @@ def compare_atoms(
 
 
 def _built(x: Tensor, k: int, **size: Any) -> ITDA:
-    """A dictionary of `x` whose labels count tokens."""
-    model = build([(x, Labels.counted(0, len(x)))], k=k, **size)
+    """A dictionary of `x` whose labels count tokens; uncentred, since its atoms are to explain another model too."""
+    model = build([(x, Labels.counted(0, len(x)))], k=k, center=False, **size)
     assert isinstance(model, ITDA)
     return model
 

@@ -65,7 +65,7 @@ def train(
         Literal["sequential", "batch", "paper"] | None,
         arg(metavar="{sequential,batch,paper}", help_behavior_hint="(default: sequential)"),
     ] = None,
-    center: Flag = False,
+    no_center: Flag = False,
     max_atoms: MaybeWhole = None,
     context_length: Whole = 128,
     batch_rows: BatchRows = None,
@@ -86,6 +86,7 @@ def train(
     backend: Annotated[Literal["hooks", "nnsight"], arg(metavar="{hooks,nnsight}")] = "hooks",
     remote: Flag = False,
     device_map: MaybeText = None,
+    tensor_parallel: MaybeWhole = None,
     chunk_size: Whole = 4096,
     candidates: Whole = 1,
     refine: Whole = 0,
@@ -121,7 +122,7 @@ def train(
         preset: the published code's practice: cosine loss, its admission, truncated, padded rows, 128 at a time
         loss: |x - x_hat|^2 / |x|^2, or the published code's, or |x - x_hat|^2
         admission: one token after another, or a batch at a time, or as the published code does
-        center: subtract the mean of the first tokens
+        no_center: do not subtract the mean of the first tokens
         max_atoms: stop at so many atoms
         context_length: tokens in a row
         batch_rows: rows that go through the model together
@@ -142,6 +143,7 @@ def train(
         backend: what reads the model; the activations are the same
         remote: with nnsight, read it on NDIF, which needs a key (NDIF_API_KEY)
         device_map: auto spreads the model over GPUs, memory and disk, with accelerate
+        tensor_parallel: share every block of the model between so many GPUs of this machine, a process for each
         chunk_size: tokens pursued together; changes memory and speed alone
         candidates: build a dictionary of so many times --n-atoms, and keep the atoms of most use
         refine: move the atoms in so many passes, so that they reconstruct better; they are real activations no more
@@ -157,7 +159,8 @@ def train(
     """
     if stream_layers and no_stream_layers:
         raise InputError("Both `--stream-layers` and `--no-stream-layers` were given: choose one of them.")
-    given = {name: value for name, value in locals().items() if name not in ("json", "no_stream_layers")}
+    given = {name: value for name, value in locals().items() if name not in ("json", "no_stream_layers", "no_center")}
+    given["center"] = False if no_center else None
     given["stream_layers"] = True if stream_layers else False if no_stream_layers else None
     given["ray"] = _address(ray)
     for name in ("layer", "hook"):
@@ -196,6 +199,7 @@ def collect(
     revision: MaybeText = None,
     trust_remote_code: Flag = False,
     device_map: MaybeText = None,
+    tensor_parallel: MaybeWhole = None,
     stream_layers: Flag = False,
     no_stream_layers: Flag = False,
     state_gb: MaybeReal = None,
@@ -234,6 +238,7 @@ def collect(
         revision: branch, tag or commit of the model
         trust_remote_code: run code that the model's repository brings
         device_map: auto spreads the model over GPUs, memory and disk, with accelerate
+        tensor_parallel: share every block of the model between so many GPUs of this machine, a process for each
         stream_layers: load the model block by block, as is done by itself where it does not fit into memory
         no_stream_layers: load it whole in any case
         state_gb: of hidden states on disk, when it is streamed, in 10^9 bytes; half of the free disk by default

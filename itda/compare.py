@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from numpy import ndarray
 
 from itda import aligned, drawing, layers, saved, stored
@@ -177,8 +176,8 @@ def compare(
         shuffled = [replace(r, activations=_Shuffled(r.activations, draw + m)) for m, r in enumerate(readings)]
         levels["shuffled"] = layers.compare_layers(shuffled, wanted, replace(settings, dictionaries=None))
     unions, token_id = settings.dictionaries, readings[0].labels.token_id
-    sizes = _sizes(unions, token_id, settings.groups) if unions else []
-    random = _chance(unions, token_id) if unions and controls else {}
+    sizes = _sizes(unions, token_id, settings.groups, len(token_id)) if unions else []
+    random = _chance(unions, token_id, len(token_id)) if unions and controls else {}
     names_of = [r.name for r in readings]
     pairs = readings[0].labels.pairs()
     by_end = any(r.share < 1 or (r.labels.pairs() != pairs).any() for r in readings)
@@ -290,25 +289,25 @@ def _interval_over_documents(similarity: Similarity, draw: int) -> tuple[float, 
     return float(low), float(high)
 
 
-def _sizes(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, groups: ndarray) -> list[dict[str, Any]]:
+def _sizes(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, groups: ndarray, tokens: int) -> list[dict]:
     """How the Jaccard moves with the size of the dictionaries, cut to a quarter, half and all of the smallest."""
     smallest, rows = min(len(d) for of in atoms for d in of), []
     for size in sorted({max(1, smallest // 4), max(1, smallest // 2), smallest}):
         cut = [[d[:size] for d in of] for of in atoms]
-        found = layers.compare_sets(cut, ["jaccard"], token_id, groups)["jaccard"]
+        found = layers.compare_sets(cut, ["jaccard"], token_id, groups, tokens)["jaccard"]
         rows.append({"n_atoms": size} | _level(found.pairs))
     return rows
 
 
-def _chance(atoms: Sequence[Sequence[ndarray]], token_id: Int[ndarray, " tokens"]) -> dict[str, dict[str, dict]]:
+def _chance(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, tokens: int) -> dict[str, dict[str, dict]]:
     """What the Jaccard is where only sizes, or only sizes and token ids, are alike: means over pairs of models.
 
     By measure and control, as `Measured.controls` has it.
     """
     across = [(a, b) for m, of in enumerate(atoms) for a in of for other in atoms[m + 1 :] for b in other]
-    random = float(np.mean([expected_jaccard(len(a), len(b), len(token_id)) for a, b in across]))
+    random = float(np.mean([expected_jaccard(len(a), len(b), tokens) for a, b in across]))
     levels = {"random": {"all": random}}
-    if (token_id >= 0).all():
+    if len(token_id) == tokens and (token_id >= 0).all():
         by_token = [expected_jaccard_by_token(token_id[a], token_id[b], token_id)[0] for a, b in across]
         levels["random by token"] = {"all": float(np.mean(by_token))}
     return {"jaccard": levels}
@@ -333,12 +332,11 @@ def _of_dictionaries(sides: saved.Sides, measures: Sequence[str] | None, draw: i
     if missing := [name for name in wanted if name not in known]:
         why = "it needs the text: give `data`" if missing[0] in layers.SET_MEASURES else "it needs models and a text"
         raise InputError(f"Dictionaries alone cannot be compared by {missing[0]!r}, because {why}.")
-    found = layers.compare_sets(sides.atoms, wanted, sides.token_id, sides.groups)
-    sizes, random = _sizes(sides.atoms, sides.token_id, sides.groups), _chance(sides.atoms, sides.token_id)
+    found = layers.compare_sets(sides.atoms, wanted, sides.token_id, sides.groups, sides.tokens)
+    sizes = _sizes(sides.atoms, sides.token_id, sides.groups, sides.tokens)
+    random = _chance(sides.atoms, sides.token_id, sides.tokens)
     measured = {
         name: _measured(name, similarity, sides.names, random.get(name, {}), sides.atoms, draw)
         for name, similarity in found.items()
     }
-    return Comparison(
-        sides.about, len(sides.token_id), sides.aligned, measured, sizes, {"all": time.monotonic() - began}
-    )
+    return Comparison(sides.about, sides.tokens, sides.aligned, measured, sizes, {"all": time.monotonic() - began})

@@ -147,6 +147,14 @@ def sealed_json(document: dict, indent: int | None = 2) -> bytes:
     return data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in the file of JSON `path`; an empty one where there is anything else, or nothing that can be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        document = json.loads(path.read_bytes())
+        return document if isinstance(document, dict) else {}
+    return {}
+
+
 def is_sealed(data: bytes, document: dict) -> bool:
     """Whether the file `data`, read as `document`, is as `sealed_json` wrote it."""
     digest = document.get("sha256")
@@ -176,6 +184,32 @@ def read_sealed(
     if not is_sealed(data, document):
         raise damaged("was changed after it was written (its sha256 differs)")
     return document
+
+
+# -- parquet ----------------------------------------------------------------------------------------------------------
+
+
+def holds_text(source: Any, names: Sequence[str], most: int) -> bool:
+    """Whether the text columns `names` of a parquet file (path or buffer) unpack to no more than `most` bytes.
+
+    A file says what its pages unpack to, but in these a text may stand once for many rows. So they are read before
+    any row is made of them, some rows at a time, with each text once.
+    """
+    from pyarrow import compute, parquet
+
+    with parquet.ParquetFile(source, read_dictionary=list(names)) as file:
+        places = [i for i, column in enumerate(file.schema.names) if column in names]
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        if max(sum(g.column(i).total_uncompressed_size for g in groups for i in places), 0) > most:
+            return False
+        total = 0
+        for batch in file.iter_batches(1024, columns=list(names), use_threads=False):
+            for column in batch.columns:
+                sizes = compute.binary_length(column.dictionary).cast("int64")
+                total += compute.sum(sizes.take(column.indices)).as_py() or 0
+            if total > most:
+                return False
+    return True
 
 
 # -- safetensors ------------------------------------------------------------------------------------------------------

@@ -44,10 +44,11 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     cuts = (report.text[: report.start], report.text[report.start : report.end], report.text[report.end :])
     before, token, after = map(one_line, cuts)
     yield Text.assemble(before, *_marked(token), after, overflow="fold")
+    mean = "" if report.from_mean == report.norm else f", {report.from_mean:.4g} from the mean"
     yield Text(
         one_line(
             f"token {report.token} of 0 to {len(report.tokens) - 1} · {report.model} · {report.hook_point} · "
-            f"norm {report.norm:.4g} · k = {report.k} · relative error {report.relative_error:.3f}"
+            f"norm {report.norm:.4g}{mean} · k = {report.k} · relative error {report.relative_error:.3f}"
         ),
         style="dim",
     )
@@ -244,7 +245,7 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     facts = [("model", f"{model.get('id', 'not known')}{revision}")]
     facts += [("hook point", f"{model['hook_point']}")] if model.get("hook_point") else []
     data = stream.get("data") or stream.get("kind") or "plain activations"
-    facts += [("data", f"{data}, {cfg.get('tokens', 0):,} tokens")]
+    facts += [("data", f"{data}, {_whole(cfg.get('tokens') or 0)} tokens")]
     if stream.get("hash"):
         rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
         facts += [("stream", f"{short(stream['hash'])}, {rows}")]
@@ -342,7 +343,7 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
         moved = [_number(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
         errors = ["-" if layer["transfer"][name] is None else _number(layer["transfer"][name]) for name in fvus]
         atoms = [f"{layer[name]['tokens']:,}" for name in ("only_tuned", "only_base")]
-        table.add_row(one_line(layer["hook_point"]), *moved, f"{layer['above']:.1%}", *errors, *atoms)
+        table.add_row(Text(one_line(layer["hook_point"])), *moved, f"{layer['above']:.1%}", *errors, *atoms)
     yield Text()
     yield table
     said = (
@@ -354,7 +355,7 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text(said, style="dim")
     table, width = _table("score", label="tokens that changed most", first="strongest at"), _room(options, 34)
     for token in report.top[:SHOWN]:
-        table.add_row(one_line(token["strongest"]), _number(token["score"]), _in_context(token["label"], width))
+        table.add_row(Text(one_line(token["strongest"])), _number(token["score"]), _in_context(token["label"], width))
     yield Text()
     yield table
     for key, who in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
@@ -364,7 +365,7 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
         width = _room(options, 44)
         for hook, atom in found[:SHOWN]:
             losses = (_number(atom["loss"][name]) for name in ("tuned", "base"))
-            table.add_row(one_line(hook), *losses, _in_context(atom["label"], width))
+            table.add_row(Text(one_line(hook)), *losses, _in_context(atom["label"], width))
         if found:
             yield Text()
             yield table

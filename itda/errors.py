@@ -8,10 +8,30 @@ class InputError(ValueError):
     """
 
 
+class NoSuchHook(InputError):
+    """A model has no such layer or hook point; `hook` is as it was given."""
+
+    def __init__(self, said: str, hook: int | str) -> None:
+        super().__init__(said)
+        self.hook = hook
+
+    def __reduce__(self) -> tuple:
+        return NoSuchHook, (str(self), self.hook)  # as one of an other process
+
+
 def one_line(text: str) -> str:
     """`text` as it can be shown on one line of a terminal: line breaks as ↵ (a lone CR as ␍), other controls as �."""
     text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "␍").replace("\t", " ")
     return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def shortened(value: object) -> str:
+    """A value that came, as it can stand in a sentence: in ASCII, and no longer than that takes."""
+    try:
+        text = ascii(value)
+    except RecursionError:
+        text = type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_whole(name: str, value: object, least: int) -> None:

@@ -502,7 +502,7 @@ def _untrained(dictionary: ITDA, hooked, reader: heldout.Reader, settings, seed:
     """A dictionary of as many atoms, built as this one, of a model with random weights, measured there."""
     other = hooks.load(hooks.untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
     held = reader.read(other, "reading the untrained model")
-    grow = {key: dictionary.cfg[key] for key in ("loss", "center") if dictionary.cfg.get(key) is not None}
+    grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
     wish = min(len(dictionary), len(held.pool))
     built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
     assert isinstance(built, ITDA)

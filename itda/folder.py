@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,18 +21,55 @@ from itda.disk import (
     as_input_error,
     checked_path,
     is_states,
+    json_object,
     read_sealed,
     sealed_json,
     sync_folder,
     write_through,
 )
-from itda.errors import InputError, one_line
+from itda.errors import InputError, one_line, shortened
 
 FORMAT, VERSION = "itda", 1
 MANIFEST, ATOMS, LABELS, SAMPLE = "cfg.json", "atoms.safetensors", "labels.parquet", "sample.parquet"
 EVAL = "eval.json"  # what `itda eval` measured of the dictionary beside it; never part of it
 CHECKPOINT = "checkpoint.safetensors"  # of a training that has not finished; never part of a dictionary
 RESERVED = ("format", "version", "sha256", "n_atoms", "d", "files")  # keys of cfg.json that the format itself writes
+MOST = 1 << 53  # tokens: what is more float64 cannot count
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file of JSON is a number, finite in float64."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+_COUNT = "a count", lambda value: type(value) is int and 0 <= value <= MOST
+_WHOLE = "a whole number", lambda value: type(value) is int
+_NUMBER = "a number", is_number
+_FLAG = "true or false", lambda value: type(value) is bool
+_TEXT = "a text", lambda value: type(value) is str
+# What settings are, where the library reads them again; each may be null, or not there.
+_SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("tokens", "batch_rows"), _COUNT),
+    **dict.fromkeys(("threshold", "fvu"), _NUMBER),
+    **dict.fromkeys(("special_tokens", "padding", "nonneg", "center"), _FLAG),
+    **dict.fromkeys(("method", "loss", "admission"), _TEXT),
+    "model": {"layer": _WHOLE, "d": _COUNT}
+    | dict.fromkeys(("id", "revision", "hook_point", "dtype", "fingerprint", "tokenizer_hash"), _TEXT),
+    "stream": {"context_length": _COUNT, "tokens": _COUNT, "seed": _WHOLE, "truncate": _FLAG, "pack": _FLAG}
+    | dict.fromkeys(("kind", "data", "revision", "config", "split", "column", "hash", "tokenizer_hash"), _TEXT),
+}
+
+
+def wrong_setting(settings: Mapping[str, Any], wanted: Mapping[str, Any] = _SETTINGS) -> str | None:
+    """The first of the settings that is not what the library reads: its name, what came, what was wanted."""
+    for name in wanted:
+        value, kind = settings.get(name), wanted[name]
+        said, is_right = kind if isinstance(kind, tuple) else ("an object", lambda value: isinstance(value, dict))
+        if value is not None and not is_right(value):
+            return f"`{name}` = {shortened(value)}, but {said} was wanted"
+        if isinstance(kind, dict) and value and (inner := wrong_setting(value, kind)):
+            return f"{name}: {inner}"
+    return None
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -167,11 +205,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _is_manifest(path: Path) -> bool:
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return json_object(path).get("format") == FORMAT
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -209,6 +243,8 @@ def _parse_manifest(path: Path) -> dict:
     for key in ("n_atoms", "d", "k"):
         if type(manifest.get(key)) is not int or manifest[key] < 0:
             raise damaged(path, f"says {key} = {manifest.get(key)!r}, but a count was wanted")
+    if wrong := wrong_setting(manifest):
+        raise damaged(path, f"says {wrong}")
     files = manifest.get("files")  # the names are compared with ours, never used as paths
     if not isinstance(files, dict) or not {ATOMS, LABELS} <= set(files) <= {ATOMS, LABELS, SAMPLE}:
         named = ", ".join(map(repr, files)) if isinstance(files, dict) else repr(files)

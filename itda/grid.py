@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from itda.disk import as_input_error
-from itda.errors import InputError, one_line
+from itda.errors import InputError, one_line, shortened
 from itda.runs import train
 
 MOST = 10_000  # trainings: what is more is a slip
@@ -66,7 +66,7 @@ def read_grid(settings: Mapping[str, Any] | str | os.PathLike, *, whole: bool = 
         if name not in _PARAMETERS:
             near = difflib.get_close_matches(name, _PARAMETERS, 1, 0.5)
             hint = f"perhaps {near[0]!r} was meant" if near else f"those of `itda train` are {', '.join(_PARAMETERS)}"
-            raise InputError(f"{where}: there is no setting {_shown(given)}; {hint}.")
+            raise InputError(f"{where}: there is no setting {shortened(given)}; {hint}.")
         if name in grid:
             raise InputError(f"{where}: {name!r} is there twice, with - and with _: leave one out.")
         if value is None:
@@ -128,14 +128,9 @@ def _checked(value: Any, name: str, where: str) -> Any:
         value = int(value)
     if type(value) not in kinds:
         wanted = " or ".join(_SAID[kind] for kind in kinds)
-        raise InputError(f"{where}: {name!r} is {_shown(value)}; {wanted}, or a list of such, was wanted.")
+        raise InputError(f"{where}: {name!r} is {shortened(value)}; {wanted}, or a list of such, was wanted.")
     if isinstance(value, str) and not (value and value.isprintable()):
-        raise InputError(f"{where}: {name!r} is {_shown(value)}, which is empty or has control characters in it.")
+        raise InputError(f"{where}: {name!r} is {shortened(value)}, which is empty or has control characters in it.")
     if isinstance(value, float) and value != value:
         raise InputError(f"{where}: {name!r} is nan; a number was wanted.")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -17,10 +17,11 @@ from numpy import ndarray
 from torch import nn
 
 from itda.caches import Cache, from_disk, is_stored
-from itda.errors import InputError
+from itda.errors import InputError, check_whole
 from itda.labels import Batch, Labels
 from itda.layout import Layout
 from itda.loading import causal, checked_device, load_tokenizer, pretrained, random_model, survey
+from itda.parallel import shared
 from itda.prompts import Row, StreamHash, TokenStream
 from itda.prompts import valid as valid_tokens
 from itda.pursuit.gram import free_bytes
@@ -44,6 +45,7 @@ def load(
     stream_layers: bool | None = None,
     state_gb: float | None = None,
     state_dir: str | Path | None = None,
+    tensor_parallel: int | None = None,
     **kwargs,
 ) -> HookedModel:
     """A model to read `hooks` from: layers (the residual stream after that block), module paths, TransformerLens names.
@@ -58,11 +60,18 @@ def load(
 
     With `stream_layers` one block at a time is in memory (`itda.streaming.StreamedModel`, which takes `state_gb` and
     `state_dir`); None is for where the weights take more than 0.9 of the memory that is free.
+
+    With `tensor_parallel` so many processes on this machine, each with a GPU, share every block
+    (`itda.parallel.SharedModel`); 1 is as without.
     """
     hooks = [hooks] if isinstance(hooks, int | str) else list(hooks)
     if not hooks:
         raise InputError("No hook point is given: pass at least one layer or module path.")
     settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
+    if tensor_parallel is not None and tensor_parallel != 1:
+        check_whole("tensor_parallel", tensor_parallel, 1)
+        settings |= {"trust_remote_code": trust_remote_code, "backend": backend, "remote": remote, **kwargs}
+        return shared(model, tokenizer, hooks, tensor_parallel, stream_layers=stream_layers, **settings)
     if backend != "hooks" or remote:
         settings |= {"trust_remote_code": trust_remote_code, "stream_layers": stream_layers, **kwargs}
         return _traced(model, tokenizer, hooks, backend, remote, **settings)
@@ -188,6 +197,7 @@ def activations(
     stream_layers: bool | None = None,
     state_gb: float | None = None,
     state_dir: str | Path | None = None,
+    tensor_parallel: int | None = None,
     **model_kwargs,
 ) -> Activations | Store | Cache:
     """The activations of `model` on `data` with their labels: an iterable of `Batch`, one per `batch_rows` rows.
@@ -204,10 +214,9 @@ def activations(
     Valid is no padding, no special token and not position 0, unless `special_tokens`; with `padding`, rows are filled
     to `context_length` and the filling is read like text, as the paper's code does.
 
-    `backend`, `remote`, `stream_layers`, `state_gb` and `state_dir` are those of `load`. With `device_map="auto"` (and
-    `max_memory`, `offload_folder`) accelerate spreads the model over GPUs, memory and disk; `quantization_config`
-    quantises it, which its provenance says. `tp_plan="auto"` under torchrun shares every layer between GPUs: each
-    process then reads all of the data, and one of them should save. (Neither several GPUs nor `tp_plan` is tested.)
+    `backend`, `remote`, `stream_layers`, `state_gb`, `state_dir` and `tensor_parallel` are those of `load`. With
+    `device_map="auto"` (and `max_memory`, `offload_folder`) accelerate spreads the model over GPUs, memory and disk;
+    `quantization_config` quantises it, which its provenance says. (Nothing of this was run on several GPUs.)
     """
     if is_stored(data):
         return from_disk(locals(), {name: p.default for name, p in signature(activations).parameters.items()})
@@ -224,6 +233,7 @@ def activations(
     settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     settings |= {"trust_remote_code": trust_remote_code, "backend": backend, "remote": remote}
     settings |= {"stream_layers": stream_layers, "state_gb": state_gb, "state_dir": state_dir}
+    settings |= {"tensor_parallel": tensor_parallel}
     hooked = load(model, tokenizer, hooks=hooks, **settings, **model_kwargs)
     if not isinstance(data, TokenStream):
         stream: dict[str, Any] = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}

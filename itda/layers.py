@@ -253,7 +253,7 @@ def dictionaries(readings: Sequence[Reading], settings: Settings) -> list[list[I
     began = time.monotonic()
     for done, (m, hook) in enumerate(work):
         settings.report(Step("building dictionaries", done, len(work), time.monotonic() - began))
-        size: dict[str, Any] = dict(n_atoms=settings.n_atoms, threshold=settings.threshold)
+        size: dict[str, Any] = dict(n_atoms=settings.n_atoms, threshold=settings.threshold, center=False)
         built: Any = build([readings[m].batch(hook)], k=settings.k, **size)
         rows[m].append(rows_of(built.labels, readings[m].labels))
     smallest = min(len(d) for of in rows for d in of)
@@ -283,13 +283,16 @@ def rows_of(labels: Labels, among: Labels) -> Int[ndarray, " n"]:
 def compare_sets(
     atoms: Sequence[Sequence[Int[ndarray, " _"]]],
     names: Sequence[str],
-    token_id: Int[ndarray, " tokens"],
-    groups: Int[ndarray, " tokens"],
+    token_id: Int[ndarray, " known"],
+    groups: Int[ndarray, " known"],
+    tokens: int | None = None,
 ) -> dict[str, Similarity]:
     """Similarities of dictionaries as sets: `atoms[m][i]` are the tokens of layer i of model m, as rows of `token_id`.
 
-    `token_id` and `groups` (which tokens a bootstrap draws together) are of all tokens that could have been atoms.
+    `token_id` and `groups` (which tokens a bootstrap draws together) are of all tokens that could have been atoms, or
+    of those of them that are known: then there are so many `tokens`.
     """
+    tokens = len(token_id) if tokens is None else tokens
     n_groups = int(groups.max()) + 1 if len(groups) else 1
     count = [[np.bincount(groups[rows], minlength=n_groups).astype(float) for rows in of] for of in atoms]
     shapes = {(m, n): (len(a), len(b)) for m, a in enumerate(atoms) for n, b in enumerate(atoms)}
@@ -304,7 +307,7 @@ def compare_sets(
         below = {"jaccard": count[m][i] + count[n][j] - common, "overlap": smaller}
         for name, similarity in found.items():
             began = time.monotonic()
-            value = SET_MEASURES[name](a, b, token_id)
+            value = SET_MEASURES[name](a, b, token_id, tokens)
             _put(similarity.pairs, m, i, n, j, value, value)
             if similarity.parts is not None:
                 for pair, x, y in {((m, n), i, j), ((n, m), j, i)}:
@@ -317,11 +320,11 @@ def _corrected(a: ndarray, b: ndarray, chance: float) -> float:
     return (sets.jaccard(a, b) - chance) / (1 - chance) if chance < 1 else np.nan
 
 
-SET_MEASURES: dict[str, Callable[[ndarray, ndarray, ndarray], float]] = {
-    "jaccard": lambda a, b, ids: sets.jaccard(a, b),
-    "overlap": lambda a, b, ids: sets.overlap(a, b),
-    "jaccard_corrected": lambda a, b, ids: _corrected(a, b, sets.expected_jaccard(len(a), len(b), len(ids))),
-    "jaccard_by_token": lambda a, b, ids: _corrected(a, b, sets.expected_jaccard_by_token(ids[a], ids[b], ids)[0]),
+SET_MEASURES: dict[str, Callable[[ndarray, ndarray, ndarray, int], float]] = {
+    "jaccard": lambda a, b, ids, n: sets.jaccard(a, b),
+    "overlap": lambda a, b, ids, n: sets.overlap(a, b),
+    "jaccard_corrected": lambda a, b, ids, n: _corrected(a, b, sets.expected_jaccard(len(a), len(b), n)),
+    "jaccard_by_token": lambda a, b, ids, n: _corrected(a, b, sets.expected_jaccard_by_token(ids[a], ids[b], ids)[0]),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from itda.errors import InputError
+from itda.errors import InputError, NoSuchHook
 
 _LENS_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_post|resid_pre|attn_out|mlp_out)")  # TransformerLens
 _ATTENTION, _MLP = ("attn", "self_attn", "attention"), ("mlp", "feed_forward", "fc2")
@@ -58,7 +58,16 @@ class Layout:
         return max(inside) + 1 if inside == layers else None
 
     def path(self, hook: int | str) -> str:
-        """The path that `hook` names: a layer, a module path with or without the prefix, a TransformerLens name."""
+        """The path that `hook` names: a layer, a module path with or without the prefix, a TransformerLens name.
+
+        Raises `NoSuchHook` for what is none of them here.
+        """
+        try:
+            return self._path(hook)
+        except InputError as error:
+            raise NoSuchHook(str(error), hook) from None
+
+    def _path(self, hook: int | str) -> str:
         if not isinstance(hook, str):
             return self._block(hook)
         if match := _LENS_NAME.fullmatch(hook):

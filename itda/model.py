@@ -141,6 +141,8 @@ class ITDA:
             )
             files[folder.SAMPLE] = tables.labels_chunks(self.sample.labels, (indices, values), losses)
         settings = {"k": int(self.k), **{key: _plain(v, f"cfg[{key!r}]") for key, v in self.cfg.items() if key != "k"}}
+        if wrong := folder.wrong_setting(settings):
+            raise InputError(f"This ITDA cannot be saved, because its `cfg` says {wrong}.")
         folder.write_folder(path, self.n_atoms, self.d, settings, files)
 
     @classmethod

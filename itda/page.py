@@ -9,6 +9,7 @@ from __future__ import annotations
 import html as escaping
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ SHOWN = 50  # top tokens in the table
 SHOWN_ATOMS = 12  # per layer and model
 FAINT = 0.08  # strength below which a token is not marked
 TEXTS = ("hook point", "position", "strongest at", "token", "atom", "resembles in base", "in tuned", "")
+
+# Controls, but for those of lines, and what turns the direction of the text after it.
+_COMMANDS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d1f23;--dim:#6a6f78;--paper:#fdfdfb;--card:#fff;--line:#e3e2dc;--mark:236,106,24;
@@ -286,7 +290,7 @@ def _code(text: str) -> _Html:
 
 
 def _safe(text: str) -> str:
-    return text if isinstance(text, _Html) else escaping.escape(text, quote=True)
+    return text if isinstance(text, _Html) else escaping.escape(_COMMANDS.sub("�", text), quote=True)
 
 
 def _number(value: float | None) -> str:

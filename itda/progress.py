@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from itda.errors import one_line
+
 
 class Progress(NamedTuple):
     """Where a build is: tokens read of `total` (None: not known), atoms so far, the share of the last batch's tokens
@@ -68,7 +70,7 @@ def bar() -> Callable[[Progress | Step | None], None]:
             return
         if not live.is_started:
             live.start()
-        words = Text(str(progress), no_wrap=True)
+        words = Text(one_line(str(progress)), no_wrap=True)
         words.truncate(max(1, console.width - 7), overflow="ellipsis")
         room = console.width - 1 - len(words)  # what the words leave, 6 columns or more
         grid = Table.grid(padding=(0, 1))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from itda.pursuit import METHODS, as_tensor, normalize, pursue, too_large
 from itda.pursuit.gram import free_bytes
 
 CHUNK = 8192  # tokens between two updates of the atoms
+BLOCK = 2048  # atoms whose cosines with all others are held at once
 ROUNDS = 4  # of pruning
 MEMORY = 3.0  # updates after which the sums over codes have forgotten a third of what they were, at the beginning
 USED = 1e-6  # of the mean energy: atoms below it are not moved
@@ -45,10 +46,10 @@ def select(
 ) -> ITDA:
     """The `n_atoms` of the atoms of `candidates` that are of most use in writing the activations `x` (tokens, d).
 
-    In each of `rounds` the activations are encoded with `k` steps (the dictionary's, if None), and the atoms whose
-    removal would cost least go: the cost of an atom is the sum over its tokens of |r + c a|^2 - |r|^2, the rise of the
-    error if nothing took its place. The sizes of the rounds are a geometric series. Atoms, labels and order stay those
-    of `candidates`; with the `labels` of `x` a spaced sample of it is kept, as in building.
+    In each of `rounds` the activations are encoded with `k` steps (the dictionary's, if None), and the atoms that would
+    be missed least go (`removal_costs`), but none whose nearest atom, which would take its place, went in that round.
+    The sizes of the rounds are a geometric series. Atoms, labels and order stay those of `candidates`; with the
+    `labels` of `x` a spaced sample of it is kept, as in building.
 
     Raises `InputError` for more atoms than there are.
     """
@@ -58,14 +59,14 @@ def select(
     if n_atoms > len(candidates):
         raise InputError(f"`n_atoms` is {n_atoms:,}, and there are {len(candidates):,} candidates: choose fewer.")
     k = candidates.k if k is None else k
-    kept, began = torch.arange(len(candidates)), time.monotonic()
+    kept, how, began = torch.arange(len(candidates)), _how(candidates), time.monotonic()
     sizes = np.geomspace(len(candidates), n_atoms, rounds + 1)[1:].round().astype(int)
     for done, size in enumerate(sizes.tolist()):
         atoms = candidates.atoms[kept]
-        cost = torch.zeros(len(kept), dtype=torch.float64)
+        nearest, cost = _nearest(atoms, how["nonneg"]), torch.zeros(len(kept), dtype=torch.float64)
         for part in x.split(CHUNK):
-            cost += removal_costs(part, atoms, pursue(part, atoms, k, **_how(candidates)))
-        kept = kept[cost.argsort(descending=True, stable=True)[:size].sort().values]
+            cost += removal_costs(part, atoms, pursue(part, atoms, k, **how), nearest, how["nonneg"])
+        kept = kept[_spared(cost, nearest, size)]
         progress(Step("selecting atoms", done + 1, rounds, time.monotonic() - began))
     chosen = kept.numpy()
     model = ITDA(
@@ -82,15 +83,54 @@ def select(
 
 
 def removal_costs(
-    x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_atoms d"], codes: Codes
+    x: Float[Tensor, "tokens d"],
+    atoms: Float[Tensor, "n_atoms d"],
+    codes: Codes,
+    nearest: Int[Tensor, " n_atoms"],
+    nonneg: bool = False,
 ) -> Float[Tensor, " n_atoms"]:
-    """What the squared error of `x` would rise by without each of the `atoms`, codes else unchanged, float64."""
-    residual = x.float() - codes.decode(atoms)
-    along = torch.einsum("td,tkd->tk", residual, atoms[codes.indices])
-    rise = codes.values * (2 * along + codes.values)
-    return torch.zeros(len(atoms), dtype=torch.float64).index_add_(
-        0, codes.indices.reshape(-1), rise.reshape(-1).double()
-    )
+    """What the squared error of `x` would rise by without each of the `atoms`, float64.
+
+    The one `nearest` to an atom takes its place, with the coefficient that is best (not below zero if `nonneg`); all
+    others keep theirs: for a token that leaves r and has c a, |r + c a|^2 - (b (r + c a))^2 - |r|^2.
+    """
+    rest = x.float() - codes.decode(atoms)
+    found = torch.zeros(len(atoms), dtype=torch.float64)
+    for indices, c in zip(codes.indices.T, codes.values.T, strict=True):
+        without = rest + c[:, None] * atoms[indices]
+        instead = (without * atoms[nearest[indices]]).sum(1)
+        instead = instead.clamp_min(0) if nonneg else instead
+        rise = without.square().sum(1) - instead.square() - rest.square().sum(1)
+        found.index_add_(0, indices, torch.where(c != 0, rise, 0.0).double())
+    return found
+
+
+def _nearest(atoms: Float[Tensor, "n_atoms d"], nonneg: bool) -> Int[Tensor, " n_atoms"]:
+    """Of each atom the other one of the largest |cosine|, or cosine if `nonneg`; an only atom is its own."""
+    found = []
+    for start in range(0, len(atoms), BLOCK):
+        cosine = atoms[start : start + BLOCK] @ atoms.T
+        cosine = cosine if nonneg else cosine.abs()
+        cosine.diagonal(start).fill_(-1)
+        found.append(cosine.argmax(1))
+    return torch.cat(found)
+
+
+def _spared(cost: Float[Tensor, " n_atoms"], nearest: Int[Tensor, " n_atoms"], size: int) -> Int[Tensor, " kept"]:
+    """The `size` atoms that stay, in order: those of least `cost` go, unless the `nearest` of one went before it."""
+    there, near, later = np.ones(len(cost), bool), nearest.numpy(), []
+    order = cost.argsort(stable=True).tolist()
+    left = len(cost) - size
+    for atom in order:
+        if not left:
+            break
+        if not there[near[atom]]:
+            later.append(atom)
+            continue
+        there[atom] = False
+        left -= 1
+    there[later[:left]] = False
+    return torch.from_numpy(np.flatnonzero(there))
 
 
 def refine(
@@ -159,7 +199,7 @@ def check_room(n_atoms: int, beside: float = 0.0) -> None:
 class _Sums:
     """Sums over the codes c and the activations x of all tokens so far: of c c^T (n, n) and of c x^T (n, d)."""
 
-    BLOCK = 64  # atoms that move together
+    TOGETHER = 64  # atoms that move together
 
     def __init__(self, atoms: Float[Tensor, "n_atoms d"]) -> None:
         self.products = torch.zeros(len(atoms), len(atoms))
@@ -177,8 +217,8 @@ class _Sums:
         """One sweep of block coordinate descent over all atoms that are used."""
         atoms, energy = atoms.clone(), self.products.diagonal()
         used = energy > USED * energy.mean()
-        for start in range(0, len(atoms), self.BLOCK):
-            block = slice(start, start + self.BLOCK)
+        for start in range(0, len(atoms), self.TOGETHER):
+            block = slice(start, start + self.TOGETHER)
             rest = self.targets[block] - self.products[block] @ atoms
             step = atoms[block] + rest / energy[block, None].clamp_min(1e-30)
             atoms[block] = torch.where(used[block, None], normalize(step), atoms[block])

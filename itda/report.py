@@ -63,6 +63,7 @@ class Decomposition(Report):
     start: int  # its first character in the text
     end: int  # and the one after its last
     norm: float  # |x|
+    from_mean: float  # |x - mean|; |x| of a dictionary without a mean
     k: int
     method: str
     relative_error: float  # |x - x_hat|^2 / |x - mean|^2
@@ -164,6 +165,7 @@ def decompose(
         start=int(row.starts[places[which]]),
         end=int(row.ends[places[which]]),
         norm=float(x.norm()),
+        from_mean=float(rest.norm()),
         k=k,
         method=method,
         relative_error=relative_error,

@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "loss": PAPER["loss"],
         "admission": PAPER["admission"],
+        "center": PAPER["center"],
         "batch_rows": 128,
         "truncate": True,
         "special_tokens": True,
@@ -37,9 +38,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 # What loading a model takes, of the settings.
-LOADING = ("tokenizer", "dtype", "device", "revision", "trust_remote_code", "backend", "remote", "device_map")
+LOADING = (
+    *("tokenizer", "dtype", "device", "revision", "trust_remote_code", "backend", "remote", "device_map"),
+    "tensor_parallel",
+)
 REFINE_TOKENS = 200_000
-DEFAULTS: dict[str, Any] = {"loss": "relative", "admission": "sequential", "batch_rows": 32}
+DEFAULTS: dict[str, Any] = {"loss": "relative", "admission": "sequential", "center": True, "batch_rows": 32}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def train(
     preset: str | None = None,
     loss: str | None = None,
     admission: str | None = None,
-    center: bool = False,
+    center: bool | None = None,
     max_atoms: int | None = None,
     context_length: int = 128,
     batch_rows: int | None = None,
@@ -112,6 +116,7 @@ def train(
     backend: str = "hooks",
     remote: bool | str = False,
     device_map: Any = None,
+    tensor_parallel: int | None = None,
     chunk_size: int = 4096,
     candidates: int = 1,
     refine: int = 0,
@@ -130,10 +135,10 @@ def train(
     `layer` and `hook`, and what says how to read, are those of `itda.activations`; what says how to build, of
     `itda.build`. With a list of layers or hook points, `out` holds one folder per hook point, named for it. `preset`
     "paper" is the published code's practice: `PRESETS` where nothing else is given. `loss` is "relative", `admission`
-    "sequential" and `batch_rows` 32 without it. With `candidates`, a dictionary of so many times `n_atoms` is built and
-    the atoms of most use are kept (`itda.refine.select`); with `refine`, atoms are moved in so many passes
-    (`itda.refine.refine`). Both are done on the first `refine_tokens` tokens, which are read again and held in memory;
-    `progress` then is also called with a `Step`.
+    "sequential", `center` True and `batch_rows` 32 without it. With `candidates`, a dictionary of so many times
+    `n_atoms` is built and the atoms of most use are kept (`itda.refine.select`); with `refine`, atoms are moved in so
+    many passes (`itda.refine.refine`). Both are done on the first `refine_tokens` tokens, which are read again and held
+    in memory; `progress` then is also called with a `Step`.
 
     With `workers` or `ray`, so many processes on this machine, or on those of the Ray cluster at that address, read the
     model together (`itda.workers`), and the dictionary is the same. With `stream_layers` (None: where the model does
@@ -144,19 +149,16 @@ def train(
     already unless `overwrite`, and `Interrupted` when `stop` said so.
     """
     improvement = Improvement(n_atoms, candidates, refine, refine_tokens)
-    chosen = _preset(
-        preset, dict(loss=loss, admission=admission, batch_rows=batch_rows), truncate, special_tokens, padding
-    )
+    given = dict(loss=loss, admission=admission, center=center, batch_rows=batch_rows)
+    chosen = _preset(preset, given, truncate, special_tokens, padding)
     read: dict[str, Any] = dict(
         layer=layer, hook=hook, context_length=context_length, pack=pack, seed=seed, column=column, split=split
     )
     read |= dict(config=config, data_revision=data_revision, tokenizer=tokenizer, dtype=dtype, device=device)
     read |= {name: chosen.pop(name) for name in ("batch_rows", "truncate", "special_tokens", "padding")}
     read |= dict(revision=revision, trust_remote_code=trust_remote_code, backend=backend, remote=remote)
-    read |= {} if device_map is None else {"device_map": device_map}
-    grow: dict[str, Any] = dict(
-        k=k, threshold=threshold, n_atoms=n_atoms, center=center, max_atoms=max_atoms, chunk_size=chunk_size
-    )
+    read |= dict(tensor_parallel=tensor_parallel) | ({} if device_map is None else {"device_map": device_map})
+    grow: dict[str, Any] = dict(k=k, threshold=threshold, n_atoms=n_atoms, max_atoms=max_atoms, chunk_size=chunk_size)
     Builder(**grow, **chosen, total=n_atoms)  # bad settings are refused as they were given, before anything is loaded
     began = time.monotonic()
     single = _is_single(layer, hook, data)
@@ -208,6 +210,8 @@ def _by_workers(held: ExitStack, model: Any, read: dict, workers: int | None, ra
     """Workers in place of `model` until `held` is left, and what there is to say besides of how to read."""
     if read.get("stream_layers"):
         raise InputError("A model that is streamed is read by one process: leave out workers or streaming.")
+    if read["tensor_parallel"] not in (None, 1):
+        raise InputError("Workers have a model each, and `tensor_parallel` has one in parts: leave one of them out.")
     hooks = read["hook"] if read["layer"] is None else read["layer"]
     if hooks is None:
         return model, read  # which is refused

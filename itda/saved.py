@@ -31,21 +31,22 @@ CUT = ("context_length", "truncate", "pack", "seed")  # what says how a text bec
 class Sides:
     """What is compared: `atoms[m][i]` are the atoms of layer i of model m, as rows of `token_id`.
 
-    `token_id` (tokens,) has an entry for every token that could have been an atom, -1 where it is not known, as it is
-    not without the text. `groups` says which of them a bootstrap draws together.
+    `tokens` could have been atoms. `token_id` (known,) has an entry for each, or without the text for those that are
+    atoms; -1 where it is not known. `groups` says which of them a bootstrap draws together.
     """
 
     names: list[str]
     about: list[dict[str, Any]]
     atoms: list[list[Int[ndarray, " _"]]]
-    token_id: Int[ndarray, " tokens"]
-    groups: Int[ndarray, " tokens"]
+    token_id: Int[ndarray, " known"]
+    groups: Int[ndarray, " known"]
+    tokens: int
     aligned: bool
 
     @property
     def token_ids_known(self) -> bool:
         """Whether the token ids of all tokens are known, not of the atoms alone."""
-        return bool((self.token_id >= 0).all())
+        return len(self.token_id) == self.tokens and bool((self.token_id >= 0).all())
 
 
 def are_dictionaries(models: Sequence[Any]) -> bool:
@@ -117,21 +118,18 @@ def _name(model: Any, side: Sequence[ITDA]) -> str:
 
 
 def _without_text(names: list[str], sides: Sequence[Sequence[ITDA]]) -> Sides:
-    """All of one stream, of which the atoms alone are known; the others are as many as there are tokens."""
+    """All of one stream, of which the atoms alone are known."""
     every = Labels.concat([dictionary.labels for side in sides for dictionary in side])
     pairs, first, row = np.unique(every.pairs(), axis=0, return_index=True, return_inverse=True)
     row = row.reshape(-1)
     if (every.token_id != every.token_id[first][row]).any():
         raise InputError("The dictionaries come from different text: the same prompt and position is another token.")
     tokens = max([int(d.cfg.get("tokens") or 0) for side in sides for d in side] + [len(pairs)])
-    token_id = np.full(tokens, -1)
-    token_id[: len(pairs)] = every.token_id[first]
-    groups = np.zeros(tokens, np.int64)
-    groups[: len(pairs)] = grouped(pairs[:, 0])
     ends_at = np.cumsum([len(d) for side in sides for d in side])
     parts = iter(np.split(row, ends_at[:-1]))
     atoms = [[next(parts) for _ in side] for side in sides]
-    return Sides(names, _about(names, sides, [1.0] * len(sides)), atoms, token_id, groups, False)
+    about, token_id = _about(names, sides, [1.0] * len(sides)), every.token_id[first]
+    return Sides(names, about, atoms, token_id, grouped(pairs[:, 0]), tokens, False)
 
 
 def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[ndarray, " tokens"]]:
@@ -208,7 +206,8 @@ def _on_text(names, sides, streams: dict[str, tuple[Labels, ndarray]], align: bo
     if not any(len(row) for of in atoms for row in of):
         raise InputError("The dictionaries have no atom at a token that all of them have: nothing can be compared.")
     found = first_labels[kept]
-    return Sides(names, _about(names, sides, shares), atoms, found.token_id, groups_of(found), not alike)
+    about = _about(names, sides, shares)
+    return Sides(names, about, atoms, found.token_id, groups_of(found), len(found), not alike)
 
 
 def _numbers(labels: Labels) -> Int[ndarray, " n"]:

@@ -16,7 +16,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from itda.disk import bytes_of, safetensors_head, write_file
+from itda.disk import bytes_of, holds_text, safetensors_head, write_file
 from itda.errors import InputError, one_line
 from itda.labels import LABEL_ARRAYS, Batch, Labels
 
@@ -172,6 +172,8 @@ def _read_labels(path: Path, shard: Shard) -> Labels:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             if any(g.column(i).compression != "UNCOMPRESSED" for g in groups for i in range(g.num_columns)):
                 raise damaged(path, "is compressed")
+            if not holds_text(pa.BufferReader(data), ["text"], len(data)):
+                raise damaged(path, "unpacks to more text than is in it")
             table = file.read(use_threads=False)
         numbers = (*LABEL_ARRAYS, "text_start")
         if any(table[name].null_count for name in numbers):
@@ -189,7 +191,7 @@ def _read_labels(path: Path, shard: Shard) -> Labels:
         return Labels(**arrays, texts=tuple(said))
     except InputError:
         raise
-    except (pa.ArrowException, KeyError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, KeyError, OSError, ValueError, OverflowError) as error:
         raise damaged(path, f"is not a readable parquet file ({error})") from error
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from itda.disk import DTYPES, STATES_MANIFEST, as_input_error, bytes_of, is_stat
 from itda.reading import Group
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+MOST_ITEMS = 64  # that a block puts out
 ADVICE = "give a smaller --state-gb, or choose another place"
 
 
@@ -38,15 +41,29 @@ class States:
         self._starts: dict[int, int] = {}
         self._load()
 
-    def holds(self, groups: Sequence[Group]) -> bool:
-        """Whether all of these groups are among those that the states are of."""
+    def holds(self, groups: Sequence[Group], widths: Mapping[str, int]) -> bool:
+        """Whether all of these groups are among those that the states are of, and those of these widths are whole."""
         known = {index: (digest, tokens) for index, digest, tokens in self.groups}
-        return bool(groups) and all(known.get(g.index) == (digest_of(g), g.ids.numel()) for g in groups)
+        there = bool(groups) and all(known.get(g.index) == (digest_of(g), g.ids.numel()) for g in groups)
+        return there and all(self._is_whole(name, width) for name, width in widths.items())
+
+    def _is_whole(self, name: str, width: int) -> bool:
+        """Whether the file of a state is as long as what the manifest says of it, and that is what it must say."""
+        d, dtype = self.forms.get(name, (0, "float32"))
+        size = sum(tokens for _, _, tokens in self.groups) * width * _DTYPES[dtype].itemsize
+        with suppress(OSError):
+            found = os.lstat(self.folder / f"{name}.bin")
+            return (
+                d == width and _DTYPES[dtype].is_floating_point and (found.st_size, S_ISREG(found.st_mode)) == (size, 1)
+            )
+        return False
 
     def begin(self, groups: Sequence[Group]) -> None:
         """Forget what there is, and begin anew with these groups."""
+        self.close()
         self.block, self.forms = -1, {}
-        (self.folder / STATES_MANIFEST).unlink(missing_ok=True)  # before its files are written over
+        with as_input_error(f"{self.folder} could not be written", ADVICE):
+            _clear(self.folder)
         self._name([(group.index, digest_of(group), group.ids.numel()) for group in groups])
 
     def put(self, name: str, group: Group, x: Tensor) -> None:
@@ -102,6 +119,8 @@ class States:
                 self.block, self.notes = _count(kept["block"]), dict(kept["notes"])
                 if self.notes.keys() != {"tuple", "samples"}:
                     raise ValueError("notes are missing")
+                if self.notes["tuple"] is not None and not 1 <= _count(self.notes["tuple"]) <= MOST_ITEMS:
+                    raise ValueError("a block puts out fewer items")
                 for sample in self.notes["samples"].values():
                     bytes.fromhex(sample)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # none, or none of use
@@ -133,14 +152,18 @@ def digest_of(group: Group) -> str:
     ).hexdigest()
 
 
+def _clear(folder: Path) -> None:
+    (folder / STATES_MANIFEST).unlink(missing_ok=True)  # before the files that it names
+    for path in list(folder.iterdir()):
+        if is_state(path.name):
+            path.unlink(missing_ok=True)
+
+
 def remove(folder: str | os.PathLike) -> None:
     """Remove what `States` wrote into `folder`, and nothing else; the folder too, if it is empty then."""
     folder = Path(folder)
     if not folder.is_dir() or folder.is_symlink():
         return
-    (folder / STATES_MANIFEST).unlink(missing_ok=True)  # before the files that it names
-    for path in list(folder.iterdir()):
-        if is_state(path.name):
-            path.unlink(missing_ok=True)
+    _clear(folder)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from itda.disk import locked
 from itda.errors import InputError
 from itda.layout import Layout
 from itda.loading import PLACED, Survey
@@ -197,7 +198,7 @@ class StreamedModel(HookedModel):
     def read_all(self, groups: Iterable[Group]) -> Iterator[dict[str, Tensor]]:
         """As `HookedModel.read_all`; the first group comes after all blocks have been through."""
         own = tempfile.TemporaryDirectory(prefix="itda-") if self._folder is None else nullcontext(self._folder)
-        with own as folder:
+        with own as folder, locked(Path(folder), "keeping hidden states in"):  # also where trainings share it
             states = States(folder, self._identity())
             try:
                 checked = (Group(group.index, *self._checked(group.ids, group.mask)) for group in groups)
@@ -224,7 +225,7 @@ class StreamedModel(HookedModel):
             groups = chain([first], groups)
             if states.block >= 0:
                 lot = list(islice(groups, sum(index >= first.index for index, _, _ in states.groups)))
-                if states.holds(lot):
+                if self._goes_on(states) and states.holds(lot, self._kept(states.block)):
                     self._tuple = states.notes["tuple"]
                     self._samples |= {name: bytes.fromhex(sample) for name, sample in states.notes["samples"].items()}
                     yield lot
@@ -235,6 +236,18 @@ class StreamedModel(HookedModel):
             lot = list(islice(groups, max(1, int(self._room(states.folder) / (kept * width * first.ids.numel())))))
             states.begin(lot)
             yield lot
+
+    def _goes_on(self, states: States) -> bool:
+        """Whether there is a block after those that are finished, and the weights of these were taken down."""
+        blocks = {self._layout.layer(name) for name in states.notes["samples"]}
+        return states.block < self._last and blocks.issuperset(range(states.block + 1))
+
+    def _kept(self, block: int) -> dict[str, int]:
+        """The states that are needed after a block, with their widths."""
+        numbers = [number for number, path in enumerate(self._paths) if (self._layout.layer(path) or 0) <= block]
+        widths = list(self.d.values())
+        kept = {f"kept-{number}": widths[number] for number in numbers}
+        return kept | {f"hidden-{block % 2}": self._base.config.get_text_config().hidden_size}
 
     def _room(self, folder: Path) -> float:
         return 1e9 * self._state_gb if self._state_gb is not None else 0.5 * shutil.disk_usage(folder).free

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itda.cluster import POLL, Crew, Surroundings, check_workers, connected, shares
-from itda.disk import as_input_error, checked_path, locked, make_folder, write_file
+from itda.disk import as_input_error, checked_path, json_object, locked, make_folder, write_file
 from itda.errors import InputError, one_line
 from itda.grid import ONE_PASS, Job, default, jobs_of, read_grid
 from itda.progress import Progress, Step, reporter
@@ -68,7 +68,7 @@ class Sweep(Report):
             place = next(row["settings"][kind] for kind in ONE_PASS if kind in row["settings"])
             measured = [row["hook_point"] or place, *(row[name] for name in MEASURED[1:])]
             cells = [row["settings"].get(name) for name in several] + measured
-            last = Text(row["problem"] or row["folder"], style="red" if row["problem"] else "")
+            last = Text(one_line(row["problem"] or row["folder"]), style="red" if row["problem"] else "")
             table.add_row(*(Text(one_line(_cell(cell))) for cell in cells), last)
         yield table
         yield Text(f"{len(self.rows) - len(self.problems)} dictionaries in {self.path}, {self.skipped} there before")
@@ -109,6 +109,10 @@ def sweep(
         calls = ((job, table.missing(job), str(out / job.name)) for job in view.started())
         wants = {name: todo[0].settings.get(name) for name in ("device", "device_map")} if todo else {}
         alone = not todo or (workers is None and not ray)
+        if not alone and any(job.settings.get("tensor_parallel") not in (None, 1) for job in todo):
+            raise InputError(
+                "Workers have a model each, and `tensor_parallel` has one in parts: leave one of them out."
+            )
         try:
             table.write()
             outcomes = _here(calls, view) if alone else _there(calls, view, out, workers, ray, wants)
@@ -177,8 +181,8 @@ class _Table:
         self._rows: dict[tuple[str, int | str], dict[str, Any]] = {}
         self._done: set[tuple[str, int | str]] = set()
         for job in jobs:
-            self._look(job, None)
-        self.skipped = len(self._done)
+            self._look(job, Outcome())
+        self.skipped = sum(row["hook_point"] is not None for row in self.rows)
 
     def missing(self, job: Job) -> tuple[int | str, ...]:
         """The hook points of `job` that have no dictionary yet."""
@@ -186,24 +190,28 @@ class _Table:
 
     def add(self, job: Job, outcome: Outcome) -> None:
         """What became of `job`."""
-        self._look(job, outcome.problem)
+        self._look(job, outcome)
 
-    def _look(self, job: Job, problem: str | None) -> None:
+    def _look(self, job: Job, outcome: Outcome) -> None:
         note = read_note(self._out / job.name, job)
         for place in job.places:
             settings = {name: job.settings.get(name, default(name)) for name in self._grid if name != job.kind}
             row = {"settings": {**settings, job.kind: place}, "folder": job.name, **dict.fromkeys(MEASURED)}
+            problem = outcome.missing.get(place, outcome.problem)
             if found := finished(self._out / job.name, note, place):
                 cfg, hook, seconds = found
-                row |= {name: cfg.get(name) for name in MEASURED if name in cfg}
+                row |= {name: cfg.get(name) for name in MEASURED}
                 row |= {"hook_point": hook, "seconds": seconds, "folder": f"{job.name}/{hook}"}
                 self._done.add((job.name, place))
             self._rows[job.name, place] = row | {"problem": None if found else problem}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One for each dictionary, in the order of the grid."""
-        return [finite(row) for row in self._rows.values()]
+        """One for each dictionary, in the order of the grid; layers -1 and 3 may be one."""
+        rows: dict[Any, dict[str, Any]] = {}
+        for (_, place), row in self._rows.items():
+            rows.setdefault((row["folder"], row["hook_point"] or place), row)
+        return [finite(row) for row in rows.values()]
 
     def write(self) -> None:
         """Put them into the folder."""
@@ -269,9 +277,7 @@ class _View:
 
 def _check_ours(out: Path) -> None:
     """Raise `InputError` where another's results would be written over."""
-    ours = False
-    with suppress(OSError, ValueError, RecursionError):
-        ours = json.loads((out / RESULTS).read_bytes()).get("format") == FORMAT
+    ours = json_object(out / RESULTS).get("format") == FORMAT
     for name in (RESULTS, TABLE):
         if (out / name).exists() and not ours:
             raise InputError(f"{out / name} is not of a sweep: choose another folder, or move it away.")

@@ -6,12 +6,18 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from itda.disk import holds_text
 from itda.errors import InputError
 from itda.folder import MANIFEST, damaged
 from itda.labels import Labels
+from itda.pursuit.gram import free_bytes
 
 COLUMNS = ("prompt", "position", "token_id", "document", "start", "end")
+TEXTS = ("before", "token", "after")
+TEXT_BYTES = 4096  # of a row: 360 characters around a token, which may be long, but not in all rows
+PACKED = 64  # bytes of text from one in the file
 
 
 def labels_chunks(labels: Labels, codes: tuple[np.ndarray, np.ndarray] | None = None, losses=None) -> list:
@@ -50,6 +56,7 @@ def read_labels(path: Path, n: int | None = None, sample: bool = False) -> tuple
                 raise damaged(path, f"has the columns {came}, but {want}, none nullable, were wanted")
             if n is not None and file.metadata.num_rows != n:
                 raise damaged(path, f"has {file.metadata.num_rows} rows where {MANIFEST} says n_atoms = {n}")
+            _check_size(path, file.metadata)
             table = file.read(use_threads=False)
         return _labels_of(table), _codes_of(path, table) if sample else {}
     except InputError:
@@ -58,12 +65,23 @@ def read_labels(path: Path, n: int | None = None, sample: bool = False) -> tuple
         raise damaged(path, f"is not a readable parquet file ({error})") from error
 
 
+def _check_size(path: Path, metadata) -> None:
+    """Raise unless what the file unpacks to is what labels are, and has room."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
+    values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+    if (need := 8.0 * max(values, rows * metadata.num_columns)) > 0.8 * free_bytes(torch.device("cpu")):
+        raise damaged(path, f"unpacks to {need / 1e9:.1f} GB, more than is free")
+    if not holds_text(path, TEXTS, TEXT_BYTES * rows + PACKED * path.stat().st_size + (1 << 26)):
+        raise damaged(path, "unpacks to more text than labels have")
+
+
 def _labels_of(table) -> Labels:
     """The inverse of `labels_chunks`; atoms with the same text share it."""
     arrays = {name: np.array(table[name].to_numpy(), dtype=np.int64) for name in COLUMNS}
     rows: dict[tuple[str, int], int] = {}
     row = np.full(len(table), -1, np.int64)
-    parts = zip(*(table[name].to_pylist() for name in ("before", "token", "after")), strict=True)
+    parts = zip(*(table[name].to_pylist() for name in TEXTS), strict=True)
     for i, (before, token, after) in enumerate(parts):
         if before or token or after:
             row[i] = rows.setdefault((before + token + after, int(arrays["start"][i]) - len(before)), len(rows))
@@ -85,7 +103,7 @@ def _codes_of(path: Path, table) -> dict[str, np.ndarray]:
 def _schema(sample: bool):
     import pyarrow as pa
 
-    fields = [(name, pa.int64()) for name in COLUMNS] + [(name, pa.string()) for name in ("before", "token", "after")]
+    fields = [(name, pa.int64()) for name in COLUMNS] + [(name, pa.string()) for name in TEXTS]
     if sample:
         element = {"indices": pa.int32(), "values": pa.float32()}
         fields += [(name, pa.list_(pa.field("element", kind, nullable=False))) for name, kind in element.items()]

@@ -34,7 +34,7 @@ class TracedModel(HookedModel):
         if isinstance(model, TracedModel):
             return model
         if type(model) is not HookedModel:
-            raise InputError("nnsight cannot read a model that is streamed block by block: drop one of the two.")
+            raise InputError("nnsight cannot read a model that is streamed or in parts (`tensor_parallel`): drop one.")
         found = cls.__new__(cls)
         vars(found).update(vars(model))
         # nnsight would move the ids to where the first parameter is, and that is nowhere if it is offloaded.

@@ -6,15 +6,17 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from itda import hooks
 from itda.cluster import Surroundings, short
-from itda.disk import make_folder, write_file
-from itda.errors import InputError
-from itda.folder import CHECKPOINT, read_manifest
+from itda.disk import json_object, make_folder, write_file
+from itda.drawing import section
+from itda.errors import InputError, NoSuchHook
+from itda.folder import CHECKPOINT, is_number, read_manifest
 from itda.grid import Job
 from itda.progress import Progress, Step
 from itda.reading import HookedModel
@@ -26,10 +28,14 @@ NOTE = "job.json"  # in the folder of a training: its settings, and what became 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended: well, with a `problem`, or `stopped` with so many tokens in its checkpoint."""
+    """How a training ended: well, with a `problem`, or `stopped` with so many tokens in its checkpoint.
+
+    `missing` says, by layer or hook point, why the model has no such one; the others were trained.
+    """
 
     problem: str | None = None
     stopped: int | None = None
+    missing: dict[int | str, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -67,27 +73,44 @@ class Trainer:
         if hasattr(self, "_around"):
             self._around.enter()  # threads are counted by thread, and this may be another
         self._at, began = None, time.monotonic()
+        missing: dict[int | str, str] = {}
         try:
             note = read_note(out, job)  # before anything is trained: it says that what comes is of this sweep
             write_note(out, note)
-            model = self._loaded(job, places)
-            named = {str(place): model.canonical(place) for place in places}
+            model, places = self._found(job, places, missing)
+            if model is None:
+                return Outcome(missing=missing)
+            note["n_layers"] = model.n_layers
+            named = {place: model.canonical(place) for place in places}
             given: dict[str, Any] = {**job.settings, job.kind: list(places)}
             if not isinstance(model, StreamedModel):  # which keeps its states beside the dictionary
                 given = {name: value for name, value in given.items() if name not in LOADING} | {"model": model}
             train(out=out, overwrite=True, progress=self._note, stop=self._stopped, **given)
             seconds = round(time.monotonic() - began, 3)
-            note["done"] |= {place: {"hook_point": hook, "seconds": seconds} for place, hook in named.items()}
+            entries = {place: {"hook_point": hook, "seconds": seconds} for place, hook in named.items()}
+            note["done"] |= {
+                name: entry for place, entry in entries.items() for name in (_key(note, place), named[place])
+            }
             write_note(out, note)
         except InputError as error:
-            return Outcome(str(error))
+            return Outcome(str(error), missing=missing)
         except Interrupted as error:
-            return Outcome(stopped=error.tokens)
+            return Outcome(stopped=error.tokens, missing=missing)
         except Exception as error:
             return Outcome(f"This should not have happened ({type(error).__name__}: {short(error)}): please report it.")
         finally:
             self._at = None
-        return Outcome()
+        return Outcome(missing=missing)
+
+    def _found(self, job: Job, places: tuple, missing: dict[int | str, str]) -> tuple[HookedModel | None, tuple]:
+        """The model, and those of the places that it has; why it has not the others goes into `missing`."""
+        while places:
+            try:
+                return self._loaded(job, places), places
+            except NoSuchHook as error:  # said before any weight is read
+                missing[error.hook] = str(error)
+                places = tuple(place for place in places if place != error.hook)
+        return None, places
 
     def _loaded(self, job: Job, places: tuple) -> HookedModel:
         settings = {name: job.settings[name] for name in (*LOADING, "stream_layers") if name in job.settings}
@@ -108,13 +131,23 @@ class Trainer:
 
 def read_note(out: str | Path, job: Job) -> dict[str, Any]:
     """What the folder `out` says of `job`; of another one, or none, nothing."""
-    fresh = {"settings": job.settings, "done": {}}
-    try:
-        note = json.loads((Path(out) / NOTE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return fresh
-    good = isinstance(note, dict) and note.get("settings") == job.settings and isinstance(note.get("done"), dict)
-    return note if good else fresh
+    note = json_object(Path(out) / NOTE)
+    done = section(note, "done") if note.get("settings") == job.settings else {}
+    known = {"n_layers": n} if type(n := note.get("n_layers")) is int and n > 0 else {}
+    return {"settings": job.settings, **known, "done": {name: e for name, e in done.items() if _is_entry(e)}}
+
+
+def _key(note: dict[str, Any], place: int | str) -> str:
+    """What stands for `place` in a note: one number for each layer, once it is known how many there are."""
+    n_layers = note.get("n_layers", 0)
+    return str(place + n_layers if isinstance(place, int) and -n_layers <= place < 0 else place)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this may stand in a note: the folder of a dictionary, named for a hook point, and seconds."""
+    hook = entry.get("hook_point") if isinstance(entry, dict) else None
+    plain = isinstance(hook, str) and hook.isprintable() and not set("/\\") & set(hook) and hook[:1] not in ("", ".")
+    return plain and is_number(entry.get("seconds"))
 
 
 def write_note(out: str | Path, note: dict[str, Any]) -> None:
@@ -125,13 +158,9 @@ def write_note(out: str | Path, note: dict[str, Any]) -> None:
 
 def finished(out: Path, note: dict[str, Any], place: int | str) -> tuple[dict[str, Any], str, float] | None:
     """The manifest of the dictionary at `place`, its folder's name and its seconds, if it is there and undamaged."""
-    entry = note["done"].get(str(place))
-    if not isinstance(entry, dict) or not isinstance(entry.get("hook_point"), str):
+    entry = note["done"].get(_key(note, place))
+    if entry is None or os.path.exists(out / entry["hook_point"] / CHECKPOINT):
         return None
-    hook = entry["hook_point"]
-    if "/" in hook or "\\" in hook or hook.startswith(".") or (out / hook / CHECKPOINT).exists():
-        return None
-    try:
-        return read_manifest(out / hook), hook, float(entry.get("seconds", 0.0))
-    except (InputError, TypeError, ValueError):
-        return None
+    with suppress(InputError):
+        return read_manifest(out / entry["hook_point"]), entry["hook_point"], float(entry["seconds"])
+    return None

@@ -23,6 +23,8 @@ FLOORS = {
         "layout",
         "loading",
         "parameters",
+        "parallel",
+        "team",
         "weights",
         "states",
         "streaming",
@@ -73,7 +75,7 @@ FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in mod
 
 # Heavy libraries and the only modules that may import them, and of those, the ones that may not do so on import.
 HOMES = {
-    "transformers": {"loading", "reading", "hooks"},
+    "transformers": {"loading", "reading", "hooks", "parallel"},
     "datasets": {"prompts", "documents"},
     "accelerate": {"parameters"},
     "nnsight": {"traced"},

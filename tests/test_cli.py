@@ -123,11 +123,11 @@ def test_several_layers_make_a_folder_each(capfd, trained, tmp_path):
 
 def test_hook_numbers_and_the_rest_of_the_flags(capfd, tmp_path):
     flags = "--hook blocks.2.hook_resid_post --k 4 --tokens 3e2 --threshold 0.5 --context-length 1_6 --batch-rows 4"
-    flags += " --center --max-atoms 20 --seed 3 --pack --loss squared --chunk-size 64"
+    flags += " --no-center --max-atoms 20 --seed 3 --pack --loss squared --chunk-size 64"
     result = document(capfd, "train", "model", "text.txt", "--out", str(tmp_path / "out"), *flags.split())
     cfg = itda.ITDA.load(tmp_path / "out").cfg
     assert result["hook_point"] == "transformer.h.2"
-    assert (cfg["threshold"], cfg["loss"], cfg["center"], cfg["batch_rows"]) == (0.5, "squared", True, 4)
+    assert (cfg["threshold"], cfg["loss"], cfg["center"], cfg["batch_rows"]) == (0.5, "squared", False, 4)
     assert (cfg["stream"]["context_length"], cfg["stream"]["pack"], cfg["stream"]["seed"]) == (16, True, 3)
     assert result["n_atoms"] == 20
 
@@ -142,9 +142,10 @@ def test_preset_is_the_published_practice(capfd, tmp_path):
     result = document(capfd, "train", "model", str(tmp_path / "texts.jsonl"), *flags)
     cfg = itda.ITDA.load(tmp_path / "paper").cfg
     assert (cfg["loss"], cfg["admission"], cfg["batch_rows"], result["threshold"]) == ("cosine", "paper", 128, 4e-4)
+    assert cfg["center"] is False
     assert (cfg["special_tokens"], cfg["padding"], cfg["stream"]["truncate"]) == (True, True, True)
     assert runs._preset("paper", {"loss": "relative", "admission": None, "batch_rows": 8}, False, False, False) == {
-        "loss": "relative", "admission": "paper", "batch_rows": 8,
+        "loss": "relative", "admission": "paper", "center": False, "batch_rows": 8,
         "truncate": True, "special_tokens": True, "padding": True,
     }  # fmt: skip
 
@@ -466,13 +467,14 @@ def test_a_terminal_that_knows_ascii_only(trained, monkeypatch):
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 LONG = ["--layer", "1", "2", "--k", "4", "--context-length", "32", "--batch-rows", "4", "--tokens", "2500"]
-LONG += ["--threshold", "0.6"]
+LONG += ["--threshold", "0.6", "--no-center"]  # which begins with the first token
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(home):
     """What `LONG` gives if nothing comes between."""
     layers = {"layer": [1, 2], "k": 4, "context_length": 32, "batch_rows": 4, "tokens": 2500, "threshold": 0.6}
+    layers |= {"center": False}
     runs.train(str(home / "model"), str(home / "long.txt"), home / "uninterrupted", **layers)
     return home / "uninterrupted"
 
@@ -522,7 +524,7 @@ def test_a_kill_between_two_saves(capfd, home, uninterrupted, tmp_path, monkeypa
 
 def test_other_settings_do_not_go_on(capfd, home, tmp_path):
     stops = iter([False, False, True])
-    words = {"layer": 1, "k": 4, "context_length": 32, "batch_rows": 4, "tokens": 2500}
+    words = {"layer": 1, "k": 4, "context_length": 32, "batch_rows": 4, "tokens": 2500, "center": False}
     with pytest.raises(runs.Interrupted) as stopped:
         runs.train(home / "model", home / "long.txt", tmp_path / "out", **words, stop=lambda: next(stops))
     assert 0 < stopped.value.tokens < 1000

@@ -24,6 +24,7 @@ from itda.reading import Group
 from tests import models
 
 READ = {"layer": [1, 3], "k": 4, "threshold": 0.3, "tokens": 1500, "batch_rows": 4, "context_length": 32}
+READ |= {"center": False}  # so that there is a checkpoint from the first tokens on
 STORE = 80_000_000
 
 
@@ -415,8 +416,9 @@ def test_a_sweep_survives_a_killed_worker(nodes, home, tmp_path, monkeypatch):
 def test_the_command_is_interrupted_and_leaves_nothing_behind(home, tmp_path):
     pytest.importorskip("ray", reason="Ray is an optional extra: pip install 'itda[ray]'")
     out = tmp_path / "out"
-    flags = "--layer 1 3 --k 4 --threshold 0.3 --tokens 1500 --batch-rows 4 --context-length 32 --workers 1 --json"
-    words = ["train", "model", "text.jsonl", *flags.split(), "--out", str(out), "--checkpoint-seconds", "0"]
+    flags = "--layer 1 3 --k 4 --threshold 0.3 --tokens 1500 --batch-rows 4 --context-length 32 --no-center"
+    words = ["train", "model", "text.jsonl", *flags.split(), "--workers", "1", "--json", "--out", str(out)]
+    words += ["--checkpoint-seconds", "0"]
     environment = {**os.environ, "PYTHONPATH": str(Path(itda.__file__).parents[1])}
     run = subprocess.Popen([sys.executable, "-m", "itda", *words], cwd=home, env=environment, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip

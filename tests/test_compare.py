@@ -195,7 +195,7 @@ def test_dictionaries_are_those_that_build_makes_cut_to_one_size(home):
     found, sizes = layers.dictionaries(readings, settings), []
     for reading, side in zip(readings, found, strict=True):
         for hook, rows in zip(reading.hook_points, side, strict=True):
-            built = itda.build([reading.batch(hook)], k=settings.k, n_atoms=40)
+            built = itda.build([reading.batch(hook)], k=settings.k, n_atoms=40, center=False)
             sizes.append(len(built))
             assert reading.labels[rows].pairs().tolist() == built.labels.pairs()[: len(rows)].tolist()
     assert {len(rows) for side in found for rows in side} == {min(sizes)} != {max(sizes)}
@@ -577,6 +577,9 @@ def test_dictionaries_of_plain_arrays_are_compared(home):
     assert found.measures["jaccard"].pairs["dictionary", "dictionary#2"].tolist() == [[jaccard(one, other)]]
     with pytest.raises(InputError, match="does not say what it was built on"):
         compare([one, other], "text.jsonl")
+    many = replace(one, cfg=one.cfg | {"tokens": 1 << 53})  # of a file that says so, which no memory is taken for
+    assert compare([many, other]).measures["jaccard"].controls["random"]["all"] == pytest.approx(0, abs=1e-9)
+    assert compare([many, other]).tokens == 1 << 53
     empty = replace(one, atoms=one.atoms[:0], labels=one.labels[:0], norms=one.norms[:0], losses=one.losses[:0])
     found = compare([empty, other])
     assert found.to_json()["measures"]["overlap"]["pairs"][1]["similarity"] == [[None]]

@@ -294,6 +294,19 @@ def test_page_escapes_all_text_and_needs_nothing_else():
     assert not re.search(r"[\ud800-\udfff]", text)
 
 
+def test_no_character_of_the_page_commands_what_shows_it():
+    """No control character but those of lines, and nothing that turns the direction of what follows."""
+    report = hostile_report().to_json()
+    bad = "\x00\x1b[31m\x07\x08\x7f\x9b\u202e\u2066\u2069"
+    report |= {"base": f"a{bad}b", "tuned": bad, "hook_points": [bad + hook for hook in report["hook_points"]]}
+    report["rows"][0]["pieces"] += [{"text": f"x{bad}\r\n\ty"}, {"text": bad, "score": 1.0, "layers": [1.0]}]
+    for layer in report["layers"]:
+        layer["hook_point"] = bad
+    text = page.html(report)
+    assert not set(bad) - {*"[31m"} & set(text)
+    assert "x��[31m" in text and "\r\n\ty" in text
+
+
 def test_page_marks_changed_tokens_and_keeps_the_text(changed, tmp_path):
     changed.save_html(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text("utf-8")

@@ -37,7 +37,7 @@ def home(tmp_path_factory):
     models.save("bert", home / "bert")
     texts(home, "train", TEXTS)
     texts(home, "new", [text.upper() for text in models.DOCUMENTS] + ["Something else, of a second document."])
-    settings = dict(layer=2, k=6, threshold=0.2, context_length=LENGTH, batch_rows=2)
+    settings = dict(layer=2, k=6, threshold=0.2, context_length=LENGTH, batch_rows=2, center=False)
     itda.train(home / "model", home / "train.jsonl", home / "d", tokens=700, **settings)
     itda.train(home / "model", home / "train.jsonl", home / "all", tokens=None, **settings)
     itda.train(home / "bert", home / "train.jsonl", home / "d-bert", tokens=700, **settings)
@@ -84,7 +84,7 @@ def test_figures_are_those_of_a_plain_computation(home):
 
 
 def test_above_is_of_the_loss_that_admits(home):
-    itda.train(home / "model", home / "train.jsonl", home / "d-centred", tokens=700, center=True, layer=2, k=6,
+    itda.train(home / "model", home / "train.jsonl", home / "d-centred", tokens=700, layer=2, k=6,
                threshold=0.3, context_length=LENGTH, batch_rows=2)  # fmt: skip
     d = itda.ITDA.load(home / "d-centred")
     result = evaluate(d, home / "new.jsonl", **{**QUICK, "tokens": 10_000})
@@ -226,7 +226,7 @@ def test_a_text_of_one_document_is_read_whole(home):
 
 
 def test_what_was_read_is_known_where_another_dictionary_was_full_later(home):
-    settings = dict(layer=[0, 2], k=6, threshold=0.3, context_length=LENGTH, batch_rows=2, max_atoms=30)
+    settings = dict(layer=[0, 2], k=6, threshold=0.3, context_length=LENGTH, batch_rows=2, max_atoms=30, center=False)
     itda.train(home / "model", home / "train.jsonl", home / "both", **settings)
     read = []
     for layer in (0, 2):

@@ -23,7 +23,7 @@ def text(tmp_path_factory):
 
 
 def command(text, out):
-    flags = ["--k", "8", "--threshold", "0.05", "--tokens", "12000", "--checkpoint-seconds", "0.1", "--center"]
+    flags = ["--k", "8", "--threshold", "0.05", "--tokens", "12000", "--checkpoint-seconds", "0.1"]
     return [sys.executable, "-m", "itda", "train", str(demo.model_path()), str(text), "--layer", *LAYERS, *flags,
             "--out", str(out)]  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_text_that_changed_meanwhile_is_refused(tmp_path):
 
     def train(documents, stop=bool):
         stream = itda.activations(demo.model_path(), documents, layer=1, tokens=9000, batch_rows=8)
-        return itda.build(stream, k=4, threshold=0.3, checkpoint=tmp_path, stop=stop)
+        return itda.build(stream, k=4, threshold=0.3, center=False, checkpoint=tmp_path, stop=stop)
 
     asked = iter(range(99))
     with pytest.raises(KeyboardInterrupt):

@@ -218,6 +218,7 @@ def test_cfg_is_saved_as_json(tmp_path):
     assert ITDA.load(tmp_path / "x").cfg == {"k": 2, "a": [1, 2], "fvu": None, "t": 0.5}  # the object's own k counts
     for cfg, words in (
         ({"a": {"b": [torch.ones(1)]}}, "`cfg['a']['b'][0]` is a Tensor"),
+        ({"tokens": -1}, "its `cfg` says `tokens` = -1, but a count was wanted"),
         ({"files": 1}, "may not have the keys format, version"),
     ):
         with pytest.raises(InputError, match=re.escape(words)):
@@ -376,6 +377,19 @@ BAD = {
     "no k": (manifest(k=None), "says k = None, but a count was wanted"),
     "k a boolean": (manifest(k=True), "says k = True, but a count was wanted"),
     "d": (manifest(d=4.0), "says d = 4.0, but a count was wanted"),
+    "tokens": (manifest(tokens=2**60), "says `tokens` = 1152921504606846976, but a count was wanted: copy"),
+    "few tokens": (manifest(tokens=-1), "says `tokens` = -1, but a count was wanted"),
+    "tokens a word": (manifest(tokens="\x1b[31m"), r"says `tokens` = '\\x1b\[31m', but a count was wanted"),
+    "tokens nan": (manifest(tokens=float("nan")), "says `tokens` = nan, but a count was wanted"),
+    "batch_rows": (manifest(batch_rows=[1]), r"says `batch_rows` = \[1\], but a count was wanted"),
+    "threshold": (manifest(threshold=10**400), r"says `threshold` = 10{76}\.\.\., but a number was wanted"),
+    "fvu": (manifest(fvu=float("inf")), "says `fvu` = inf, but a number was wanted"),
+    "nonneg": (manifest(nonneg="no"), "says `nonneg` = 'no', but true or false was wanted"),
+    "model": (manifest(model=["gpt2"]), r"says `model` = \['gpt2'\], but an object was wanted"),
+    "layer": (manifest(model={"layer": "8"}), "says model: `layer` = '8', but a whole number was wanted"),
+    "id": (manifest(model={"id": {}}), "says model: `id` = {}, but a text was wanted"),
+    "stream": (manifest(stream={"hash": [1]}), r"says stream: `hash` = \[1\], but a text was wanted"),
+    "context": (manifest(stream={"context_length": 1e3}), "says stream: `context_length` = 1000.0, but a count was"),
     "files": (manifest(files=[]), r"names the files \[\], but atoms.safetensors, labels.parquet and perhaps"),
     "a path": (entries(**{"../secret": E}), r"names the files .*'../secret', but atoms.safetensors"),
     "few files": (entries(**{A: None}), "names the files 'labels.parquet', 'sample.parquet', but"),
@@ -411,6 +425,44 @@ BAD = {
     "lengths": (table(S, column("values", lambda v: [[1.0], [2.0]])), "as many `values` in every row"),
     "nan": (table(S, column("values", lambda v: [[1.0, 1], [2.0, float("nan")]])), "must be finite"),
 }  # fmt: skip
+
+
+def packed(path, text, rows, **how):
+    """A parquet file of labels that have one `text` for a token: little in the file, and much in memory."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {name: np.zeros(rows, np.int64) for name in tables.COLUMNS} | {"before": pa.array([""] * rows)}
+    columns |= {"token": pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), [text]), "after": columns["before"]}
+    kinds = {name: pa.array(column).type for name, column in columns.items()}
+    schema = pa.schema([pa.field(f.name, kinds[f.name], nullable=False) for f in tables._schema(False)])
+    parquet.write_table(pa.table(columns, schema=schema), path, store_schema=False, **how)
+
+
+@pytest.mark.parametrize(
+    "how", [{"compression": "zstd"}, {"compression": "none"}, {"compression": "zstd", "use_dictionary": False}]
+)
+def test_text_that_unpacks_to_more_than_labels_have_is_refused_before_memory_is_taken(tmp_path, how):
+    import pyarrow as pa
+
+    packed(path := tmp_path / "labels.parquet", "x" * (1 << 20), 400 if "use_dictionary" in how else 4000, **how)
+    assert path.stat().st_size < 1 << 21
+    pool = pa.default_memory_pool()
+    most = max(pool.max_memory(), pool.bytes_allocated() + (1 << 28))
+    for n in (None, 400 if "use_dictionary" in how else 4000):
+        with pytest.raises(InputError, match=r"labels\.parquet unpacks to more text than labels have: copy"):
+            tables.read_labels(path, n)
+    assert pool.max_memory() <= most
+    packed(path, "y" * 100_000, 3, **how)
+    assert len(tables.read_labels(path, 3)[0].texts[0]) == 100_000
+
+
+def test_rows_that_unpack_to_more_than_is_free_are_refused(tmp_path, monkeypatch):
+    packed(tmp_path / "x.parquet", "", 1 << 20, compression="zstd")
+    assert (tmp_path / "x.parquet").stat().st_size < 1 << 17
+    monkeypatch.setattr(tables, "free_bytes", lambda device: 4e7, raising=False)
+    with pytest.raises(InputError, match=r"x\.parquet unpacks to 0\.1 GB, more than is free: "):
+        tables.read_labels(tmp_path / "x.parquet")
 
 
 def nullable(schema):

@@ -36,18 +36,40 @@ def error(model, x):
     return metrics.fvu(x.double(), model.reconstruct(x).double())
 
 
-def test_what_an_atom_is_worth_is_what_dropping_its_coefficient_costs():
+@pytest.mark.parametrize("nonneg", [False, True])
+def test_an_atom_costs_what_is_left_when_the_nearest_one_takes_its_place(nonneg):
     x, _ = planted(200)
-    model = built(30)
-    codes = model.encode(x)
-    found = refine.removal_costs(x, model.atoms, codes)
+    atoms = built(30, center=False).atoms.double()
+    codes = itda.pursue(x, atoms.float(), K, nonneg=nonneg)
+    found = refine.removal_costs(x, atoms.float(), codes, refine._nearest(atoms.float(), nonneg), nonneg)
     dense = codes.dense().double()
-    before = (x.double() - dense @ model.atoms.double()).square().sum()
-    for j in range(len(model)):
-        without = dense.clone()
+    before = (x.double() - dense @ atoms).square().sum()
+    for j in range(len(atoms)):
+        cosine = atoms @ atoms[j] if nonneg else (atoms @ atoms[j]).abs()
+        cosine[j] = -1
+        nearest, without = int(cosine.argmax()), dense.clone()
         without[:, j] = 0
-        after = (x.double() - without @ model.atoms.double()).square().sum()
+        rest = x.double() - without @ atoms
+        instead = rest @ atoms[nearest] * (dense[:, j] != 0)
+        instead = instead.clamp(min=0) if nonneg else instead
+        after = (rest - instead[:, None] * atoms[nearest]).square().sum()
         assert float(found[j]) == pytest.approx(float(after - before), rel=1e-4, abs=1e-3)
+
+
+def test_of_two_alike_one_stays():
+    """Each of a pair could do the other's work, so each costs nothing; both together cost much."""
+    x, true = planted()
+    pairs = itda.normalize(torch.cat([true, true + 1e-4 * torch.randn(true.shape, generator=torch.Generator())]))
+    ones = torch.ones(len(pairs))
+    chosen = refine.select(itda.ITDA(pairs, Labels.counted(0, len(pairs)), K, None, ones, ones), x, TRUE, rounds=1)
+    assert sorted(chosen.labels.position % TRUE) == list(range(TRUE))
+
+
+def test_the_last_atoms_go_though_their_nearest_has_gone():
+    x, _ = planted(300)
+    model = built(40)
+    for size in (1, 2, 5):
+        assert len(refine.select(model, x, size, rounds=1)) == size
 
 
 @pytest.mark.parametrize("center", [False, True])

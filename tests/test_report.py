@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import itda
 from itda import drawing, report
 from itda.hooks import load
 from itda.labels import Batch, Labels
+from itda.progress import Step, bar
 from tests import models
 
 HOSTILE = [
@@ -59,7 +61,7 @@ def tiny(tmp_path_factory):
     """A model with its tokenizer, and a dictionary built on it."""
     hooked = load(models.save("gpt2", tmp_path_factory.mktemp("model")), hooks=1)
     stream = itda.activations(hooked, models.DOCUMENTS, layer=1, context_length=32)
-    return hooked, itda.build(stream, k=6)
+    return hooked, itda.build(stream, k=6, center=False)
 
 
 @pytest.fixture(scope="module", params=["mp", "omp", "gp"])
@@ -132,6 +134,8 @@ def test_a_centred_dictionary_decomposes_what_is_left_of_the_mean(tiny):
     codes = built.encode(x["transformer.h.1"][0, -1])
     error = (rest - codes.decode(built.atoms)).square().sum() / rest.square().sum()
     assert found.relative_error == pytest.approx(float(error), rel=1e-3)
+    assert found.from_mean == pytest.approx(float(rest.norm())) and found.norm != found.from_mean
+    assert f"{found.norm:.4g}, {found.from_mean:.4g} from the mean" in drawn(found, width=300)
 
 
 @pytest.mark.parametrize("token", ["mouse", " mouse", "at", 3, -1])
@@ -276,6 +280,22 @@ def test_no_text_commands_the_terminal_or_is_markup(tiny):
     text = "".join(drawn(thing, color_system=None) for thing in hostile_reports(tiny))
     assert "[bold" in text
     assert ":boom:" in text or "m⟦:⟧" in text or "⟦o⟧" in text
+
+
+def test_names_in_the_progress_do_not_command_the_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for name in HOSTILE:
+        shown = Terminal()
+        monkeypatch.setattr(sys, "stderr", shown)
+        report = bar()
+        for done in (1, 2):
+            report(Step(f"reading {name} ", done, 2, 1.0))
+        report(None)
+        assert "reading " in shown.getvalue()
+        assert not any(bad in shown.getvalue() for bad in ("\x1b[31mred", "\x9b", "\u202e", "\x07", "\x08"))
 
 
 def test_no_line_is_wider_than_the_terminal(decomposition):

@@ -74,7 +74,7 @@ def home(tmp_path_factory):
     """A model on disk, a dictionary of it, another text, and activations there."""
     home = tmp_path_factory.mktemp("home")
     models.save("gpt2", home / "model")
-    train(home / "model", home / "d", threshold=0.4)
+    train(home / "model", home / "d", threshold=0.4, center=False)
     (home / "new.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in NEW), encoding="utf-8")
     settings = dict(layer=2, context_length=LENGTH, special_tokens=True)
     x = torch.cat([batch.activations for batch in itda.activations(str(home / "model"), NEW, **settings)])
@@ -90,7 +90,7 @@ def x(home):
 @pytest.fixture(scope="module")
 def dictionaries(home):
     """By name; their codes differ in sign, centring and method."""
-    d, centred = itda.ITDA.load(home / "d"), train(home / "model", home / "c", threshold=0.3, center=True)
+    d, centred = itda.ITDA.load(home / "d"), train(home / "model", home / "c", threshold=0.3)
     named = {"signed": d, "centred": centred, "nonneg": replace(centred, cfg=centred.cfg | {"nonneg": True})}
     return named | {method: replace(centred, cfg=centred.cfg | {"method": method}) for method in ("omp", "gp")}
 
@@ -172,7 +172,8 @@ def judged(request, home, tmp_path_factory):
     """A dictionary, three SAEs by name, the model as SAELens has it and as we have it, text, and its rows, all full."""
     out = tmp_path_factory.mktemp(request.param)
     model = models.save(request.param, out / "model")
-    d, ours = train(model, out / "d", threshold=0.4), hooks.language_model(model, hooks=2)
+    d = train(model, out / "d", threshold=0.4, center=request.param == "llama")  # one of each
+    ours = hooks.language_model(model, hooks=2)
     texts = [text for text in NEW if len(ours.tokenizer(text).input_ids) > LENGTH]
     rows = list(TokenStream(texts, ours.tokenizer, context_length=LENGTH, truncate=True))
     bridge = SAETransformerBridge.boot_transformers(str(model), device="cpu")

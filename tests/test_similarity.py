@@ -476,7 +476,7 @@ def built(x: torch.Tensor) -> itda.ITDA:
     """A dictionary of some of the tokens, built once."""
     key = x.numpy().tobytes()
     if key not in DICTIONARIES:
-        DICTIONARIES[key] = itda.build(x.float(), k=3, threshold=0.15)
+        DICTIONARIES[key] = itda.build(x.float(), k=3, threshold=0.15, center=False)
         assert 10 < len(DICTIONARIES[key]) < len(x) - 10
     return DICTIONARIES[key]
 

@@ -582,6 +582,36 @@ def test_hostile_labels(model, tmp_path):
             read_all(tmp_path)
 
 
+def test_text_of_labels_that_is_larger_than_its_file_is_refused(model, tmp_path):
+    """One text that all rows share, as a dictionary or by its beginning: every row would have it anew."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    collect(model, tmp_path, TEXTS[:3], layer=[1])
+    contents = store.read_contents(tmp_path / "activations.json")
+    table = parquet.read_table(path := tmp_path / "shard-00000.parquet")
+    n, at = len(table), table.schema.get_field_index("text")
+    rows = table.set_column(table.schema.get_field_index("row"), "row", pa.array(np.arange(n)))
+    shared = pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), ["x" * (1 << 24)])
+    for text, said, how in (
+        (shared, "unpacks to more text than is in it: copy", {}),
+        (
+            pa.array(["x" * (1 << 20)] * n),
+            "is not a readable",
+            {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+        ),
+    ):
+        parquet.write_table(rows.set_column(at, "text", text), path, store_schema=False, compression="none", **how)
+        labels = {"size": path.stat().st_size, "sha256": disk.hashlib.sha256(path.read_bytes()).hexdigest()}
+        changed = replace(contents, shards=[replace(contents.shards[0], labels=labels), *contents.shards[1:]])
+        (tmp_path / "activations.json").write_bytes(changed.to_bytes())
+        pool = pa.default_memory_pool()
+        most = max(pool.max_memory(), pool.bytes_allocated() + (1 << 28))
+        with pytest.raises(InputError, match=rf"shard-00000\.parquet {said}"):
+            read_all(tmp_path)
+        assert pool.max_memory() <= most
+
+
 # -- caches of SAELens ------------------------------------------------------------------------------------------------
 
 
@@ -781,6 +811,35 @@ def test_the_command(capfd, folder, tmp_path):
     train = ["train", folder, tmp_path / "acts", "--layer", 1, "--k", 4, "--out", tmp_path / "d", "--json"]
     code, out, _ = run(capfd, *train)
     assert code == 0 and json.loads(out)["tokens"] == said["tokens"]
+
+
+STREAMED = CHILD.replace("layer=[1, 3]", "stream_layers=True, state_gb=1e-4, layer=[1, 3]")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals of POSIX")
+def test_a_streamed_model_is_collected_to_the_same_bytes(capfd, tmp_path):
+    """Whole, block by block in several lots of rows, and killed in one of them and begun again."""
+    name, text = models.save("llama", tmp_path / "llama"), tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": one}) for one in models.DOCUMENTS * 12), "utf-8")
+    words = ["collect", name, text, "--layer", 1, 3, "--context-length", 16, "--batch-rows", 4]
+    assert run(capfd, *words, "--no-stream-layers", "--out", tmp_path / "whole")[0] == 0
+    streamed = [*words, "--stream-layers", "--state-gb", 1e-4]
+    assert run(capfd, *streamed, "--out", tmp_path / "streamed")[0] == 0
+    whole = contents(tmp_path / "whole")
+    assert contents(tmp_path / "streamed") == whole and len(whole) > 9
+    code = STREAMED.replace("models.DOCUMENTS * 40", repr(str(text))).replace("60_000", "30_000")
+    process = subprocess.Popen([sys.executable, "-c", code, str(name), str(tmp_path / "killed")])
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list((tmp_path / "killed").glob("shard-*.safetensors"))) > 1:
+            process.kill()
+            break
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL and usable(tmp_path / "killed") is None
+    kept = store.read_contents(tmp_path / "killed" / store.JOURNAL)
+    assert 1 <= len(kept.shards) < (len(whole) - 1) // 2
+    assert run(capfd, *streamed, "--out", tmp_path / "killed")[0] == 0
+    assert contents(tmp_path / "killed") == whole
 
 
 def test_an_interrupted_command(capfd, folder, tmp_path, monkeypatch):

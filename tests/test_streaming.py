@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import itda
-from itda import hooks, states, streaming
+from itda import disk, hooks, states, streaming
 from itda.errors import InputError
 from itda.progress import Progress
 from itda.reading import Group
@@ -184,11 +184,62 @@ def test_states_of_other_rows_or_weights_are_not_used(home, tmp_path):
     assert not (tmp_path / "states").exists()
 
 
+def forged(place, **changes):
+    path = place / "states.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+FORMS = {"hidden-1": [32, "float32"], "kept-0": [32, "float32"], "hidden-0": [32, "float32"]}
+FORGERIES = {
+    "missing": lambda p: (p / "hidden-1.bin").unlink(),
+    "a kept one missing": lambda p: (p / "kept-0.bin").unlink(),
+    "short": lambda p: os.truncate(p / "hidden-1.bin", 100),
+    "a kept one short": lambda p: os.truncate(p / "kept-0.bin", 100),
+    "empty": lambda p: os.truncate(p / "hidden-1.bin", 0),
+    "long": lambda p: (p / "hidden-1.bin").write_bytes((p / "hidden-1.bin").read_bytes() + b"\0"),
+    "a folder": lambda p: ((p / "hidden-1.bin").unlink(), (p / "hidden-1.bin").mkdir()),
+    "a link": lambda p: (shutil.move(p / "hidden-1.bin", p / "x"), (p / "hidden-1.bin").symlink_to(p / "x")),
+    "narrow": lambda p: forged(p, forms=FORMS | {"hidden-1": [16, "float32"]}),
+    "a kept one narrow": lambda p: forged(p, forms=FORMS | {"kept-0": [8, "float32"]}),
+    "half": lambda p: forged(p, forms=FORMS | {"hidden-1": [32, "bfloat16"]}),
+    "a kept one in half": lambda p: forged(p, forms=FORMS | {"kept-0": [64, "float16"]}),
+    "whole numbers": lambda p: forged(p, forms=FORMS | {"kept-0": [32, "int32"]}),
+    "not named": lambda p: forged(p, forms={"hidden-0": [32, "float32"]}),
+    "another block": lambda p: forged(p, block=0, forms={"hidden-1": [32, "float32"]}),
+    "the last block": lambda p: forged(p, block=3),
+    "past the last": lambda p: forged(p, block=7),
+    "a tuple of words": lambda p: forged(p, notes={"tuple": "x", "samples": {}}),
+    "a tuple of many": lambda p: forged(p, notes={"tuple": 10**9, "samples": {}}),
+    "no samples": lambda p: forged(p, notes={"tuple": None, "samples": {}}),
+    "groups twice": lambda p: forged(p, groups=json.loads((p / "states.json").read_text())["groups"] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_states_that_are_not_what_the_manifest_says(forgery, home, tmp_path):
+    """They are made again, or refused in a sentence; never is anything else read from them."""
+    place, asked = tmp_path / "states", groups()
+    reading = hooks.load(home / "llama", hooks=[0, 3], stream_layers=True, state_dir=place)
+    reading.stop = lambda: json.loads((place / "states.json").read_text())["block"] == 1 if (
+        place / "states.json").exists() else False  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        list(reading.read_all(asked))
+    FORGERIES[forgery](place)
+    again = hooks.load(home / "llama", hooks=[0, 3], stream_layers=True, state_dir=place)
+    whole = hooks.load(home / "llama", hooks=[0, 3], stream_layers=False)
+    if forgery == "a folder":
+        with pytest.raises(InputError, match=r"states could not be written .*: give a smaller"):
+            list(again.read_all(asked))
+        return
+    assert equal(whole.read_all(asked), again.read_all(asked))
+    assert [again.provenance(h) for h in again.hook_points] == [whole.provenance(h) for h in whole.hook_points]
+
+
 def folder_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-SETTINGS = {"k": 4, "threshold": 0.2, "context_length": 16, "batch_rows": 4}
+SETTINGS = {"k": 4, "threshold": 0.2, "context_length": 16, "batch_rows": 4, "center": False}
 
 
 def test_dictionaries_are_the_same(home, tmp_path):
@@ -277,6 +328,22 @@ def refused(match, folder, at=1, **settings):
     with pytest.raises(InputError, match=match) as caught:
         list(hooks.load(folder, hooks=at, stream_layers=True, **settings).read_all(groups()))
     assert "\n" not in str(caught.value)
+
+
+def test_one_process_at_a_time(home, tmp_path):
+    """The states of one folder are of one reading, also where two train different layers into folders of it."""
+    one = {"layer": [1], "stream_layers": True} | SETTINGS
+    first = hooks.load(home / "llama", hooks=3, stream_layers=True, state_dir=tmp_path / "out" / "states")
+    reading = first.read_all(groups())
+    next(reading)
+    there = folder_bytes(tmp_path / "out" / "states")
+    with pytest.raises(InputError, match=r"Another process is keeping hidden states in .*states: wait for it to end"):
+        itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)
+    assert folder_bytes(tmp_path / "out" / "states") == there
+    with disk.locked(tmp_path / "out" / "model.layers.1", "training into"), pytest.raises(InputError, match="training"):
+        itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)
+    reading.close()
+    assert len(itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)) == 1
 
 
 def test_refusals(home, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import itda
-from itda import cli, folder
+from itda import cli, disk, folder
 from itda.grid import jobs_of, read_grid
 from itda.runs import Interrupted
 from itda.sweep import RESULTS, TABLE
@@ -151,6 +151,45 @@ def test_a_failing_training_is_told_and_the_others_go_on(home, tmp_path, capfd, 
     assert "1 there before" in out
 
 
+def test_a_layer_has_many_names_and_one_dictionary(grid, tmp_path):
+    """-1 and 3, and -4 and 0, in one sweep and in those that go on with it."""
+    first = itda.sweep({**grid, "layer": [3, -1, -4, 0], "k": 2}, tmp_path / "out")
+    assert [(row["settings"]["layer"], row["hook_point"][-1]) for row in first.rows] == [(3, "3"), (-4, "0")]
+    assert "2 dictionaries in" in str(first)
+    itda.sweep({**grid, "layer": [-1, 0], "k": 2}, tmp_path / "other")
+    assert itda.sweep({**grid, "layer": [-4, 3, 0], "k": 2}, tmp_path / "other").skipped == 2
+    before = times(tmp_path / "out")
+    for layers in ([3], [-1], [0, -4, 3], [-1, -4]):
+        again = itda.sweep({**grid, "layer": layers, "k": 2}, tmp_path / "out")
+        assert again.skipped == len(again.rows) == min(2, len(layers))
+        assert again.rows[0]["settings"]["layer"] == layers[0]
+    named = {name: value for name, value in grid.items() if name != "layer"}
+    assert itda.sweep({**named, "hook": "transformer.h.3", "k": 2}, tmp_path / "out").skipped == 1
+    assert times(tmp_path / "out") == before
+
+
+def test_a_layer_that_is_not_there_does_not_fail_the_others(grid, home, tmp_path, capfd):
+    found = itda.sweep({**grid, "layer": [9, 1, -5, 3], "k": 2}, tmp_path / "out")
+    said = [row["problem"] for row in found.rows]
+    assert [bool(problem) for problem in said] == [True, False, True, False]
+    assert "has no layer 9: it has 4 layers" in said[0]
+    assert "has no layer -5" in said[2]
+    kept = json.loads((tmp_path / "out" / RESULTS).read_text())["rows"]
+    assert [row["problem"] for row in kept] == said
+    alone = itda.sweep({**grid, "layer": [1, 3], "k": 2}, tmp_path / "alone")
+    assert dictionaries(tmp_path / "out") == dictionaries(tmp_path / "alone")
+    assert len(alone.rows) == 2
+    rest = {name: value for name, value in grid.items() if name != "layer"}
+    found = itda.sweep({**rest, "hook": ["nothing.here", "h.1", "transformer.h.1.mlp"], "k": 2}, tmp_path / "hooks")
+    assert [bool(row["problem"]) for row in found.rows] == [True, False, False]
+    words = ["--layer", "9", "1", "-5", "3", "--k", "2", "--out", str(tmp_path / "out")]
+    (home / "rest.toml").write_text(f"model = '{grid['model']}'\ndata = '{grid['data']}'\ncontext_length = 32\n"
+                                    "tokens = 200\nthreshold = 0.5\n")  # fmt: skip
+    assert cli.main(["sweep", str(home / "rest.toml"), *words]) == 2
+    assert "2 of 4 dictionaries are missing" in capfd.readouterr().err
+    assert all(itda.sweep({**grid, "layer": [7, 8], "k": 2}, tmp_path / "none").problems)
+
+
 def test_interrupted_and_gone_on_with(grid, tmp_path):
     whole = itda.sweep(grid, tmp_path / "whole")
     for batches in (0, 1, 2, 4):
@@ -179,8 +218,9 @@ def test_one_view_of_the_progress(grid, tmp_path):
 def test_flags_and_file_and_mapping_are_one(done, home, capfd):
     _, out = done
     assert cli.main(["sweep", str(home / "sweep.toml"), "--layer", "3", "--out", str(out), "--json"]) == 0
-    rows = json.loads(capfd.readouterr().out)["rows"]
-    assert len(rows) == 4  # trained anew, as -1 is not known to be 3
+    again = json.loads(capfd.readouterr().out)
+    rows = again["rows"]
+    assert len(rows) == again["skipped"] == 4
     assert {row["hook_point"] for row in rows} == {"transformer.h.3"}
     flags = [
         "--model",
@@ -293,6 +333,14 @@ def test_bad_files_are_refused(tmp_path, text, said, capfd):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_process_at_a_time(grid, tmp_path):
+    with disk.locked(tmp_path / "out", "sweeping into"):
+        with pytest.raises(itda.InputError, match=r"Another process is sweeping into .*out: wait for it to end, or ch"):
+            itda.sweep(grid, tmp_path / "out")
+        assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_refusals(grid, tmp_path, monkeypatch):
     with pytest.raises(itda.InputError, match="could not be read"):
         itda.sweep(tmp_path / "none.toml", tmp_path / "out")
@@ -303,11 +351,68 @@ def test_other_refusals(grid, tmp_path, monkeypatch):
         with pytest.raises(itda.InputError, match=f"{name} is not of a sweep"):
             itda.sweep(grid, tmp_path)
         (tmp_path / name).unlink()
+    for other in ("[]", "7", '"itda sweep"', "null", "[" * 100_000, "9" * 5000, "NaN", '{"format": ["itda sweep"]}'):
+        (tmp_path / RESULTS).write_text(other)
+        with pytest.raises(itda.InputError, match=f"{RESULTS} is not of a sweep"):
+            itda.sweep(grid, tmp_path)
+        (tmp_path / RESULTS).unlink()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(itda.InputError, match=r"needs? Ray, which is not installed: `pip install 'itda\[ray\]'`"):
         itda.sweep(grid, tmp_path / "out", workers=2)
     with pytest.raises(itda.InputError, match="Ray, which is not installed"):
         itda.train(grid["model"], str(grid["data"]), tmp_path / "one", layer=1, ray="auto")
+
+
+def test_notes_of_another_kind_are_harmless(grid, tmp_path):
+    """Rows of the results are made anew, and of a note only what is well-formed is believed."""
+    first = itda.sweep(grid, tmp_path / "out")
+    (tmp_path / "out" / RESULTS).write_text('{"format": "itda sweep", "rows": 7, "grid": [[]]}')
+    assert itda.sweep(grid, tmp_path / "out").rows == first.rows
+    (note, *_) = (tmp_path / "out").glob("*/job.json")
+    kept = note.read_text()
+    hook, done = first.rows[0]["hook_point"], {}
+    for seconds in (
+        "1" + "0" * 400,
+        "NaN",
+        "-Infinity",
+        '"1e999"',
+        "[]",
+        "{}",
+        "null",
+        "true",
+        "-1",
+        "[" * 300 + "]" * 300,
+    ):
+        forged = json.loads(kept)
+        forged["done"]["1"] = {"hook_point": hook, "seconds": "?"}
+        note.write_text(json.dumps(forged).replace('"?"', seconds))
+        done[seconds] = itda.sweep(grid, tmp_path / "out")
+        assert not done[seconds].problems
+        json.loads((tmp_path / "out" / RESULTS).read_text(), parse_constant=pytest.fail)
+    for name in ("x" * 5000, "\0", "\ud800", "..", ".", "", "a/b", "\x1b[31m", 7, None, ["transformer.h.1"]):
+        forged = json.loads(kept)
+        forged["done"]["1"] = {"hook_point": name, "seconds": 1.0}
+        note.write_text(json.dumps(forged))
+        assert itda.sweep(grid, tmp_path / "out").rows[0]["hook_point"] == hook
+    note.write_text(json.dumps(json.loads(kept) | {"done": {"1": 7, "9": "?"}}).replace('"?"', "[" * 900 + "]" * 900))
+    assert not itda.sweep(grid, tmp_path / "out").problems
+
+
+def test_a_forged_dictionary_is_trained_again(grid, tmp_path, monkeypatch):
+    first = itda.sweep(grid, tmp_path / "out")
+    path = tmp_path / "out" / first.rows[0]["folder"]
+    forged = itda.ITDA.load(path)
+    for value in (10**400, "\x1b[31m", ["a"], {"b": 1}, True):
+        for name in ("threshold", "fvu", "tokens"):
+            forged.cfg[name] = value
+            with monkeypatch.context() as patch:
+                patch.setattr(folder, "wrong_setting", lambda *settings: None)
+                forged.save(path)
+            again = itda.sweep(grid, tmp_path / "out")
+            assert again.skipped == 3
+            assert not again.problems
+            forged = itda.ITDA.load(path)
+            assert forged.cfg[name] == again.rows[0][name]
 
 
 def test_an_unexpected_error_is_one_row(grid, tmp_path, monkeypatch):
