@@ -24,10 +24,10 @@ import torch
 
 import itda
 from itda import demo, hooks
-from itda.evaluate import cross_entropy, measure
 from itda.heldout import labels_of
 from itda.interop import saebench, saelens
 from itda.prompts import TokenStream, valid
+from itda.scores import cross_entropy, measure
 from itda.splice import spliced
 from itda.systems import System
 

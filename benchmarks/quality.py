@@ -3,7 +3,7 @@
     make bench-quality DATA=... [QUICK=1] [ONLY="real refined"]
     python benchmarks/quality.py [--quick] [--only SECTION ...] [--at NAME ...] [--l0 10 20 40] [--sizes 2048 4096]
 
-Everything is measured by `itda.evaluate.measure` on the same held-out tokens, in 95 % intervals over stretches of the
+Everything is measured by `itda.scores.measure` on the same held-out tokens, in 95 % intervals over stretches of the
 text. SAEs are trained with sae-lens on the same activations. Seconds are of building or training from activations in
 memory. Small language models come from --data, MiniLM from the package that carries it, if it is installed. Rows are
 added to quality.json as they come, and those that it has are not measured again: delete it to begin anew.
@@ -27,11 +27,11 @@ from told import told
 
 import itda
 from itda import heldout, hooks, probing
-from itda.evaluate import Bootstrap, cross_entropy, measure
 from itda.labels import Labels
 from itda.layers import groups_of
 from itda.prompts import TokenStream
 from itda.refine import refine, select
+from itda.scores import Bootstrap, cross_entropy, measure
 from itda.splice import spliced
 from itda.systems import System
 
@@ -168,7 +168,8 @@ def paper(x, k, n):
     low, high, built = 0.0, 0.5, None
     for _ in range(12):
         threshold = (low + high) / 2
-        built = itda.build(x.split(4096), k=k, threshold=threshold * 4 / x.shape[1], loss="cosine", admission="paper")
+        settings = itda.PAPER | dict(k=k, threshold=threshold * 4 / x.shape[1])
+        built = itda.build(x.split(4096), **settings)
         if abs(len(built) - n) <= 0.1 * n:
             break
         low, high = (threshold, high) if len(built) > n else (low, threshold)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from itda.errors import InputError
 from itda.hooks import activations, load, untrained
+from itda.hub import checked_name, load_tokenizer
 from itda.labels import Batch, Labels
-from itda.loading import checked_name, load_tokenizer
 from itda.progress import Step, reporter
 from itda.prompts import Row, TokenStream, tokenizer_hash, valid
 from itda.pursuit.gram import free_bytes

@@ -20,10 +20,9 @@ from numpy import ndarray
 from itda.errors import InputError, one_line
 from itda.labels import Batch, Labels
 from itda.prompts import Row, StreamHash
-from itda.store import Store, chosen, is_store
+from itda.store import HOOK_NAME, Store, chosen, is_store
 
 STATE, INFO, IDS = "state.json", "dataset_info.json", "token_ids"
-_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 def is_stored(data: Any) -> bool:
@@ -276,7 +275,7 @@ def _unpacked(batch: Any, columns: Sequence[str] | None, path: Path) -> Iterator
     """The rows of a record batch."""
     found: dict[str, tuple[ndarray, ndarray]] = {}
     for name in batch.schema.names if columns is None else columns:
-        if not _NAME.fullmatch(name) or name not in batch.schema.names:
+        if not HOOK_NAME.fullmatch(name) or name not in batch.schema.names:
             raise _damaged(path, f"has no column {name!r} that names a hook point")
         column = batch.column(name)
         column = getattr(column, "storage", column)  # `datasets` has a type of its own for (context, d), once imported

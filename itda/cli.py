@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from itda import terminal
 from itda._version import __version__
-from itda.commands import collect, compare, decompose, demo, diff, eval, export, show, sweep, train
+from itda.commands import collect, demo, export, sweep, train
 from itda.errors import InputError
+from itda.queries import compare, decompose, diff, eval, show
 
 COMMANDS = {
     command.__name__: command for command in (train, sweep, collect, decompose, show, eval, compare, diff, export, demo)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from itda.errors import InputError, check_whole
 from itda.hooks import activations
 from itda.labels import Batch
 from itda.progress import Step, reporter
-from itda.report import finite
+from itda.report import Report
 from itda.runs import Interrupted
 from itda.store import JOURNAL, MANIFEST, Contents
 from itda.streaming import StreamedModel
@@ -33,7 +33,7 @@ SHARD_BYTES = 1 << 27  # of activations; a shard ends with the batch that reache
 
 
 @dataclass(frozen=True)
-class Collected:
+class Collected(Report):
     """What `collect` wrote, and what it cost."""
 
     path: str
@@ -45,10 +45,6 @@ class Collected:
     hash: str  # of the stream
     seconds: float
     tokens_per_second: float | None  # None if nothing was left to read
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, by name."""
-        return finite(asdict(self))
 
     def __str__(self) -> str:
         speed = f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""

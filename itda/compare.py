@@ -16,6 +16,7 @@ from numpy import ndarray
 from itda import aligned, drawing, layers, saved, stored
 from itda.aligned import Reading, check_names
 from itda.builder import Builder
+from itda.caches import is_stored
 from itda.errors import InputError
 from itda.layers import Pairs, Settings, Similarity
 from itda.model import ITDA
@@ -154,9 +155,9 @@ def compare(
         raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.FAMILIES)}.")
     if draw < 0:
         raise InputError(f"`draw` is {draw}; a whole number, 0 or more, was wanted.")
-    if saved.are_dictionaries(models):
+    if _all_are(saved.is_dictionary, models, "{!r} is a dictionary and {!r} is not: compare dictionaries"):
         return _of_dictionaries(saved.read(models, data, align, names), measures, draw)
-    on_disk = stored.are_stored(models)
+    on_disk = _all_are(is_stored, models, "{!r} holds activations and {!r} does not: compare activations")
     if on_disk and data is not None:
         raise InputError("Activations on disk were read before: leave out `data` (`--data`).")
     if data is None and not on_disk:
@@ -193,6 +194,15 @@ def compare(
     spent["measures"] = sum(measure.seconds for measure in measured.values())
     spent["all"] = time.monotonic() - began
     return Comparison(about, len(token_id), by_end, measured, sizes, spent)
+
+
+def _all_are(of_kind: Callable[[Any], bool], models: Sequence[Any], sentence: str) -> bool:
+    """Whether all models are of a kind; `InputError`, which begins with the `sentence`, if some are."""
+    kinds = list(map(of_kind, models))
+    if any(kinds) and not all(kinds):
+        one, other = models[kinds.index(True)], models[kinds.index(False)]
+        raise InputError(f"{sentence.format(one, other)}, or models on a text.")
+    return all(kinds)
 
 
 def _check(n_atoms: int | None, threshold: float | None, k: int, atoms: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -235,7 +236,7 @@ def safetensors_head(
     offsets, end = {}, 0
     for name in names:
         dtype, shape = tensors[name]
-        start, end = end, end + sizes[name] * _product(shape)
+        start, end = end, end + sizes[name] * math.prod(shape)
         header[name] = {"dtype": DTYPES[dtype], "shape": [*shape], "data_offsets": [start, end]}
         offsets[name] = start, end
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -247,10 +248,3 @@ def safetensors_head(
 def bytes_of(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor; its strides may still be odd where it has one entry or none."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
-
-
-def _product(shape: Sequence[int]) -> int:
-    out = 1
-    for side in shape:
-        out *= side
-    return out

@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from itda.errors import one_line
+from itda.folder import section
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -224,12 +225,6 @@ def layer_numbers(hook_points: list[str]) -> list[str]:
     found = [re.findall(r"(?<=\.)\d+(?=\.|$)", hook)[-1:] for hook in hook_points]
     numbers = [number for part in found for number in part]
     return numbers if len(set(numbers)) == len(hook_points) else [str(i) for i in range(len(hook_points))]
-
-
-def section(cfg: dict[str, Any], key: str) -> dict[str, Any]:
-    """What a dictionary from elsewhere has there, if that is a dict as it should be."""
-    value = cfg.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def short(value: Any) -> str:

@@ -4,50 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from numpy import ndarray
-from torch import Tensor
 
 from itda import drawing, heldout, hooks, stored
 from itda import probing as probes
 from itda._version import __version__
-from itda.aligned import named
-from itda.build import build
+from itda.caches import is_stored
+from itda.controls import CONTROLS, like, systems_of, untrained
 from itda.disk import bytes_of, write_file
 from itda.errors import InputError, check_whole
 from itda.folder import EVAL
 from itda.layers import groups_of
-from itda.metrics import ce_score, coherence, cosine
 from itda.model import ITDA
 from itda.progress import Step, reporter
 from itda.prompts import hash_rows
-from itda.pursuit import normalize
 from itda.report import Report, finite, hooked_for
 from itda.report import load as load_dictionary
-from itda.splice import Spliced, spliced
+from itda.scores import Bootstrap, cross_entropy, measure
+from itda.splice import spliced
 from itda.systems import System
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-TAILS = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999}
-DRAWS = 1000  # of the bootstrap over documents
-CHUNK = 4096
 TOKENS, CE_TOKENS = 50_000, 10_000
-RESERVED = ("itda", "random tokens", "gaussian", "untrained model", "clean", "zero", "mean", "activations")
-CONTROLS = ("random tokens", "gaussian", "untrained model")
 ASKED = ("tokens", "ce_tokens", "probe", "probe_column", "probe_label", "in_sample", "force", "seed")
 NO_MODEL = "activations on disk have no model to run"
 NONE_ASKED = "it was asked for on 0 tokens (`ce_tokens`)"
@@ -162,7 +152,7 @@ def evaluate(
     dictionary = load_dictionary(dictionary)
     if not len(dictionary):
         raise InputError(f"{name} has no atoms, so there is nothing to measure.")
-    if stored.is_stored(data):
+    if is_stored(data):
         settings = {key: value for key, value in (("k", k), ("method", method)) if value is not None}
         return _on_disk(name, dictionary, data, asked, wanted, settings, systems, report)
     loading: dict[str, Any] = dict(force=force, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -175,8 +165,8 @@ def evaluate(
     reader = heldout.Reader(split, hook, special_tokens, report)
     held = reader.read(hooked, "reading")
     settings = {key: value for key, value in (("k", k), ("method", method)) if value is not None}
-    every = _every(dictionary, held, wanted, settings, systems, seed)
-    found = {s.name: measure(s, held.x, held.labels, held.scored, _threshold(dictionary), seed) for s in every}
+    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    found = _measured(every, held, dictionary, seed)
     clean, no_ce = None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
     if no_ce is None:
         rows = split.first(ce_tokens)
@@ -186,11 +176,10 @@ def evaluate(
         texts: dict[str, Any] = dict(special_tokens=special_tokens, seed=seed)
         texts["context_length"] = split.stream.context_length
         probing = probes.probe(hooks.load(hooked, hooks=hook), hook, every, labelled, **texts)
-    mine = list(found)
     if "untrained model" in wanted:
-        found |= _untrained(dictionary, hooked, reader, settings, seed)
-    order = ["itda", *(c for c in CONTROLS if c in found), *(n for n in mine if n not in ("itda", *CONTROLS))]
-    asked |= _like(dictionary, settings) | dict(controls=wanted, special_tokens=special_tokens)
+        other, there = untrained(dictionary, hooked, reader, settings, seed)
+        found |= _measured([other], there, dictionary, seed)
+    asked |= like(dictionary, settings) | dict(controls=wanted, special_tokens=special_tokens)
     report(None)
     return Evaluation(
         dictionary=name,
@@ -198,7 +187,7 @@ def evaluate(
         hook_point=hook,
         tokens=int(held.scored.sum()),
         held_out=split.about,
-        systems={name: found[name] for name in order},
+        systems=_in_order(found),
         clean=clean,
         no_ce=no_ce,
         probing=probing,
@@ -231,24 +220,33 @@ def _on_disk(
     if "untrained model" in wanted:
         wanted = [control for control in wanted if control != "untrained model"]
         about["left_out"] = f"the untrained model, since {NO_MODEL}"
-    every = _every(dictionary, held, wanted, settings, systems, seed)
-    found = {s.name: measure(s, held.x, held.labels, held.scored, _threshold(dictionary), seed) for s in every}
-    order = ["itda", *(c for c in CONTROLS if c in found), *(n for n in found if n not in ("itda", *CONTROLS))]
+    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    found = _measured(every, held, dictionary, seed)
     report(None)
     said = stream.provenance
-    asked |= _like(dictionary, settings) | dict(controls=wanted, special_tokens=said.get("special_tokens"))
+    asked |= like(dictionary, settings) | dict(controls=wanted, special_tokens=said.get("special_tokens"))
     return Evaluation(
         dictionary=name,
         model=str(said["model"].get("id")),
         hook_point=hook,
         tokens=len(held.x),
         held_out=about,
-        systems={one: found[one] for one in order},
+        systems=_in_order(found),
         clean=None,
         no_ce=NO_MODEL,
         settings=_said(dictionary, said["model"], said["stream"], asked),
         seconds={"all": round(time.monotonic() - began, 3)},
     )
+
+
+def _measured(systems: Iterable[System], held: heldout.Held, dictionary: ITDA, seed: int) -> dict[str, dict[str, Any]]:
+    threshold = _threshold(dictionary)
+    return {s.name: measure(s, held.x, held.labels, held.scored, threshold, seed) for s in systems}
+
+
+def _in_order(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The dictionary first, then its controls, then the others."""
+    return {name: found[name] for name in dict.fromkeys(("itda", *CONTROLS, *found)) if name in found}
 
 
 def _checked_controls(controls: bool | Sequence[str]) -> list[str]:
@@ -277,104 +275,6 @@ def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: 
     }
     versions = {"itda": __version__, "torch": torch.__version__, "transformers": version("transformers")}
     return asked | {"dictionary": own, "model": model, "text": text, "versions": versions}
-
-
-def measure(
-    system: System,
-    x: Float[Tensor, "tokens d"],
-    labels: Any,
-    scored: Bool[ndarray, " tokens"] | None = None,
-    threshold: float | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What `Evaluation.systems` has of one system, but for cross-entropy, on the activations `x` with their `labels`.
-
-    `scored` marks the tokens that count; the others are in "with_position_0" alone.
-    """
-    scored = np.ones(len(x), bool) if scored is None else scored
-    errors, cosines, l0s, negative, used = [], [], [], 0, np.zeros(len(system.atoms), np.int64)
-    for start in range(0, len(x), CHUNK):
-        part, of = x[start : start + CHUNK], torch.from_numpy(scored[start : start + CHUNK])
-        x_hat, codes = system.run(part)
-        x_hat, codes, exact = x_hat.double().cpu(), codes.to("cpu"), part.double().cpu()
-        errors.append((exact - x_hat).square().sum(1).numpy())
-        cosines.append(cosine(exact, x_hat).numpy())
-        l0s.append(codes.l0().numpy())
-        values = codes.values[of]
-        negative += int((values < 0).sum())
-        used += np.bincount(codes.indices[of][values != 0].numpy(), minlength=len(used))
-    error, total = np.concatenate(errors), x.double().square().sum(1).cpu().numpy()
-    centred = x.double().cpu() if system.mean is None else x.double().cpu() - system.mean.double().cpu()
-    loss = error / np.maximum(centred.square().sum(1).numpy(), 1e-300)
-    relative = error / np.where(total > 0, total, 1.0)
-    l0 = np.concatenate(l0s)
-    draws = Bootstrap(groups_of(labels[scored]), seed)
-    known = relative[scored]
-    fvu, interval = _fvu(x, error, scored, draws)
-    out: dict[str, Any] = {"n_atoms": len(system.atoms), "k": system.k, "fvu": fvu, "fvu_interval": interval}
-    for name, values in {"relative_error": known, "cosine": np.concatenate(cosines)[scored], "l0": l0[scored]}.items():
-        out |= {name: float(values.mean()), f"{name}_interval": draws.of_mean(values.astype(float))}
-    out |= {"tails": {tail: float(np.quantile(known, q)) for tail, q in TAILS.items()}}
-    out |= {"above": None if threshold is None else float((loss[scored] > threshold).mean())}
-    out |= {"alive": float((used > 0).mean()), "negative": negative / max(1, int(used.sum())), "use": used.tolist()}
-    out |= {"coherence": coherence(system.atoms), "with_position_0": None, "ce": None}
-    if not scored.all():
-        out["with_position_0"] = {"fvu": _fvu(x, error)[0], "relative_error": float(relative.mean())}
-    return out | {"positions": _by_position(x, error, labels.position, scored), **system.cost}
-
-
-class Bootstrap:
-    """The middle 95 % of a mean, or of a ratio of sums, over groups of tokens drawn with replacement."""
-
-    def __init__(self, groups: Int[ndarray, " tokens"], seed: int) -> None:
-        self.groups, self.n = groups, int(groups.max()) + 1 if len(groups) else 1
-        drawn = np.random.default_rng([seed, 3]).integers(self.n, size=(DRAWS, self.n))
-        self.weights = np.stack([np.bincount(row, minlength=self.n) for row in drawn]).astype(float)
-
-    def sums(self, values: Float[ndarray, " tokens"]) -> Float[ndarray, " draws"]:
-        """The sum of `values` in each draw."""
-        return self.weights @ np.bincount(self.groups, values, minlength=self.n)
-
-    def of_mean(self, values: Float[ndarray, " tokens"]) -> tuple[float, float]:
-        """The interval of the mean of `values`."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return interval_of(self.sums(values) / self.sums(np.ones(len(values))))
-
-
-def interval_of(values: Float[ndarray, " draws"]) -> tuple[float, float]:
-    """The 2.5 and 97.5 % quantiles of what is finite."""
-    known = values[np.isfinite(values)]
-    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (math.nan, math.nan)
-    return float(low), float(high)
-
-
-def _fvu(
-    x: Tensor, error: ndarray, scored: ndarray | None = None, draws: Bootstrap | None = None
-) -> tuple[float, tuple[float, float] | None]:
-    """Global, centred FVU of the tokens that are scored; and its interval, all draws about the one mean."""
-    exact = x.double().cpu()
-    if scored is not None:
-        exact, error = exact[torch.from_numpy(scored)], error[scored]
-    variance = float((exact - exact.mean(0)).square().sum()) if len(exact) else 0.0
-    value = float(error.sum()) / variance if variance > 0 else math.nan
-    if draws is None:
-        return value, None
-    spread = draws.sums((exact - exact.mean(0)).square().sum(1).numpy())
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return value, interval_of(draws.sums(error) / spread)
-
-
-def _by_position(x: Tensor, error: ndarray, position: ndarray, scored: ndarray) -> list[dict[str, Any]]:
-    """FVU, and mean |x|, at positions 0, 1, 2-3, 4-7, 8-15 and so on; of all tokens there, scored or not."""
-    bucket = np.frexp(position)[1]
-    norms, out = x.double().square().sum(1).sqrt().cpu().numpy(), []
-    for b in np.unique(bucket).tolist():
-        there = bucket == b
-        part = {"first": 2 ** (b - 1) if b else 0, "last": 2**b - 1, "tokens": int(there.sum())}
-        part |= {"scored": int((there & scored).sum()), "norm": float(norms[there].mean())}
-        of = error[there] / np.where(norms[there] > 0, norms[there] ** 2, 1.0)
-        out.append(part | {"fvu": _fvu(x, error, there)[0], "relative_error": float(of.mean())})
-    return out
 
 
 def _check_places(systems: Sequence[System], hooked: Any, hook: str, d: int, force: bool) -> None:
@@ -423,88 +323,3 @@ def _cross_entropies(hooked, hook, rows, systems, held, found, special_tokens, s
         found[system.name]["ce"] = cross_entropy(out, system.name, draws)
     levels = {name: float(out.cross_entropy[name].mean()) for name in ("clean", "zero", "mean")}
     return levels | {"tokens": len(at)}
-
-
-def cross_entropy(out: Spliced, name: str, draws: Bootstrap | None = None) -> dict[str, Any]:
-    """CE-loss scores (eq. 7) of what was spliced in as `name`: 1 for what changes nothing, 0 for the ablation.
-
-    score is (zero - spliced) / (zero - clean), score_mean the same with the mean ablation in place of zero's; loss is
-    the cross-entropy in nats, kl the divergence of the predictions from the clean ones.
-    """
-    loss = out.cross_entropy[name]
-    found: dict[str, Any] = {"loss": float(loss.mean()), "kl": float(out.kl[name].mean())}
-    clean = out.cross_entropy["clean"]
-    for key, ablation in (("score", "zero"), ("score_mean", "mean")):
-        base = out.cross_entropy[ablation]
-        found[key] = ce_score(clean.mean(), loss.mean(), base.mean())
-        if draws is not None:
-            sums = (draws.sums(values) for values in (clean, loss, base))
-            with np.errstate(invalid="ignore", divide="ignore"):
-                a, b, c = sums
-                found[f"{key}_interval"] = interval_of((c - b) / (c - a))
-    return found
-
-
-# -- controls ---------------------------------------------------------------------------------------------------------
-
-
-def _every(
-    dictionary: ITDA,
-    held: heldout.Held,
-    wanted: list[str],
-    settings: Mapping[str, Any],
-    systems: Sequence[System],
-    seed: int,
-) -> list[System]:
-    """The dictionary, those of its controls that are measured on the same activations, and the other systems."""
-    every = [System.of(dictionary, "itda", **settings)]
-    if "random tokens" in wanted:
-        every.append(_random_tokens(dictionary, held, settings, seed))
-    if "gaussian" in wanted:
-        every.append(_gaussian(dictionary, settings, seed))
-    names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
-    return every + [replace(s, name=n) for s, n in zip(systems, names, strict=True)]
-
-
-def _random_tokens(dictionary: ITDA, held: heldout.Held, settings: Mapping[str, Any], seed: int) -> System:
-    """As many activations of the same stream, drawn without looking."""
-    return System.of(_drawn(dictionary, held, seed), "random tokens", **_like(dictionary, settings))
-
-
-def _drawn(dictionary: ITDA, held: heldout.Held, seed: int) -> ITDA:
-    x = held.pool.float()
-    x = x if dictionary.mean is None else x - dictionary.mean.to(x.device)
-    x = x[x.square().sum(1) > 0]
-    rows = np.random.default_rng([seed, 4]).permutation(len(x))[: len(dictionary)]
-    return _plain(normalize(x[torch.from_numpy(np.sort(rows))]), dictionary)
-
-
-def _gaussian(dictionary: ITDA, settings: Mapping[str, Any], seed: int) -> System:
-    """As many directions drawn from the sphere."""
-    noise = torch.randn(len(dictionary), dictionary.d, generator=torch.Generator().manual_seed(seed))
-    return System.of(_plain(normalize(noise), dictionary), "gaussian", **_like(dictionary, settings))
-
-
-def _plain(atoms: Tensor, dictionary: ITDA) -> ITDA:
-    from itda.labels import Labels
-
-    ones = torch.ones(len(atoms))
-    return ITDA(atoms.cpu(), Labels.counted(0, len(atoms)), dictionary.k, dictionary.mean, ones, ones, {})
-
-
-def _like(dictionary: ITDA, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The dictionary's own settings of the pursuit, and those given."""
-    own = {"method": dictionary.cfg.get("method", "mp"), "nonneg": bool(dictionary.cfg.get("nonneg"))}
-    return {"k": dictionary.k} | own | dict(settings)
-
-
-def _untrained(dictionary: ITDA, hooked, reader: heldout.Reader, settings, seed: int) -> dict[str, dict[str, Any]]:
-    """A dictionary of as many atoms, built as this one, of a model with random weights, measured there."""
-    other = hooks.load(hooks.untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
-    held = reader.read(other, "reading the untrained model")
-    grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
-    wish = min(len(dictionary), len(held.pool))
-    built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
-    assert isinstance(built, ITDA)
-    system = System.of(built, "untrained model", **_like(dictionary, settings))
-    return {"untrained model": measure(system, held.x, held.labels, held.scored, _threshold(dictionary), seed)}

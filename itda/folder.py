@@ -292,3 +292,9 @@ def read_atoms(path: Path, n_atoms: int, d: int) -> dict[str, Tensor]:
             return {name: file.get_tensor(name).clone() for name in names}  # a copy: not tied to the file
     except (SafetensorError, OSError) as error:
         raise damaged(path, f"is not a readable safetensors file ({error})") from error
+
+
+def section(cfg: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a dictionary from elsewhere has there, if that is a dict as it should be."""
+    value = cfg.get(key)
+    return value if isinstance(value, dict) else {}

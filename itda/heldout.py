@@ -15,8 +15,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda.aligned import row_labels
-from itda.drawing import section
 from itda.errors import InputError
+from itda.folder import section
 from itda.hooks import Activations, load
 from itda.labels import Batch, Labels
 from itda.model import ITDA

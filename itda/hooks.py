@@ -18,9 +18,10 @@ from torch import nn
 
 from itda.caches import Cache, from_disk, is_stored
 from itda.errors import InputError, check_whole
+from itda.hub import load_tokenizer
 from itda.labels import Batch, Labels
 from itda.layout import Layout
-from itda.loading import causal, checked_device, load_tokenizer, pretrained, random_model, survey
+from itda.loading import causal, checked_device, pretrained, random_model, survey
 from itda.parallel import shared
 from itda.prompts import Row, StreamHash, TokenStream
 from itda.prompts import valid as valid_tokens
@@ -128,26 +129,13 @@ def language_model(
 
     Of a model without a head (an encoder), or one that does not fit into memory whole, it is what `load` gives.
     """
-    if not isinstance(model, nn.Module | HookedModel) and _fits(model, **kwargs):
-        found = causal(model, tokenizer=tokenizer, **kwargs)
-        if found is not None:
-            return load(*found, hooks=hooks)
+    if not isinstance(model, nn.Module | HookedModel):
+        place = checked_device(kwargs.get("device"))
+        found = survey(model, place, **{name: value for name, value in kwargs.items() if name != "device"})
+        whole = causal(found, tokenizer, place) if found.bytes([-1]) <= 0.9 * free_bytes(place) else None
+        if whole is not None:
+            return load(*whole, hooks=hooks)
     return load(model, tokenizer, hooks=hooks, **kwargs)
-
-
-def _fits(
-    model: str | Path,
-    *,
-    device: Any = None,
-    revision: str | None = None,
-    dtype: Any = "auto",
-    trust_remote_code: bool = False,
-    **kwargs,
-) -> bool:
-    """Whether all blocks of a model have room in nine tenths of the memory that is free."""
-    place = checked_device(device)
-    found = survey(model, place, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
-    return found.bytes([-1]) <= 0.9 * free_bytes(place)
 
 
 def untrained(
@@ -264,7 +252,8 @@ class Activations:
                 f"positions: pass {model.max_length} or fewer."
             )
         self.model, self.hook_points = model, model.hook_points
-        self._stream, self._batch_rows, self._budget, self._skipped = stream, batch_rows, tokens, 0
+        self._stream, self._batch_rows, self._budget = stream, batch_rows, tokens
+        self.skipped = 0  # valid tokens that an iteration leaves out at the beginning
         self._special_tokens, self._padding, self.single = special_tokens, padding, single
         self.hash: str = StreamHash().hexdigest()  # over the rows that the latest iteration has read so far
         self.skipped_hash: str | None = self.hash
@@ -272,17 +261,12 @@ class Activations:
     @property
     def tokens(self) -> int | None:
         """How many valid tokens an iteration yields at most; None if that is as many as the data has."""
-        return None if self._budget is None else max(0, self._budget - self._skipped)
-
-    @property
-    def skipped(self) -> int:
-        """How many valid tokens an iteration leaves out at the beginning."""
-        return self._skipped
+        return None if self._budget is None else max(0, self._budget - self.skipped)
 
     def count_tokens(self, limit: int | None = None) -> int:
         """How many valid tokens an iteration yields, or `limit` if that is fewer; runs no model."""
         limits = [n for n in (self.tokens, limit) if n is not None]
-        count, rows = -self._skipped, iter(self._stream)
+        count, rows = -self.skipped, iter(self._stream)
         while (not limits or count < min(limits)) and (row := next(rows, None)) is not None:
             count += int(valid_tokens(row, self._special_tokens).sum())
             count += self._padding * (self._stream.context_length - len(row.ids))
@@ -296,7 +280,7 @@ class Activations:
         if tokens < 0:
             raise InputError(f"`tokens` is {tokens}, and no fewer than 0 can be skipped: pass how many were read.")
         rest = copy.copy(self)
-        rest._skipped, rest.hash = self._skipped + tokens, StreamHash().hexdigest()
+        rest.skipped, rest.hash = self.skipped + tokens, StreamHash().hexdigest()
         rest.skipped_hash = None  # that of the rows skipped, once iteration has passed them
         return rest
 
@@ -338,9 +322,9 @@ class Activations:
                 stream_hash.update(row)
             ids, mask, valid, labels = self._table(group)
             end = len(labels) if self._budget is None else min(len(labels), self._budget - done)
-            start = min(max(0, self._skipped - done), end)
+            start = min(max(0, self.skipped - done), end)
             done += end
-            if self.skipped_hash is None and done >= self._skipped:
+            if self.skipped_hash is None and done >= self.skipped:
                 self.skipped_hash = stream_hash.hexdigest()  # with the rows of the whole group, as a checkpoint has it
             if start < end:
                 # The whole group runs whatever is taken of it. Row-major: row by row, as the labels.
@@ -348,8 +332,8 @@ class Activations:
                 labels = labels if end - start == len(labels) else labels[start:end]
                 asked.append(_Asked(where, labels, stream_hash.hexdigest()))
                 yield Group(index, torch.from_numpy(ids), torch.from_numpy(mask))
-        if done < self._skipped:
-            raise InputError(f"{self._skipped} tokens cannot be skipped: the data has {done}; resume on the same data.")
+        if done < self.skipped:
+            raise InputError(f"{self.skipped} tokens cannot be skipped: the data has {done}; resume on the same data.")
         asked.append(_Asked(torch.zeros(0), Labels.counted(0, 0), stream_hash.hexdigest()))  # rows without such tokens
 
     def _table(self, group: Sequence[Row]) -> tuple[ndarray, ndarray, Bool[ndarray, "rows length"], Labels]:

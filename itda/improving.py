@@ -30,12 +30,12 @@ class Improvement:
         given = (("candidates", self.candidates, 1), ("refine", self.passes, 0), ("refine_tokens", self.tokens, 1))
         for name, value, least in given:
             check_whole(name, value, least)
-        if self.candidates > 1 and self.n_atoms is not None:
-            check_whole("n_atoms", self.n_atoms, 1)
         if self.candidates > 1 and self.n_atoms is None:
             raise InputError(
                 f"`candidates` is {self.candidates}, times as many as `n_atoms`: give that too (`--n-atoms`)."
             )
+        if self.candidates > 1:
+            check_whole("n_atoms", self.n_atoms, 1)
 
     def __bool__(self) -> bool:
         return self.candidates > 1 or self.passes > 0

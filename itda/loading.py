@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from itda.errors import InputError
+from itda.hub import checked_name, door, load_tokenizer, quiet
 from itda.layout import Layout
 
 _SPREAD = ("device_map", "tp_plan", "distributed_config")  # arguments with which transformers chooses the devices
@@ -67,7 +66,7 @@ class Survey:
     @contextmanager
     def door(self) -> Iterator[None]:
         """Whatever the libraries that load say on the way is not shown, and an error of theirs becomes a sentence."""
-        with _quiet(), _door(self.model, self.hub["revision"]):
+        with quiet(), door(self.model, self.hub["revision"]):
             yield
 
     def tokenizer(self, given: Any = None) -> Any:
@@ -95,7 +94,7 @@ class Survey:
         from transformers.utils import cached_file
 
         where = {name: value for name, value in self.hub.items() if name != "trust_remote_code"}
-        with _door(self.model, self.hub["revision"]):
+        with door(self.model, self.hub["revision"]):
             return cached_file(self.model, file, _raise_exceptions_for_missing_entries=False, **where)
 
     def part(self, keep: Callable[[str], bool], tensors: dict[str, Tensor]) -> tuple[Any, frozenset[str]]:
@@ -117,55 +116,47 @@ class Survey:
 
 
 def survey(
-    model: str | Path, device: torch.device, *, revision: str | None, dtype: Any, trust_remote_code: bool, **kwargs
+    model: str | Path,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    **kwargs,
 ) -> Survey:
     """Read the config of a hub id or folder, and build what can be built without weights."""
     dtype = _dtype(dtype, device)
     model = checked_name(str(model), kwargs.get("subfolder", ""))
     hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
-    with _quiet(), _door(model, revision):
+    with quiet(), door(model, revision):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model, **hub)
         return Survey(model, config, _skeleton(config, trust_remote_code), hub, dtype, kwargs)
 
 
-def causal(
-    model: str | Path,
-    *,
-    tokenizer: Any = None,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-    **kwargs,
-) -> tuple[Any, Any] | None:
-    """The whole causal language model `model`, head and all, with its tokenizer; None if what it is has no head."""
-    model = checked_name(str(model), kwargs.get("subfolder", ""))
-    device = checked_device(device)
-    dtype = _dtype(dtype, device)
-    hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
-    with _quiet(), _door(model, revision):
-        from transformers import AutoConfig, AutoModelForCausalLM
+def causal(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, Any] | None:
+    """The whole causal language model that was surveyed, head and all, with its tokenizer; None if it has no head."""
+    kinds = [*(found.config.architectures or ()), *getattr(found.config, "auto_map", {})]
+    if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        return None
+    tokenizer = found.tokenizer(tokenizer)
+    with found.door():
+        from transformers import AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(model, **hub)
-        kinds = [*(config.architectures or ()), *getattr(config, "auto_map", {})]
-        if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
-            return None
-        tokenizer = load_tokenizer(model, **hub) if tokenizer is None else load_tokenizer(tokenizer)
-        how = hub | _dtype_argument(dtype) | kwargs
+        how = found.hub | _dtype_argument(found.dtype) | found.kwargs
         loader: Any = AutoModelForCausalLM
         whole, info = loader.from_pretrained(
-            model, config=config, use_safetensors=True, output_loading_info=True, **how
+            found.model, config=found.config, use_safetensors=True, output_loading_info=True, **how
         )
         if info["missing_keys"] and not kinds:
             return None
         if info["missing_keys"]:
             raise InputError(
-                f"`{model}` lacks {len(info['missing_keys'])} weights of its language model "
+                f"`{found.model}` lacks {len(info['missing_keys'])} weights of its language model "
                 f"(`{sorted(info['missing_keys'])[0]}` for one): download or save it again, with its head."
             )
-        if not any(kwargs.get(name) for name in _SPREAD):
+        if not any(found.kwargs.get(name) for name in _SPREAD):
             whole = aligned(whole.to(device))
     return whole.eval(), tokenizer
 
@@ -179,7 +170,7 @@ def _hub_arguments(kwargs: dict[str, Any], **own: Any) -> tuple[dict[str, Any], 
 def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: bool = False) -> nn.Module:
     """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
     name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__
-    with _quiet(), _door(str(name), None):
+    with quiet(), door(str(name), None):
         from transformers import AutoConfig, AutoModel
 
         if isinstance(model, str | Path):
@@ -273,37 +264,6 @@ def _parts(cls: Any, blocks: str, keep: Callable[[str], bool]) -> type:
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
-def load_tokenizer(tokenizer: Any, **hub) -> Any:
-    """The tokenizer of a hub id or folder; one that is loaded already as it is."""
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    with _quiet():
-        try:
-            found = _auto_tokenizer(str(tokenizer), **hub)
-            if len(found) <= len(found.all_special_ids):  # what transformers 5 makes up where there are no files
-                raise OSError("it has no vocabulary")
-        except Exception as error:
-            if "trust_remote_code" in str(error):
-                raise InputError(_sentence(str(tokenizer), None, error)) from error
-            raise InputError(
-                f"`{tokenizer}` has no tokenizer that can be loaded ({_one_line(error)}): "
-                "pass one with `tokenizer=`, loaded or as an id or folder."
-            ) from error
-        return found
-
-
-def _auto_tokenizer(tokenizer: str, **hub) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer, **hub)
-    except ValueError as error:
-        if "TokenizersBackend" not in str(error):
-            raise
-        # What transformers 5 calls a fast tokenizer of no model's own; 4 does not know the name.
-        return PreTrainedTokenizerFast.from_pretrained(tokenizer, **hub)
-
-
 def _dtype_argument(dtype) -> dict:
     """`dtype` was called `torch_dtype` before transformers 4.56."""
     import transformers
@@ -333,97 +293,3 @@ def checked_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         names = " or ".join(repr(name) for name, is_there in there.items() if is_there)
         raise InputError(f"`device` is {str(device)!r}, which cannot be used here: pass {names}.") from error
-
-
-def checked_name(model: str, subfolder: str = "") -> str:
-    """`model`; what is a path, or looks like one, must be a folder with a config and safetensors."""
-    folder = Path(model).expanduser()
-    if not (folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model):
-        return model  # a hub id
-    folder = folder / subfolder
-    wanted = "pass a folder that `save_pretrained` wrote, or the id of a model on the Hugging Face hub."
-    if not folder.is_dir():
-        raise InputError(f"`{model}` is {'a file' if folder.exists() else 'not there'}: {wanted}")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"The folder `{model}` holds no config.json, so it is not a model: {wanted}")
-    if not any(folder.glob("*.safetensors")):
-        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
-        raise InputError(
-            f"The folder `{model}` holds its weights as a pickle only, which could run any code and is not read: "
-            "save the model as safetensors (`save_pretrained` does) and pass that folder."
-            if pickles
-            else f"The folder `{model}` holds no weights (no *.safetensors): {wanted}"
-        )
-    return str(Path(model).expanduser())
-
-
-@contextmanager
-def _door(model: str, revision: str | None) -> Iterator[None]:
-    """Whatever goes wrong in loading `model` leaves as one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(_sentence(model, revision, error)) from error
-
-
-def _sentence(model: str, revision: str | None, error: BaseException) -> str:
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-    if "trust_remote_code" in str(error):
-        return f"`{model}` runs code of its own: read that code, and if you trust it pass `trust_remote_code=True`."
-    if "GatedRepoError" in kinds:
-        return f"`{model}` is gated: ask for access on its hub page, log in with `hf auth login`, and run this again."
-    if "RevisionNotFoundError" in kinds:
-        return f"`{model}` has no revision `{revision}`: pass a branch, tag or commit that its hub page lists."
-    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
-        return f"The Hugging Face hub has no model `{model}` that you may read: check the id, or pass a local folder."
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "TimeoutError"}:
-        return (
-            f"`{model}` is neither a local folder nor in the local cache, and the Hugging Face hub was not reached: "
-            "check the name and the network, or pass a local folder."
-        )
-    if "requires `accelerate`" in str(error):
-        return "`device_map` needs accelerate: install it with `pip install 'itda[big]'`."
-    if "SafetensorError" in kinds:
-        return f"The weights of `{model}` are damaged ({_one_line(error)}): download or save them again."
-    return (
-        f"`{model}` could not be loaded ({type(error).__name__}: {_one_line(error)}): "
-        "check that it is complete, and that the installed transformers knows its kind of model."
-    )
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 240 else text[:237] + "..."
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No logging, progress bars or warnings of the libraries that load, and their settings as before afterwards."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.get_verbosity()  # sets its level up, if this is its first use
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            transformers_logging.disable_progress_bar()
-            disable_progress_bars()
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
-            (enable_progress_bars if hub_bars else disable_progress_bars)()

@@ -169,7 +169,7 @@ def refine(
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
     check_room(len(model))
     sums = _Sums(model.atoms)
-    atoms, began, done = model.atoms.clone(), time.monotonic(), 0
+    atoms, began, done = model.atoms, time.monotonic(), 0
     for number in range(passes):
         order = torch.from_numpy(np.random.default_rng([seed, number]).permutation(len(x)))
         for rows in order.split(CHUNK):

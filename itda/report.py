@@ -18,8 +18,9 @@ import torch
 from numpy import ndarray
 
 from itda import drawing, folder
-from itda.drawing import SHOWN, section, short
+from itda.drawing import SHOWN, short
 from itda.errors import InputError
+from itda.folder import section
 from itda.labels import Labels
 from itda.model import ITDA
 from itda.pursuit import METHODS, MOST_STEPS, encode
@@ -322,17 +323,22 @@ def hooked_for(
     named = {"fingerprint": "weights", "quantization": "quantisation", "tokenizer_hash": "tokenizer", "d": "width d"}
     if was.get("remote"):
         del named["fingerprint"]  # of which nothing was known
-    differ = [
-        f"{what} ({short(was.get(key))}, not {short(now.get(key))})"
-        for key, what in named.items()
-        if was.get(key) != now.get(key)
-    ]
+    differ = differences(was, now, named)
     if differ and (not force or was.get("d") != now["d"]):
         raise InputError(
             f"This ITDA was built on a model that differs from `{now['id']}` in its {' and its '.join(differ)}: give "
             "that model, or take this one all the same with `force` (`--force`)."
         )
     return hooked, hook
+
+
+def differences(was: dict[str, Any], now: dict[str, Any], named: dict[str, str]) -> list[str]:
+    """What two models are said to be, where it is not the same; `named` is what to call the keys."""
+    return [
+        f"{what} ({short(was.get(key))}, not {short(now.get(key))})"
+        for key, what in named.items()
+        if was.get(key) != now.get(key)
+    ]
 
 
 def _row(text: str, hooked):

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from itda.hooks import activations
 from itda.improving import Improvement
 from itda.model import ITDA
 from itda.progress import Progress, Step, reporter
-from itda.report import finite
+from itda.report import Report
 from itda.streaming import StreamedModel
 from itda.workers import workers_of
 
@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {"loss": "relative", "admission": "sequential", "cent
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Report):
     """One dictionary that `train` saved, and what it cost."""
 
     path: str  # its folder
@@ -60,10 +60,6 @@ class Trained:
     settled_share: float | None  # of all decisions (which atom, admit or not), those taken in float64
     seconds: float  # of this call: loading, reading, building and saving
     tokens_per_second: float | None  # reading and building; None if nothing was left to read
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, by name."""
-        return finite(asdict(self))
 
     def __str__(self) -> str:
         speed = f", reading and building at {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""

@@ -17,9 +17,9 @@ from numpy import ndarray
 from itda import folder
 from itda.aligned import named, places, valid_tokens
 from itda.errors import InputError
+from itda.hub import load_tokenizer
 from itda.labels import Labels
 from itda.layers import grouped, groups_of
-from itda.loading import load_tokenizer
 from itda.model import ITDA
 from itda.prompts import Row, StreamHash, TokenStream, tokenizer_hash, valid
 from itda.similarity.sets import check_same_stream, stream_of
@@ -47,15 +47,6 @@ class Sides:
     def token_ids_known(self) -> bool:
         """Whether the token ids of all tokens are known, not of the atoms alone."""
         return len(self.token_id) == self.tokens and bool((self.token_id >= 0).all())
-
-
-def are_dictionaries(models: Sequence[Any]) -> bool:
-    """Whether all of them are ITDAs, folders of one, or folders of their folders; `InputError` if some are."""
-    kinds = [is_dictionary(model) for model in models]
-    if any(kinds) and not all(kinds):
-        one, other = models[kinds.index(True)], models[kinds.index(False)]
-        raise InputError(f"{one!r} is a dictionary and {other!r} is not: compare dictionaries, or models on a text.")
-    return all(kinds)
 
 
 def is_dictionary(model: Any) -> bool:

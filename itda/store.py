@@ -27,7 +27,7 @@ FORMAT, VERSION = "itda-activations", 1
 MANIFEST = "activations.json"
 JOURNAL = "unfinished.json"  # what the manifest will be, while shards are still added
 OUR_FILES = re.compile(r"shard-\d{5,}\.(safetensors|parquet)")
-_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a module path, which may become the name of a folder
+HOOK_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a module path, which may become the name of a folder
 _BLOCK = re.compile(r"blocks\.(\d+)\.hook_resid_post|(?:.*\.)?(\d+)", re.ASCII)
 
 
@@ -77,7 +77,7 @@ def _parsed(document: dict) -> Contents:
     dtypes = {name: dtype for dtype, name in DTYPES.items() if bool(dtype.is_floating_point)}
     places = {}
     for hook, place in document["hook_points"].items():
-        if not _NAME.fullmatch(hook):
+        if not HOOK_NAME.fullmatch(hook):
             raise ValueError(f"{hook!a} is no hook point")
         places[hook] = dtypes[place["dtype"]], _count(place["d"], 1)
     provenance = {hook: dict(document["provenance"][hook]) for hook in places}
@@ -199,7 +199,9 @@ class Store:
         self.contents = read_contents(self.path / MANIFEST)
         names, self.single = chosen(list(self.contents.places), layer, hook, self.contents.n_layers, path)
         self.hook_points = tuple(names)
-        self._budget, self._skipped, self._hash = tokens, 0, StreamHash().hexdigest()
+        self._budget = tokens
+        self.skipped = 0  # tokens that an iteration leaves out at the beginning
+        self.hash = StreamHash().hexdigest()  # over the rows whose tokens the latest iteration has read so far
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __repr__(self) -> str:
@@ -213,7 +215,7 @@ class Store:
     @property
     def tokens(self) -> int:
         """How many tokens an iteration yields."""
-        return max(0, self._end - self._skipped)
+        return max(0, self._end - self.skipped)
 
     @property
     def _end(self) -> int:
@@ -225,21 +227,11 @@ class Store:
         return self.tokens if limit is None else min(limit, self.tokens)
 
     @property
-    def hash(self) -> str:
-        """The stream's hash over the rows whose tokens the latest iteration has read so far."""
-        return self._hash
-
-    @property
-    def skipped(self) -> int:
-        """How many tokens an iteration leaves out at the beginning."""
-        return self._skipped
-
-    @property
     def skipped_hash(self) -> str:
         """The stream's hash as of the tokens skipped."""
         reached, read = 0, StreamHash().hexdigest()
         for tokens, read_then in (batch for shard in self.contents.shards for batch in shard.batches):
-            if reached >= self._skipped:
+            if reached >= self.skipped:
                 break
             reached, read = reached + tokens, read_then
         return read
@@ -249,7 +241,7 @@ class Store:
         if tokens < 0:
             raise InputError(f"`tokens` is {tokens}, and no fewer than 0 can be skipped: pass how many were read.")
         rest = copy.copy(self)
-        rest._skipped, rest._hash = self._skipped + tokens, StreamHash().hexdigest()
+        rest.skipped, rest.hash = self.skipped + tokens, StreamHash().hexdigest()
         return rest
 
     @property
@@ -266,7 +258,7 @@ class Store:
         bare.hook_points = ()
         for batch in bare._joined():
             yield batch[0], bare.hash
-        self._hash = bare.hash
+        self.hash = bare.hash
 
     def __iter__(self) -> Iterator[Batch] | Iterator[dict[str, Batch]]:
         for labels, found in self._joined():
@@ -275,9 +267,9 @@ class Store:
 
     def _joined(self) -> Iterator[tuple[Labels, dict[str, Tensor]]]:
         """Labels and activations of every batch."""
-        self._hash = StreamHash().hexdigest()
-        if self._skipped > self._end:
-            raise InputError(f"{self._skipped} tokens cannot be skipped: {self.path} has {self._end}.")
+        self.hash = StreamHash().hexdigest()
+        if self.skipped > self._end:
+            raise InputError(f"{self.skipped} tokens cannot be skipped: {self.path} has {self._end}.")
         batches = list(self._batches())
         held, numbers = -1, sorted({piece.shard for pieces, _ in batches for piece in pieces})
         shard: Any = None
@@ -290,14 +282,14 @@ class Store:
                         shard, held = next(loaded), piece.shard
                     rows = slice(piece.start, piece.stop)
                     parts.append(({hook: x[rows].to(self._device) for hook, x in shard[0].items()}, shard[1][rows]))
-                self._hash = read
+                self.hash = read
                 yield shards.join(parts)
         finally:
             loaded.close()
         if not batches:
-            self._hash = self.skipped_hash
+            self.hash = self.skipped_hash
         if self.contents.ended and (self._budget is None or self._budget > self.contents.tokens):
-            self._hash = self.contents.hash  # rows without valid tokens may have come after the last ones
+            self.hash = self.contents.hash  # rows without valid tokens may have come after the last ones
 
     def _batches(self) -> Iterator[tuple[list[_Piece], str]]:
         """The batches of an iteration, each with the stream's hash as of it.
@@ -308,7 +300,7 @@ class Store:
         for number, shard in enumerate(self.contents.shards):
             at = 0
             for tokens, read in shard.batches:
-                start, stop = max(0, self._skipped - done), min(tokens, self._end - done)
+                start, stop = max(0, self.skipped - done), min(tokens, self._end - done)
                 if start < stop:
                     every.append((_Piece(number, at + start, at + stop), read))
                 at, done = at + tokens, done + tokens

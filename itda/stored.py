@@ -14,18 +14,17 @@ from jaxtyping import Bool, Int
 from numpy import ndarray
 
 from itda.aligned import Reading, ends, gather, named, places
-from itda.caches import is_stored
-from itda.drawing import section
 from itda.errors import InputError
+from itda.folder import section
 from itda.heldout import OWN, Held, own_rows
 from itda.hooks import activations
+from itda.hub import load_tokenizer
 from itda.labels import Labels
-from itda.loading import load_tokenizer
 from itda.model import ITDA
 from itda.progress import Step, reporter
 from itda.prompts import valid
 from itda.pursuit.gram import free_bytes
-from itda.report import short
+from itda.report import differences
 from itda.saved import CUT
 
 
@@ -42,12 +41,7 @@ def source(dictionary: ITDA, data: Any, force: bool = False) -> Any:
         hook = names[0]
     stream = activations(None, data, hook=hook)
     now = stream.provenance["model"]
-    named = {"fingerprint": "weights", "tokenizer_hash": "tokenizer"}
-    differ = [
-        f"{what} ({short(was.get(key))}, not {short(now.get(key))})"
-        for key, what in named.items()
-        if was.get(key) != now.get(key)
-    ]
+    differ = differences(was, now, {"fingerprint": "weights", "tokenizer_hash": "tokenizer"})
     if dictionary.d != now["d"]:
         differ, force = [f"width d ({dictionary.d}, not {now['d']})"], False
     if differ and not force:
@@ -174,15 +168,6 @@ def _activations_at(stream: Any, wanted: Int[ndarray, " n"], report: Callable) -
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
-
-
-def are_stored(models: Sequence[Any]) -> bool:
-    """Whether all of them are activations on disk; `InputError` if some are."""
-    kinds = [is_stored(model) for model in models]
-    if any(kinds) and not all(kinds):
-        one, other = models[kinds.index(True)], models[kinds.index(False)]
-        raise InputError(f"{one!r} holds activations and {other!r} does not: compare activations, or models on a text.")
-    return all(kinds)
 
 
 def readings(

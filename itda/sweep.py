@@ -181,7 +181,7 @@ class _Table:
         self._rows: dict[tuple[str, int | str], dict[str, Any]] = {}
         self._done: set[tuple[str, int | str]] = set()
         for job in jobs:
-            self._look(job, Outcome())
+            self.add(job, Outcome())
         self.skipped = sum(row["hook_point"] is not None for row in self.rows)
 
     def missing(self, job: Job) -> tuple[int | str, ...]:
@@ -189,10 +189,7 @@ class _Table:
         return tuple(place for place in job.places if (job.name, place) not in self._done)
 
     def add(self, job: Job, outcome: Outcome) -> None:
-        """What became of `job`."""
-        self._look(job, outcome)
-
-    def _look(self, job: Job, outcome: Outcome) -> None:
+        """Take down what became of `job`, from what is in its folder."""
         note = read_note(self._out / job.name, job)
         for place in job.places:
             settings = {name: job.settings.get(name, default(name)) for name in self._grid if name != job.kind}

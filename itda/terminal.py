@@ -72,6 +72,14 @@ class Signals:
     def __init__(self) -> None:
         self.number, self.waits = 0, False
 
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[Callable[[], bool]]:
+        """Inside, signals wait for the next call of what is yielded, after the first one."""
+        try:
+            yield self.stop
+        finally:
+            self.waits = False
+
     def stop(self) -> bool:
         """Asked by a training after every batch."""
         self.waits = True

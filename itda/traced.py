@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from itda.errors import InputError, one_line
+from itda.hub import load_tokenizer
 from itda.layout import Layout
-from itda.loading import load_tokenizer, survey
+from itda.loading import survey
 from itda.reading import HookedModel, rows_of
 
 

@@ -14,9 +14,8 @@ from typing import Any
 from itda import hooks
 from itda.cluster import Surroundings, short
 from itda.disk import json_object, make_folder, write_file
-from itda.drawing import section
 from itda.errors import InputError, NoSuchHook
-from itda.folder import CHECKPOINT, is_number, read_manifest
+from itda.folder import CHECKPOINT, is_number, read_manifest, section
 from itda.grid import Job
 from itda.progress import Progress, Step
 from itda.reading import HookedModel

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from itda import hooks as models
 from itda._version import __version__
@@ -140,7 +140,7 @@ def workers_of(
 
     `ray` is the address of a cluster, or True for this machine. `settings` are those of `itda.hooks.load`.
     """
-    if isinstance(model, nn.Module | HookedModel) or not isinstance(model, str | Path):
+    if not isinstance(model, str | Path):
         raise InputError("Workers load the model by themselves: give its id or its folder, not the loaded model.")
     check_workers(workers)
     found: list[Description] = []

@@ -21,6 +21,7 @@ FLOORS = {
         "documents",
         "prompts",
         "layout",
+        "hub",
         "loading",
         "parameters",
         "parallel",
@@ -59,9 +60,9 @@ FLOORS = {
             "changes",
             "page",
         ),
-        *("systems", "heldout", "evaluate", "probing", "interop"),
+        *("systems", "heldout", "controls", "scores", "evaluate", "probing", "interop"),
     ],
-    "cli": ["cli", "commands", "flags", "terminal", "__main__", "__init__"],
+    "cli": ["cli", "commands", "queries", "flags", "terminal", "__main__", "__init__"],
 }
 BELOW = {
     "values": {"values"},
@@ -75,7 +76,7 @@ FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in mod
 
 # Heavy libraries and the only modules that may import them, and of those, the ones that may not do so on import.
 HOMES = {
-    "transformers": {"loading", "reading", "hooks", "parallel"},
+    "transformers": {"hub", "loading", "reading", "hooks", "parallel"},
     "datasets": {"prompts", "documents"},
     "accelerate": {"parameters"},
     "nnsight": {"traced"},

@@ -10,9 +10,10 @@ import torch
 import itda
 from itda import cli, heldout, hooks, metrics
 from itda.errors import InputError
-from itda.evaluate import cross_entropy, evaluate, measure
+from itda.evaluate import evaluate
 from itda.labels import Labels
 from itda.prompts import Row, TokenStream
+from itda.scores import cross_entropy, measure
 from itda.splice import Spliced
 from itda.systems import System
 from tests import models

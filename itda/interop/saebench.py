@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from itda.drawing import section
 from itda.errors import InputError
+from itda.folder import section
 from itda.interop.saelens import _metadata
 from itda.model import ITDA
 

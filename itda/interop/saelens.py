@@ -21,9 +21,8 @@ from torch.nn.functional import pad
 
 from itda.codes import Codes
 from itda.disk import make_folder, remove_leftovers, safetensors_chunks, write_file
-from itda.drawing import section
 from itda.errors import InputError, one_line
-from itda.folder import ATOMS, check_writable_target
+from itda.folder import ATOMS, check_writable_target, section
 from itda.model import ITDA
 from itda.pursuit import normalize, pursue
 from itda.systems import System
