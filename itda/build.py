@@ -20,8 +20,9 @@ from itda.errors import InputError
 from itda.folder import check_writable_target
 from itda.labels import Batch, Labels
 from itda.model import ITDA
-from itda.progress import Progress, reporter
+from itda.progress import Progress, Step, reporter
 from itda.pursuit.products import is_full_float32
+from itda.threshold import TRIES
 
 # The settings of the published code, for `build(stream, **PAPER)`; its stream has padding and BOS.
 PAPER = {"k": 40, "loss": "cosine", "threshold": 4e-4, "admission": "paper", "center": False}
@@ -39,7 +40,7 @@ def build(
     max_atoms: int | None = None,
     tokens: int | None = None,
     chunk_size: int = 4096,
-    progress: bool | Callable[[Progress | None], None] = False,
+    progress: bool | Callable[[Progress | Step | None], None] = False,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
     stop: Callable[[], bool] = bool,
@@ -60,7 +61,8 @@ def build(
     max_atoms   stop when there are so many
     tokens      read so many tokens at most
     chunk_size  tokens pursued together at most; changes memory and speed, never the result
-    progress    True for a bar on the terminal, or a function called with a `Progress` per batch and None at the end
+    progress    True for a bar on the terminal, or a function called with a `Progress` per batch, with a `Step` while
+                the threshold for `n_atoms` is chosen, and with None at the end
     checkpoint  the folder the dictionary will be saved to (with several, the folder of their folders): progress is
                 kept there every `checkpoint_seconds`, and a build that finds some goes on from it, to the same result
     stop        asked after every batch; when it says True, the checkpoint is written and `KeyboardInterrupt` raised
@@ -116,6 +118,15 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     total = tokens if tokens is not None else getattr(stream, "tokens", None)
     position = start
     read, kept = getattr(stream, "hash", None), start
+
+    def tell(tried: int) -> None:
+        if report:
+            report(Step("choosing a threshold", tried, TRIES, time.monotonic() - began))
+        if stop():
+            raise KeyboardInterrupt
+
+    for builder in builders.values():
+        builder.tell = tell
     for item, hashed in _ahead(stream, items, max(1.0, checkpoint_seconds)):
         if item is None:  # it takes its time, as a model that is streamed does before its first
             if folders and position > kept:
@@ -159,9 +170,14 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
                 f"The stream ends after {position:,} tokens, and the unfinished build has read {ahead:,}: give the "
                 "same activations to go on, or another folder to start anew."
             )
+    waited = not all(builder.started for builder in builders.values())
+    for builder in builders.values():
+        builder.settle()
+    if report and waited:
+        atoms, settled = sum(map(len, builders.values())), max(builder.settled for builder in builders.values())
+        share = atoms / max(1, position * len(builders))
+        report(Progress(position, total, atoms, share, time.monotonic() - began, start, settled))
     if folders:  # what comes next, and saving one after another, may be killed too
-        for builder in builders.values():
-            builder.settle()
         _save(stream, read, builders, folders)
     if report:
         report(None)

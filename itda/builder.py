@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -21,7 +21,7 @@ from itda.labels import Batch, Labels
 from itda.metrics import LOSSES, fvu
 from itda.model import ITDA, Sample
 from itda.pursuit import MOST_STEPS, as_tensor, too_large
-from itda.threshold import Schedule, pilot, pilot_tokens
+from itda.threshold import QUIET, Schedule, pilot, pilot_tokens
 
 MEAN_TOKENS = 8192  # the fixed prefix of the stream on which `center=True` estimates the mean
 SAMPLE_TOKENS = 8192  # tokens kept, evenly spaced, to measure the finished dictionary on
@@ -78,6 +78,7 @@ class Builder:
         self.sample = SpacedSample()
         self._head: list[Batch] = []
         self._head_tokens = 0
+        self.tell: Callable[[int], None] = QUIET  # called while a threshold is chosen
         # Without a threshold, `_start` chooses one.
         self.schedule = Schedule([[0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold]])
 
@@ -186,7 +187,7 @@ class Builder:
         if self.settings["n_atoms"]:
             x = x[: pilot_tokens(self.total)]
             wish, k, loss = (self.settings[name] for name in ("n_atoms", "k", "loss"))
-            self.schedule = pilot(self._centred(x), wish, max(self.total, 1), k, loss)
+            self.schedule = pilot(self._centred(x), wish, max(self.total, 1), k, loss, self.tell)
         self.prepare(x.shape[1], x.device)
         for batch in head:
             self._judge(batch)

@@ -49,7 +49,8 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text(
         one_line(
             f"token {report.token} of 0 to {len(report.tokens) - 1} · {report.model} · {report.hook_point} · "
-            f"norm {report.norm:.4g}{mean} · k = {report.k} · relative error {report.relative_error:.3f}"
+            f"norm {report.norm:.4g}{mean} · k = {report.k} · relative error {report.relative_error:.3f} · "
+            "atoms as they were chosen"
         ),
         style="dim",
     )
@@ -413,7 +414,7 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
         line = f"with position 0 and special tokens: FVU {both['fvu']:.4f}, error {both['relative_error']:.4f}"
         yield Text(line, style="dim")
     places = [f"{part['first']:,}: {part['fvu']:.4f}" for part in first["positions"] if math.isfinite(part["fvu"])]
-    yield Text(f"FVU from position on: {', '.join(places)}", style="dim")
+    yield Text(f"FVU of positions from {', '.join(places)}", style="dim")
 
 
 def _probes(probing: dict[str, Any]) -> RenderResult:
@@ -425,7 +426,8 @@ def _probes(probing: dict[str, Any]) -> RenderResult:
     for name, scores in probing["systems"].items():
         table.add_row(Text(one_line(name)), *(f"{scores[top]:.3f}" for top in tops))
     yield table
-    said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, chance 0.5"
+    said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, "
+    said += "each against the rest: 0.5 is chance"
     said += f"; {_counted(probing['repeated'], 'repeated text')} left out" if probing["repeated"] else ""
     yield Text(said, style="dim")
 

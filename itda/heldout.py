@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda.aligned import row_labels
-from itda.errors import InputError
+from itda.errors import InputError, one_line
 from itda.folder import section
 from itda.hooks import Activations, load
 from itda.labels import Batch, Labels
@@ -161,7 +161,8 @@ def split(
         if len({row.document for row in held}) == 1:
             by, other = "halves of the one document", "its other half"
         held, drawn = _halves(held) if pool else (held, [])
-        unknown = "; what the dictionary was built on was not there to compare with"
+        name = f" ({one_line(str(cfg['data']))})" if cfg.get("data") else ""
+        unknown = f"; what the dictionary was built on{name} was not there to compare with"
         about |= {"by": (by if pool else "nothing") + unknown, "random_tokens_from": other}
     held = list(_until(held, tokens, special_tokens))
     if not any(valid(row, special_tokens).any() for row in held):

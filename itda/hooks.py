@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -210,9 +211,17 @@ def activations(
         return from_disk(locals(), {name: p.default for name, p in signature(activations).parameters.items()})
     if model is None:
         raise InputError("`model` is None: name a model, or give the folder of activations on disk as `data`.")
+    own = signature(activations).parameters
+    for name in model_kwargs:
+        if near := difflib.get_close_matches(name, own, 1, 0.8):
+            raise InputError(f"There is no setting `{name}`: perhaps `{near[0]}` was meant.")
     if (layer is None) == (hook is None):
         raise InputError("Give either `layer` or `hook`: a layer's number, or the path of a module.")
     given: Any = hook if layer is None else layer
+    if isinstance(layer, str):
+        raise InputError(
+            f"`layer` is the text {layer!r}; a number was wanted, as -1 or 8. A module's path goes to `hook`."
+        )
     single = isinstance(given, str) or not isinstance(given, Iterable)
     hooks = [given] if single else list(given)
     for name, value, least in (("batch_rows", batch_rows, 1), ("tokens", tokens, 1)):

@@ -123,7 +123,7 @@ def train(
     ray: bool | str = False,
     stream_layers: bool | None = None,
     state_gb: float | None = None,
-    progress: bool | Callable[[Progress | None], None] = False,
+    progress: bool | Callable[[Progress | Step | None], None] = False,
     stop: Callable[[], bool] = bool,
 ) -> list[Trained]:
     """Train a dictionary of `model` on `data` and save it as the folder `out`; goes on from where one was interrupted.
@@ -166,6 +166,7 @@ def train(
         if not is_stored(data):
             read |= dict(stream_layers=stream_layers, state_gb=state_gb, state_dir=out / STATES)
         if workers is not None or ray:
+            watch.step(Step("starting workers", 0, workers, 0.0))
             model, read = _by_workers(held, model, read, workers, ray)
         stream = activations(model, data, tokens=tokens, **read)
         reader = getattr(stream, "model", None)
@@ -277,7 +278,7 @@ def _check_targets(folders: dict[str, Path], overwrite: bool) -> None:
 class _Watch:
     """Hands progress on, remembers the last, and ends the display once."""
 
-    def __init__(self, progress: bool | Callable[[Progress | None], None]) -> None:
+    def __init__(self, progress: bool | Callable[[Progress | Step | None], None]) -> None:
         self._report: Callable[[Any], None] | None = reporter(progress)
         self.last: Progress | None = None
         self._open = True
@@ -288,9 +289,12 @@ class _Watch:
         if self._report and step is not None:
             self._report(step)
 
-    def __call__(self, progress: Progress | None) -> None:
+    def __call__(self, progress: Progress | Step | None) -> None:
         if progress is None:
             self.end()
+            return
+        if isinstance(progress, Step):
+            self.step(progress)
             return
         self.last = progress
         if self._report:

@@ -10,6 +10,7 @@ so a schedule depends on the token stream alone, like everything else.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,8 +22,10 @@ from itda.admission import Sequential
 from itda.errors import InputError
 from itda.metrics import LOSSES
 
+TRIES = 16  # thresholds, at most
 MILESTONE = 1.2
 WATCHED = 16_384  # how many tokens of the whole stream have their exact loss taken, about
+QUIET: Callable[[int], None] = lambda tried: None  # noqa: E731
 
 
 def pilot_tokens(total: int) -> int:
@@ -76,8 +79,13 @@ class Schedule:
         self.milestone = math.ceil(seen * MILESTONE)
 
 
-def pilot(x: Float[Tensor, "tokens d"], wish: int, total: int, k: int, loss: str) -> Schedule:
-    """The schedule for `wish` atoms from `total` tokens, of which `x` are the first (valid, centred) ones."""
+def pilot(
+    x: Float[Tensor, "tokens d"], wish: int, total: int, k: int, loss: str, tell: Callable[[int], None] = QUIET
+) -> Schedule:
+    """The schedule for `wish` atoms from `total` tokens, of which `x` are the first (valid, centred) ones.
+
+    `tell` is called before each of at most `TRIES` dictionaries that are built for it, with the number of those before.
+    """
     if not bool(x.any()):
         raise InputError(
             f"The first {len(x):,} activations are all zero: no threshold can be chosen; give `threshold`."
@@ -85,7 +93,8 @@ def pilot(x: Float[Tensor, "tokens d"], wish: int, total: int, k: int, loss: str
     zero = LOSSES[loss](x.double().cpu().numpy(), np.zeros(tuple(x.shape)))
     high, low = math.log(float(zero.max())), math.log(float(zero.max()) * 1e-7)  # too few atoms, too many
     few, many = 1.0, float(total)
-    for i in range(16):
+    for i in range(TRIES):
+        tell(i)
         # Regula falsi on log n against log threshold, kept off the ends of the bracket, and every other time the
         # middle: where n cannot grow beyond the stream, regula falsi alone creeps.
         share = math.log(wish / few) / math.log(many / few) if many > few and i % 2 == 0 else 0.5

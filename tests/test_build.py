@@ -12,6 +12,7 @@ import itda
 from itda import admission, builder, folder
 from itda.labels import Labels
 from itda.metrics import LOSSES
+from itda.progress import Step
 from itda.pursuit import dense, reference
 
 # Algorithm 1 as it is printed; the mean that is subtracted by default has tests of its own.
@@ -519,6 +520,30 @@ def test_progress_tells_how_far():
     assert seen[-1] is None
     assert seen[0].total == 450
     assert "of 450 tokens" in str(seen[0])
+
+
+def test_choosing_a_threshold_is_told_and_can_be_stopped():
+    seen = []
+    build(gaussian(500).split(100), k=3, n_atoms=60, progress=seen.append)
+    steps = [step for step in seen if isinstance(step, Step)]
+    assert [step.tokens for step in steps] == list(range(len(steps))) and steps
+    assert "choosing a threshold" in str(steps[0])
+
+    def stop():
+        return any(isinstance(step, Step) for step in seen)
+
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        build(gaussian(500).split(100), k=3, n_atoms=60, progress=seen.append, stop=stop)
+    assert sum(isinstance(step, Step) for step in seen) == 1
+
+
+def test_the_last_progress_has_the_atoms_that_waited_for_the_mean():
+    seen = []
+    model = itda.build(gaussian(500).split(100), k=3, threshold=0.2, progress=seen.append)
+    assert seen[-1] is None
+    assert (seen[-2].tokens, seen[-2].atoms) == (500, len(model)) and seen[-3].atoms == 0
+    assert seen[-2].seconds >= seen[-3].seconds
 
 
 def untyped_build(*args, **settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import shutil
@@ -587,6 +588,15 @@ def test_hook_points_are_refused_before_weights_are_read(folders, tmp_path):
         load(folder, hooks=["lm_head"])
     with pytest.raises(InputError, match=r"The weights of `.*` are damaged"):
         load(folder, hooks=[1])
+
+
+def test_misspelt_settings_and_layers_that_are_text_are_said(gpt2):
+    with pytest.raises(InputError, match="no setting `contxt_length`: perhaps `context_length` was meant"):
+        activations(gpt2, ["text"], layer=1, contxt_length=64)
+    with pytest.raises(InputError, match="no setting `layr`: perhaps `layer`"):
+        activations(gpt2, ["text"], layr=1)
+    with pytest.raises(InputError, match="`layer` is the text '1'; a number was wanted"):
+        inspect.unwrap(activations)(gpt2, ["text"], layer="1")
 
 
 def test_bad_folders(gpt2, tmp_path):

@@ -129,7 +129,7 @@ def test_it_stands_in_the_evaluation(tmp_path):
     result = evaluate(tmp_path / "d", models.DOCUMENTS, probe=path, probe_column="body", probe_label="kind", **settings)
     assert set(result.probing["systems"]) == {"itda", "random tokens", "activations"}
     assert "probe on" in str(result) and result.to_json()["probing"]["texts"] == 80
-    assert "chance 0.5; 2 repeated texts left out" in str(result)
+    assert "0.5 is chance; 2 repeated texts left out" in str(result)
 
 
 def test_records_come_from_files_too(tmp_path):
