@@ -118,15 +118,8 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     total = tokens if tokens is not None else getattr(stream, "tokens", None)
     position = start
     read, kept = getattr(stream, "hash", None), start
-
-    def tell(tried: int) -> None:
-        if report:
-            report(Step("choosing a threshold", tried, TRIES, time.monotonic() - began))
-        if stop():
-            raise KeyboardInterrupt
-
     for builder in builders.values():
-        builder.tell = tell
+        builder.tell = _teller(report, stop)
     for item, hashed in _ahead(stream, items, max(1.0, checkpoint_seconds)):
         if item is None:  # it takes its time, as a model that is streamed does before its first
             if folders and position > kept:
@@ -170,10 +163,7 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
                 f"The stream ends after {position:,} tokens, and the unfinished build has read {ahead:,}: give the "
                 "same activations to go on, or another folder to start anew."
             )
-    waited = not all(builder.started for builder in builders.values())
-    for builder in builders.values():
-        builder.settle()
-    if report and waited:
+    if _settled(builders) and report:
         atoms, settled = sum(map(len, builders.values())), max(builder.settled for builder in builders.values())
         share = atoms / max(1, position * len(builders))
         report(Progress(position, total, atoms, share, time.monotonic() - began, start, settled))
@@ -182,6 +172,27 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     if report:
         report(None)
     return read
+
+
+def _teller(report: Callable[[Any], None] | None, stop: Callable[[], bool]) -> Callable[[int], None]:
+    """What a builder calls while it chooses a threshold."""
+    began = time.monotonic()
+
+    def tell(tried: int) -> None:
+        if report:
+            report(Step("choosing a threshold", tried, TRIES, time.monotonic() - began))
+        if stop():
+            raise KeyboardInterrupt
+
+    return tell
+
+
+def _settled(builders: dict[str, Builder]) -> bool:
+    """Judge what waits for more tokens, of which none will come; whether anything did."""
+    waited = not all(builder.started for builder in builders.values())
+    for builder in builders.values():
+        builder.settle()
+    return waited
 
 
 def _ahead(stream: Any, items: Iterator, patience: float) -> Iterator[tuple[Any, str | None]]:
