@@ -65,7 +65,8 @@ def build(
                 the threshold for `n_atoms` is chosen, and with None at the end
     checkpoint  the folder the dictionary will be saved to (with several, the folder of their folders): progress is
                 kept there every `checkpoint_seconds`, and a build that finds some goes on from it, to the same result
-    stop        asked after every batch; when it says True, the checkpoint is written and `KeyboardInterrupt` raised
+    stop        asked after every batch; when it says True, the checkpoint is written and `KeyboardInterrupt` raised.
+                Also while a threshold is chosen, before there is anything to keep
 
     Returns an `ITDA`; from a stream of dicts, a dict of them by hook point. The result is a function of the
     activations, their order and the settings alone. Raises `InputError` for settings out of range, activations that are

@@ -148,9 +148,9 @@ def remote_model(
     if isinstance(model, nnsight.Envoy):
         envoy, tokenizer = model, model.tokenizer if tokenizer is None else tokenizer
     elif isinstance(model, str | Path):
-        if remote != "local" and Path(model).is_dir():
+        if remote is True and Path(model).is_dir():
             raise InputError(
-                f"`{model}` is a folder, and a remote model is one of the hub: give its id, or drop `remote`."
+                f"`{model}` is a folder, and a server has models of the hub: give its id, or drop `remote`."
             )
         here = torch.device("cpu")  # for what is here: the config
         found = survey(model, here, revision=revision, dtype="auto", trust_remote_code=trust_remote_code)

@@ -12,7 +12,7 @@ import itda
 from itda import admission, builder, folder
 from itda.labels import Labels
 from itda.metrics import LOSSES
-from itda.progress import Step
+from itda.progress import Progress, Step
 from itda.pursuit import dense, reference
 
 # Algorithm 1 as it is printed; the mean that is subtracted by default has tests of its own.
@@ -204,11 +204,16 @@ def test_the_first_token_is_the_first_atom(admission, loss, threshold):
     assert rows_of(build([x], k=2, loss=loss, threshold=threshold, admission=admission))[0] == 1
 
 
+def progresses(seen):
+    """How many batches a build has told of."""
+    return sum(isinstance(told, Progress) for told in seen)
+
+
 def test_a_resumed_wish_keeps_its_stream(tmp_path):
-    asked = iter(range(99))
+    seen = []
     with pytest.raises(KeyboardInterrupt):
-        stop = lambda: next(asked) == 9  # noqa: E731
-        build(gaussian(4000).split(400), k=3, n_atoms=50, checkpoint=tmp_path, stop=stop)
+        settings = dict(progress=seen.append, stop=lambda: progresses(seen) == 9)
+        build(gaussian(4000).split(400), k=3, n_atoms=50, checkpoint=tmp_path, **settings)
     with pytest.raises(itda.InputError, match=r"started with total = 4000, and this one has 3000"):
         build(gaussian(4000).split(400), k=3, n_atoms=50, tokens=3000, checkpoint=tmp_path)
 
@@ -358,10 +363,11 @@ def test_resumed_equals_uninterrupted(tmp_path, settings, monkeypatch):
     want = saved(build(batches, k=4, **settings), tmp_path / "whole")
     stops = 0
     while True:
-        asked = iter(range(10_000))
+        seen = []
         try:
-            stop = lambda: next(asked) == 12 + 7 * stops  # noqa: B023, E731 (batches judged before are asked about too)
-            model = build(batches, k=4, checkpoint=tmp_path / "parts", stop=stop, **settings)
+            stop = lambda: progresses(seen) == 13 + 7 * stops  # noqa: B023, E731 (with batches that were judged before)
+            how = dict(checkpoint=tmp_path / "parts", progress=seen.append, stop=stop)
+            model = build(batches, k=4, **how, **settings)
             break
         except KeyboardInterrupt:
             stops += 1

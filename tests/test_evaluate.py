@@ -186,7 +186,7 @@ def test_documents_that_were_read_are_left_out(home, monkeypatch):
     assert halves.about["random_tokens_from"] == "other documents of this text"
     assert "not there to compare with" in halves.about["by"]
     bare = split("renamed", home / "new.jsonl")
-    assert bare.about["by"].startswith("nothing; what the dictionary was built on was not there")
+    assert bare.about["by"].startswith("nothing; what the dictionary was built on (gone.jsonl) was not there")
     with pytest.raises(InputError, match="All documents of this text were read"):
         evaluate(home / "all", home / "train.jsonl", **QUICK)
     inside = split("all", home / "train.jsonl", in_sample=True)

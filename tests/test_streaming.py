@@ -289,7 +289,7 @@ def test_killed_and_run_again(lines, home, tmp_path, monkeypatch):
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     said = [process.stdout.readline() for _ in range(lines)]
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     block = int(said[-1].split()[1])
     assert (out / "states").is_dir() and not (out / "cfg.json").exists() and block == 1 + (lines > 1)
     ran, say = [], streaming.StreamedModel._say

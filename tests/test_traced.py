@@ -181,7 +181,7 @@ def test_a_module_is_not_remote(gpt2):
 
     with pytest.raises(InputError, match="`model` is a GPT2LMHeadModel, which is here"):
         load(AutoModelForCausalLM.from_pretrained(gpt2), tokenizer(), hooks=[1], backend="nnsight", remote=True)
-    with pytest.raises(InputError, match="is a folder, and a"):
+    with pytest.raises(InputError, match="is a folder, and a server"):
         load(gpt2, hooks=[1], backend="nnsight", remote=True)
 
 
