@@ -284,6 +284,12 @@ def check_workers(workers: int | None) -> None:
         check_whole("workers", workers, 1)
 
 
+def check_unshared(tensor_parallel: int | None) -> None:
+    """Raise `InputError` for workers whose model would be shared between processes."""
+    if tensor_parallel not in (None, 1):
+        raise InputError("Workers have a model each, and `tensor_parallel` has one in parts: leave one of them out.")
+
+
 def shares(ray: Any, workers: int | None, device: str | None = None, device_map: Any = None) -> tuple[int, int]:
     """How many workers there will be, and how many GPUs each asks Ray for.
 

@@ -95,12 +95,13 @@ def removal_costs(
     others keep theirs: for a token that leaves r and has c a, |r + c a|^2 - (b (r + c a))^2 - |r|^2.
     """
     rest = x.float() - codes.decode(atoms)
+    error = rest.square().sum(1)
     found = torch.zeros(len(atoms), dtype=torch.float64)
     for indices, c in zip(codes.indices.T, codes.values.T, strict=True):
         without = rest + c[:, None] * atoms[indices]
         instead = (without * atoms[nearest[indices]]).sum(1)
         instead = instead.clamp_min(0) if nonneg else instead
-        rise = without.square().sum(1) - instead.square() - rest.square().sum(1)
+        rise = without.square().sum(1) - instead.square() - error
         found.index_add_(0, indices, torch.where(c != 0, rise, 0.0).double())
     return found
 

@@ -15,6 +15,7 @@ from itda import folder, states
 from itda.build import PAPER, build
 from itda.builder import Builder
 from itda.caches import is_stored
+from itda.cluster import check_unshared
 from itda.disk import STATES, locked
 from itda.errors import InputError
 from itda.hooks import activations
@@ -207,8 +208,7 @@ def _by_workers(held: ExitStack, model: Any, read: dict, workers: int | None, ra
     """Workers in place of `model` until `held` is left, and what there is to say besides of how to read."""
     if read.get("stream_layers"):
         raise InputError("A model that is streamed is read by one process: leave out workers or streaming.")
-    if read["tensor_parallel"] not in (None, 1):
-        raise InputError("Workers have a model each, and `tensor_parallel` has one in parts: leave one of them out.")
+    check_unshared(read["tensor_parallel"])
     hooks = read["hook"] if read["layer"] is None else read["layer"]
     if hooks is None:
         return model, read  # which is refused

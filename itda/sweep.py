@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itda.cluster import POLL, Crew, Surroundings, check_workers, connected, shares
+from itda.cluster import POLL, Crew, Surroundings, check_unshared, check_workers, connected, shares
 from itda.disk import as_input_error, checked_path, json_object, locked, make_folder, write_file
 from itda.errors import InputError, one_line
 from itda.grid import ONE_PASS, Job, default, jobs_of, read_grid
@@ -109,10 +109,8 @@ def sweep(
         calls = ((job, table.missing(job), str(out / job.name)) for job in view.started())
         wants = {name: todo[0].settings.get(name) for name in ("device", "device_map")} if todo else {}
         alone = not todo or (workers is None and not ray)
-        if not alone and any(job.settings.get("tensor_parallel") not in (None, 1) for job in todo):
-            raise InputError(
-                "Workers have a model each, and `tensor_parallel` has one in parts: leave one of them out."
-            )
+        for job in [] if alone else todo:
+            check_unshared(job.settings.get("tensor_parallel"))
         try:
             table.write()
             outcomes = _here(calls, view) if alone else _there(calls, view, out, workers, ray, wants)
