@@ -197,8 +197,8 @@ def refined(place, n, k, args):
 def saes(place, n, k, args):
     """SAEs of the same width and L0, given 1, 10 and 100 times the tokens.
 
-    A ReLU SAE has the L0 that its sparsity coefficient gives: the coefficient is bisected at the fewest tokens and
-    corrected at more, and the seconds are of the last training alone.
+    A ReLU SAE has the L0 that its sparsity coefficient gives: the coefficient is bisected, from 100 times the tokens on
+    around the one that a tenth of them asks for. The seconds are of the one training alone that is taken.
     """
     from itda.interop.saelens import system_of
 
@@ -207,7 +207,8 @@ def saes(place, n, k, args):
     def made(kind, times):
         samples = times * args.tokens
         if kind == "ReLU":
-            sae, seconds = relu(place.train, n, k, samples, place.held[:4096])
+            around = relu(place.train, n, k, samples // 10, place.held[:4096])[2] if times >= 100 else None
+            sae, seconds, _ = relu(place.train, n, k, samples, place.held[:4096], around)
         else:
             sae, seconds = timed(lambda: train_sae(kind, place.train, n, samples, k=k))
         return place.row(replace(system_of(sae, f"{kind} SAE, x{times}"), k=k), seconds, samples)
@@ -217,17 +218,19 @@ def saes(place, n, k, args):
             yield f"{kind} x{times}", partial(made, kind, times)
 
 
-def relu(x, n, k, samples, some, tries=6):
-    """The ReLU SAE whose L0 on `some` is nearest to `k`, and the seconds that its training took."""
+def relu(x, n, k, samples, some, around=None):
+    """The ReLU SAE whose L0 on `some` is nearest to `k`, the seconds that its training took, and its coefficient."""
     low, high, best = 1e-3, 1e2, None
-    for _ in range(tries):
+    if around is not None:
+        low, high = around / 4, around * 4
+    for _ in range(6 if around is None else 4):
         coefficient = (low * high) ** 0.5
         sae, seconds = timed(lambda: train_sae("ReLU", x, n, samples, l1_coefficient=coefficient))  # noqa: B023
         with torch.no_grad():
             l0 = float((sae.encode(some) > 0).sum(1).float().mean())
         off = abs(np.log(max(l0, 1e-3) / k))
         if best is None or off < best[0]:
-            best = off, sae, seconds
+            best = off, sae, seconds, coefficient
         if off < 0.05:
             break
         low, high = (coefficient, high) if l0 > k else (low, coefficient)

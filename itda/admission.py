@@ -30,7 +30,7 @@ from torch import Tensor
 from itda.metrics import LOSSES, loss_of_residual
 from itda.pursuit import encode, reference
 from itda.pursuit.dense import Steps, error_bound
-from itda.pursuit.gram import Gram
+from itda.pursuit.gram import BLOCK, Gram
 from itda.pursuit.products import product
 
 # A token whose |cosine| with an atom is at least this is that atom again.
@@ -38,6 +38,10 @@ DUPLICATE = 1 - 1e-6
 
 # Losses that were not taken by the reference are trusted to this share of their scale: 1, 4/d or |x|^2.
 LOSS_MARGIN = 1e-9
+
+# A window keeps its correlations if they fit into so many bytes, with room for this many new atoms.
+KEPT_BYTES = 3e7
+SPARE = 4 * BLOCK
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Trace:
     loss: Float[ndarray, " tokens"]
     stale: ndarray
     repeats: ndarray  # of the tokens whose loss is exact, those that repeat an atom
+    corr: Float[Tensor, "tokens columns"] | None = None  # with the atoms, and room for new ones; None: not kept
 
 
 class Dictionary:
@@ -89,9 +94,9 @@ class Dictionary:
         """Move the atoms to `device`."""
         self.gram = self.gram.to(device)
 
-    def trace(self, x: Float[Tensor, "tokens d"]) -> Trace:
-        """Pursue tokens with the dictionary as it stands."""
-        parts = list(encode(x, self.gram, self.k))
+    def trace(self, x: Float[Tensor, "tokens d"], corr: Float[Tensor, "tokens width"] | None = None) -> Trace:
+        """Pursue tokens with the dictionary as it stands; their correlations with its atoms, if known, are used up."""
+        parts = list(encode(x, self.gram, self.k, corr=corr))
         steps = Steps(*(torch.cat(field) for field in zip(*parts, strict=True)))
         self.choices += int(steps.length.sum())
         self.settled += int(steps.settled.sum())
@@ -157,7 +162,7 @@ class Sequential(Dictionary):
         return admitted, np.concatenate(watched) if watched else np.zeros(0)
 
     def _judge_window(self, x: Tensor, threshold: float, room: int | float) -> tuple[Trace, list[int]]:
-        trace = self.trace(x)
+        trace = self._trace_window(x)
         suspect = self.suspects(trace, threshold)
         admitted: list[int] = []
         t = 0
@@ -176,11 +181,22 @@ class Sequential(Dictionary):
             t += 1
         return trace, admitted
 
+    def _trace_window(self, x: Tensor) -> Trace:
+        """Pursue a window, and keep its correlations for tokens that go stale, where they are few enough."""
+        if not self.k or len(x) * (len(self) + SPARE) * x.element_size() > KEPT_BYTES:
+            return self.trace(x)
+        corr = self.gram.correlate(x)
+        kept = torch.nn.functional.pad(corr, (0, len(self) + SPARE - corr.shape[1]))
+        trace = self.trace(x, corr)
+        trace.corr = kept
+        return trace
+
     def _refresh(self, trace: Trace, suspect: ndarray, t: int, threshold: float) -> None:
         """Pursue stale tokens from `t` on again: those that will likely be judged before the next admission."""
         rows = t + trace.stale[t : t + max(8, self._window // 4)].nonzero()[0]
         where = torch.from_numpy(rows).to(trace.x.device)
-        fresh = self.trace(trace.x[where])
+        corr = None if trace.corr is None else trace.corr[:, : self.gram.width][where]
+        fresh = self.trace(trace.x[where], corr)
         for old, new in zip(trace.steps, fresh.steps, strict=True):
             old[where] = new
         suspect[rows] = self.suspects(fresh, threshold)
@@ -194,7 +210,12 @@ class Sequential(Dictionary):
         x, steps, norm = trace.x[start:], trace.steps, trace.norm[start:]
         c, j, count = steps.coefficients[start:], steps.indices[start:], steps.length[start:]
         removed = c * row.double()[j]
-        p = product(x, atom[None]).double() - (removed.cumsum(1) - removed)
+        p = product(x, atom[None])
+        if trace.corr is not None and len(self) <= trace.corr.shape[1] - BLOCK:
+            trace.corr[start:, len(self) - 1] = p[:, 0]
+        else:
+            trace.corr = None
+        p = p.double() - (removed.cumsum(1) - removed)
         # A pursuit that ended early at step s would take the atom there if it cleared the floor.
         step = torch.arange(self.k, device=x.device)
         limit = torch.where(step < count[:, None], c.abs(), reference.FLOOR * norm[:, None])

@@ -73,6 +73,17 @@ def test_sequential_is_the_definition_for_every_chunk_size(kind, real):
         assert rows_of(model) == want, chunk_size
 
 
+@pytest.mark.parametrize("kept_bytes", [admission.KEPT_BYTES, 0])
+def test_more_new_atoms_than_a_window_has_room_for(kept_bytes, monkeypatch):
+    monkeypatch.setattr(admission, "KEPT_BYTES", kept_bytes)
+    known, new = gaussian(4, 64), gaussian(420, 64, seed=1)
+    x = torch.cat([known[torch.arange(2500) % 4], new, new[::3] + new[1::3] + 0.1 * known[:1]])
+    want = one_at_a_time(x, 2, 0.5)
+    assert 4 + admission.SPARE < len(want) < 4 + 420 + 140
+    sequential = admission.Sequential(64, 2, "relative")
+    assert sequential.judge(x, 0.5)[0] == want
+
+
 @pytest.mark.parametrize(("loss", "threshold"), [("relative", 0.2), ("cosine", 8e-3), ("squared", 4.0)])
 def test_every_loss(loss, threshold):
     x = gaussian(600)

@@ -109,19 +109,23 @@ def encode(
     nonneg: bool = False,
     tol: float = 0.0,
     backend: str = "auto",
+    corr: Float[Tensor, "tokens width"] | None = None,
 ) -> Iterator[dense.Steps]:
     """Yield the `Steps` of `x` chunk by chunk, so that memory beside the result stays within a fixed workspace.
 
-    A chunk is at least one token, whose row of correlations is smaller than the atoms themselves.
+    A chunk is at least one token, whose row of correlations is smaller than the atoms themselves. Where all tokens'
+    `corr` are at hand (`Gram.correlate`), matching pursuit starts from them, and writes over them.
     """
     with gram.lock:
         name, function = _encoder(x, gram, k, method, backend)
     workspace = WORKSPACE_BYTES["gpu" if x.device.type != "cpu" else name]
     refits = 1 if method == "mp" or name != "dense" else k  # which hold their support, and OMP its basis, in float64
     per_token = (4 if name == "dense" else 1) * gram.n * x.element_size() + 24 * refits * x.shape[1] + 128 * k
-    for chunk in x.split(max(1, int(workspace // max(per_token, 1)))) if len(x) else ():
+    size = max(1, int(workspace // max(per_token, 1)))
+    for start in range(0, len(x), size):
+        known = {} if corr is None else {"corr": corr[start : start + size]}
         with gram.lock:
-            steps = function(chunk, gram, k, nonneg, tol)
+            steps = function(x[start : start + size], gram, k, nonneg, tol, **known)
         yield steps
 
 
@@ -187,7 +191,7 @@ def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: int | float | N
             return gram
         _kept.pop(key, None)
     check_unit_norm(given)
-    gram = Gram(atoms.clone(), max_bytes)
+    gram = Gram(atoms, max_bytes)
     while others := list(_kept.items()):
         if len(others) < KEPT and sum(old.table.nbytes for _, (_, old) in others) + gram.table.nbytes <= gram.max_bytes:
             break

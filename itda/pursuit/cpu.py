@@ -147,6 +147,13 @@ def dot(a, b):
 
 
 @kernel
+def remove(residual, weight, atom):
+    """residual -= weight * atom, in float64; as arguments, since entries of arrays would be read again each time."""
+    for q in range(len(residual)):
+        residual[q] -= weight * np.float64(atom[q])
+
+
+@kernel
 def candidates(corr, n, tops, bound, mirror, option):
     """Atoms whose float32 size is within twice `bound` of the largest, into `option`; how many."""
     best = np.float32(0)
@@ -237,8 +244,7 @@ def mp_tokens(todo, fresh, k, mirror, tol, bounds, gram, token, steps):
                 break
             j, s = option[place], length[t]
             indices[t, s], coefficients[t, s] = j, exact[place]
-            for i in range(d):
-                r[i] -= exact[place] * np.float64(atoms[j, i])
+            remove(r, exact[place], atoms[j])
             spent[t] += abs(exact[place])
             length[t] = s + 1
             if s + 1 == k:
@@ -252,14 +258,21 @@ def mp_tokens(todo, fresh, k, mirror, tol, bounds, gram, token, steps):
         energy[t], overlap[t] = dot(r, r), dot(r, x[t])
 
 
-def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
-    """Matching pursuit (Algorithm 2) of every row of `x`, float32 like the atoms."""
+def mp(
+    x: Float[Tensor, "tokens d"],
+    gram: Gram,
+    k: int,
+    nonneg: bool = False,
+    tol: float = 0.0,
+    corr: Float[Tensor, "tokens width"] | None = None,
+) -> Steps:
+    """Matching pursuit (Algorithm 2) of every row of `x`, float32 like the atoms; `corr`, if known, is written over."""
     tokens, d = x.shape
     steps = no_steps(tokens, k, x.device)
     if not gram.n or not k or not tokens:
         energy = x.double().square().sum(1)
         return steps._replace(energy=energy, overlap=energy)
-    x, corr = x.contiguous(), gram.correlate(x)
+    x, corr = x.contiguous(), gram.correlate(x) if corr is None else corr
     residual = x.new_empty(tokens, d, dtype=torch.float64)
     total, anchor, spent = x.new_zeros(3, tokens, dtype=torch.float64)
     work, waiting = x.new_zeros(tokens, dtype=torch.long), x.new_full((tokens,), -1, dtype=torch.long)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda.pursuit import reference
-from itda.pursuit.cpu import candidates, choose, correlate, dot, kernel, spread, subtract
+from itda.pursuit.cpu import candidates, choose, correlate, dot, kernel, remove, spread, subtract
 from itda.pursuit.dense import Steps, bound_factors, no_steps
 from itda.pursuit.gram import BLOCK, STEP, Gram
 
@@ -81,8 +81,7 @@ def rebuild(residual, x, atoms, chosen, a, m):
     for q in range(len(x)):
         residual[q] = x[q]
     for i in range(m):
-        for q in range(len(x)):
-            residual[q] -= a[i] * np.float64(atoms[chosen[i], q])
+        remove(residual, a[i], atoms[chosen[i]])
 
 
 @kernel

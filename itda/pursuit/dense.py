@@ -61,8 +61,15 @@ def error_bound(
     return per_norm * norm + per_step * spent + underflow
 
 
-def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
-    """Matching pursuit (Algorithm 2) of every row of `x`, float32 or float64 like the atoms."""
+def mp(
+    x: Float[Tensor, "tokens d"],
+    gram: Gram,
+    k: int,
+    nonneg: bool = False,
+    tol: float = 0.0,
+    corr: Float[Tensor, "tokens width"] | None = None,
+) -> Steps:
+    """Matching pursuit (Algorithm 2) of every row of `x`, of the atoms' dtype; `corr`, if known, is written over."""
     tokens, d = x.shape
     exact = x.double()
     total = exact.square().sum(1)
@@ -70,7 +77,7 @@ def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, t
     residual, spent = exact.clone(), torch.zeros_like(norm)
     steps = no_steps(tokens, k, x.device)
     active = norm > 0
-    corr = product(x, gram.atoms)
+    corr = product(x, gram.atoms) if corr is None else corr[:, : gram.n]
     for s in range(k if gram.n else 0):
         if tol > 0:
             active = active & (residual.square().sum(1) > (tol + reference.TIE) * total)

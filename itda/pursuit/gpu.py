@@ -200,20 +200,32 @@ def mp_kernel(
     tl.store(settled + t, close)
 
 
-def mp(x: Float[Tensor, "tokens d"], gram: Gram, k: int, nonneg: bool = False, tol: float = 0.0) -> Steps:
-    """Matching pursuit (Algorithm 2) of every row of `x`, float32 like the atoms, whose Gram table is complete."""
+def mp(
+    x: Float[Tensor, "tokens d"],
+    gram: Gram,
+    k: int,
+    nonneg: bool = False,
+    tol: float = 0.0,
+    corr: Float[Tensor, "tokens width"] | None = None,
+) -> Steps:
+    """Matching pursuit (Algorithm 2) of every row of `x`, float32 like the atoms, whose Gram table is complete.
+
+    `corr`, if known, is written over.
+    """
     steps = no_steps(len(x), k, x.device)
     residual = x.double().contiguous()
     total = residual.square().sum(1)
     todo = torch.arange(len(x) if gram.n and k else 0, device=x.device)
     with torch.cuda.device_of(x):
         while len(todo):
-            todo = go_on(todo, residual, total, gram, k, nonneg, tol, steps)
+            corr = gram.correlate(residual[todo].float()) if corr is None else corr
+            todo, corr = go_on(todo, corr, residual, total, gram, k, nonneg, tol, steps), None
     return steps._replace(energy=residual.square().sum(1), overlap=(residual * x).sum(1))
 
 
 def go_on(
     todo: Int[Tensor, " todo"],
+    corr: Float[Tensor, "todo width"],
     residual: Float[Tensor, "tokens d"],
     total: Float[Tensor, " tokens"],
     gram: Gram,
@@ -224,7 +236,7 @@ def go_on(
 ) -> Int[Tensor, " waiting"]:
     """Take the tokens `todo` on with new correlations, in `residual` and `steps`; those that need them once more."""
     rest, norm = residual[todo], total[todo].sqrt()
-    d, corr = rest.shape[1], gram.correlate(rest.float())
+    d = rest.shape[1]
     energy, waiting = rest.square().sum(1), torch.zeros_like(todo, dtype=torch.int32)
     per_norm, per_step, underflow = bound_factors(d, torch.float32)
     enough, tie = max(tol + reference.TIE, NOTHING) * total[todo], reference.TIE * norm

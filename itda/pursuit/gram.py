@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itda.pursuit.products import full_float32, onednn, product
+from itda.pursuit.products import product
 
 # Rows are int16 multiples of STEP, so that unit atoms (|G_ij| <= 1.02 in half precision) fit: half the memory of
 # float32 and half the traffic, for an error of at most STEP / 2 an entry, which `dense.error_bound` accounts for.
@@ -20,7 +20,6 @@ STEP = 1 / 32000
 
 BLOCK = 64  # columns of the table come in blocks of this many, the last filled up with zeros
 FEWEST = 16  # rows are computed at least this many at a time: one row costs as much memory traffic as 16
-PACKED = 128  # tokens whose correlations are worth a copy of the atoms for oneDNN
 WANTED = 2  # the mark, in `used`, of rows that stay whatever comes
 AT_ONCE = 1 << 26  # bytes of float32 products that are turned into rows at once
 
@@ -37,16 +36,20 @@ class Gram:
         self.n = len(atoms)
         self.limit = max_bytes
         self.max_bytes = free_bytes(atoms.device) / 2 if max_bytes is None else max_bytes
-        self._atoms = atoms.contiguous()
+        self._atoms = _padded(atoms, self.n)
         self.asked = 0  # steps of all pursuits so far
         self.lock = threading.RLock()  # held by whoever pursues, since rows come and go
-        self._packed: tuple[int, Tensor] | None = None  # how many atoms oneDNN has a copy of, and that
-        self._allocate(self.n)
+        self._allocate(len(self._atoms))
 
     @property
     def atoms(self) -> Float[Tensor, "n d"]:
         """The atoms, rows in order of admission."""
         return self._atoms[: self.n]
+
+    @property
+    def width(self) -> int:
+        """The number of atoms, up to a whole number of blocks."""
+        return _width(self.n)
 
     @property
     def complete(self) -> bool:
@@ -60,18 +63,7 @@ class Gram:
 
     def correlate(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens width"]:
         """<x, d_j> in float32 for all atoms, and zeros up to a whole number of blocks."""
-        width = -(-self.n // BLOCK) * BLOCK
-        faster = onednn() if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEWEST else None
-        if faster and len(x) >= PACKED and (self._packed is None or self._packed[0] != self.n):
-            self._packed = self.n, torch.nn.functional.pad(self.atoms, (0, 0, 0, width - self.n)).to_mkldnn()
-        if faster and self._packed is not None and self._packed[0] == self.n:
-            with full_float32():
-                return faster(x, self._packed[1])
-        corr = x.new_empty(len(x), width)
-        corr[:, self.n :] = 0
-        with full_float32():
-            torch.mm(x, self.atoms.T, out=corr[:, : self.n])
-        return corr
+        return product(x, self._atoms[: self.width])
 
     def to(self, device: torch.device | str) -> Gram:
         """The same atoms on `device`."""
@@ -117,7 +109,7 @@ class Gram:
     def append(self, atom: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
         """Add one atom at the end; its correlations with all atoms."""
         if self.n == len(self._atoms):
-            self._grow(max(256, 2 * self.n))
+            self._grow(max(4 * BLOCK, 2 * self.n))
         self._atoms[self.n] = atom
         self.n += 1
         row = product(atom[None], self.atoms)[0]
@@ -133,7 +125,7 @@ class Gram:
 
     def _allocate(self, capacity: int) -> None:
         """An empty table for `capacity` atoms, of which untouched pages take no memory on a CPU."""
-        width = -(-capacity // BLOCK) * BLOCK
+        width = _width(capacity)
         rows = int(min(capacity, self.max_bytes / (2 * width))) if width else 0
         rows = rows if rows >= min(capacity, FEWEST) else 0
         device = self._atoms.device
@@ -147,15 +139,12 @@ class Gram:
         self._taken = self._hand = 0
 
     def _grow(self, capacity: int) -> None:
-        n, before = self.n, (self.table, self.slot, self.owner)
-        atoms = self._atoms.new_zeros(capacity, self._atoms.shape[1])
-        atoms[:n] = self._atoms[:n]
-        self._atoms = atoms
-        self._allocate(capacity)
-        table, _slot, owner = before
+        table, owner = self.table, self.owner
+        self._atoms = _padded(self._atoms, capacity)
+        self._allocate(len(self._atoms))
         kept = min(len(table), len(self.table), int((owner >= 0).sum()))
         self.table[:kept, : table.shape[1]] = table[:kept]
-        self._own(torch.arange(kept, device=atoms.device), owner[:kept])
+        self._own(torch.arange(kept, device=owner.device), owner[:kept])
         self._taken = kept
 
     def _compute(self, wanted: Tensor) -> None:
@@ -199,6 +188,18 @@ class Gram:
 
     def _rows_at_once(self) -> int:
         return max(1, AT_ONCE // (4 * max(self.n, 1)))
+
+
+def _width(n: int) -> int:
+    """`n`, up to a whole number of blocks."""
+    return -(-n // BLOCK) * BLOCK
+
+
+def _padded(atoms: Float[Tensor, "n d"], capacity: int) -> Float[Tensor, "width d"]:
+    """A copy of the atoms with room for `capacity`, of zeros, up to a whole number of blocks."""
+    padded = atoms.new_zeros(_width(capacity), atoms.shape[1])
+    padded[: len(atoms)] = atoms
+    return padded
 
 
 def free_bytes(device: torch.device) -> float:
