@@ -18,6 +18,7 @@ from numpy import ndarray
 from torch import nn
 
 from itda.caches import Cache, from_disk, is_stored
+from itda.documents import open_documents
 from itda.errors import InputError, check_whole
 from itda.hub import load_tokenizer
 from itda.labels import Batch, Labels
@@ -231,6 +232,8 @@ def activations(
     settings |= {"trust_remote_code": trust_remote_code, "backend": backend, "remote": remote}
     settings |= {"stream_layers": stream_layers, "state_gb": state_gb, "state_dir": state_dir}
     settings |= {"tensor_parallel": tensor_parallel}
+    if not isinstance(data, TokenStream):
+        open_documents(data, column, split, data_revision, config)  # a wrong path is said before a model is loaded
     hooked = load(model, tokenizer, hooks=hooks, **settings, **model_kwargs)
     if not isinstance(data, TokenStream):
         stream: dict[str, Any] = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}

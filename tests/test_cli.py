@@ -415,9 +415,10 @@ def test_flags_are_refused_in_one_sentence_in_every_encoding(capfd, monkeypatch,
 
 
 @pytest.mark.parametrize("device", ["xyz", "", "meta", "cuda:99"])
-def test_devices_that_are_not_there(capfd, device):
-    said = fails(capfd, "train", "model", "text.txt", "--out", "x", *SMALL, "--device", device)
-    assert f"`device` is {device!r}, which cannot be used here: pass " in said
+def test_devices_that_are_not_there(capfd, tmp_path, device):
+    (tmp_path / "text.txt").write_text("Some text.")
+    said = fails(capfd, "train", "model", str(tmp_path / "text.txt"), "--out", "x", *SMALL, "--device", device)
+    assert f"`device` is {device!r}, which cannot be used here (" in said and "): pass " in said
 
 
 def test_a_fault_of_ours_is_one_sentence_and_a_traceback_only_on_demand(capfd, monkeypatch):

@@ -590,6 +590,11 @@ def test_hook_points_are_refused_before_weights_are_read(folders, tmp_path):
         load(folder, hooks=[1])
 
 
+def test_text_that_is_missing_is_said_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(InputError, match="`data` is .*no such file or folder"):
+        activations(str(tmp_path / "no model"), tmp_path / "no text.txt", layer=0)
+
+
 def test_misspelt_settings_and_layers_that_are_text_are_said(gpt2):
     with pytest.raises(InputError, match="no setting `contxt_length`: perhaps `context_length` was meant"):
         activations(gpt2, ["text"], layer=1, contxt_length=64)
