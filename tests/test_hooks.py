@@ -591,7 +591,7 @@ def test_hook_points_are_refused_before_weights_are_read(folders, tmp_path):
 
 
 def test_text_that_is_missing_is_said_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(InputError, match="`data` is .*no such file or folder"):
+    with pytest.raises(InputError, match=r"`data` is .*no such file or folder"):
         activations(str(tmp_path / "no model"), tmp_path / "no text.txt", layer=0)
 
 
