@@ -289,7 +289,8 @@ def _bar(share: float, width: int, empty: str = "░") -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
+    """Four digits; what is below 1e-12 is what rounding leaves of a zero."""
+    return f"{value if abs(value) > 1e-12 else 0:.4g}" if math.isfinite(value) else "-"
 
 
 def _whole(value: Any) -> str:
@@ -355,22 +356,25 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text()
     yield table
     for key, who in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
-        found = [(layer["hook_point"], atom) for layer in report.layers for atom in layer[key]["atoms"]]
-        found.sort(key=lambda pair: _ratio(pair[1]["loss"], key))
+        found = [(layer, atom) for layer in report.layers for atom in layer[key]["atoms"]]
+        found.sort(key=lambda pair: _ratio(pair[1]["loss"], key, pair[0]["threshold"]))
         table = _table("in tuned", "in base", label=f"atoms that {who} needs", first="losses at")
         width = _room(options, 44)
-        for hook, atom in found[:SHOWN]:
+        for layer, atom in found[:SHOWN]:
             losses = (_number(atom["loss"][name]) for name in ("tuned", "base"))
-            table.add_row(Text(one_line(hook)), *losses, _in_context(atom["label"], width))
+            table.add_row(Text(one_line(layer["hook_point"])), *losses, _in_context(atom["label"], width))
         if found:
             yield Text()
             yield table
 
 
-def _ratio(loss: dict[str, float], key: str) -> float:
-    """The largest loss of an atom in a model that does not need it, over that in the only one that does."""
+def _ratio(loss: dict[str, float], key: str, threshold: float) -> float:
+    """The largest loss of an atom in a model that does not need it, over that in the only one that does.
+
+    Below a hundredth of the threshold, losses differ by rounding.
+    """
     need = loss[key.removeprefix("only_")]
-    return max((other for name, other in loss.items() if key != f"only_{name}"), default=0.0) / need
+    return max(threshold / 100, *(other for name, other in loss.items() if key != f"only_{name}")) / need
 
 
 def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:

@@ -294,7 +294,7 @@ def _safe(text: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return f"{value:.3g}" if value is not None and math.isfinite(value) else "–"
+    return f"{value if abs(value) > 1e-12 else 0:.3g}" if value is not None and math.isfinite(value) else "–"
 
 
 def _percent(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """What fine-tuning changed: laws of the change, planted changes that must be found, and a page that is safe to open."""
 
+import copy
 import json
 import re
 
@@ -269,6 +270,23 @@ def test_terminal_shows_layers_tokens_and_names(changed, same):
     text = str(changed)
     assert "a → b" in text and "transformer.h.3" in text and "tokens that changed most" in text
     assert "usual at its position" in text and "a → b" in str(same)
+
+
+def test_what_rounding_leaves_of_a_loss_is_shown_as_0_and_ranks_nothing():
+    x = noise(800, 16) * torch.cat([torch.ones(8), torch.zeros(8)])
+    y = x.clone()
+    y[5::40, 12] += 9
+    report = of_readings([reading("a", x), reading("b", y)], n_atoms=60, k=4)
+    (layer,) = report.layers
+    (atom,) = layer["only_tuned"]["atoms"]
+    atom["loss"] |= {"base": 3e-17, "tuned": 0.5}
+    assert "3e-17" not in report.html()
+    second = copy.deepcopy(layer)
+    second["hook_point"], (other,) = "transformer.h.9", second["only_tuned"]["atoms"]
+    other["loss"] |= {"base": 5e-16, "tuned": 0.9}
+    report.layers.append(second)
+    text = str(report).partition("only the tuned model needs")[2]
+    assert not re.search(r"e-1\d", text) and text.index("transformer.h.9") < text.index("0.5 ")
 
 
 def hostile_report(**settings):
