@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from itda.disk import small_file
 from itda.errors import InputError, one_line
 from itda.labels import Batch, Labels
+from itda.loading import checked_device
 from itda.prompts import Row, StreamHash
 from itda.store import HOOK_NAME, Store, chosen, is_store
 
@@ -84,7 +86,7 @@ def _is_cache(path: Any) -> bool:
     if not isinstance(path, str | os.PathLike):
         return False
     folder = Path(path)
-    return (folder / STATE).is_file() and (folder / INFO).is_file() and any(folder.glob("*.arrow"))
+    return all(os.path.isfile(folder / name) for name in (STATE, INFO)) and any(folder.glob("*.arrow"))
 
 
 class Cache:
@@ -121,7 +123,7 @@ class Cache:
         self.hook_points = tuple(names)
         self._about = {hook: (row[hook].shape[1], str(row[hook].dtype)) for hook in names}
         self._model, self._batch_rows, self._special = model, batch_rows, special_tokens
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._bos = None if special_tokens or not self._ids else self._opening()
         self.hash: str = StreamHash().hexdigest()
         self.skipped_hash: str | None = self.hash
@@ -143,6 +145,8 @@ class Cache:
 
     def skip(self, tokens: int) -> Cache:
         """The same without the first `tokens` tokens."""
+        if tokens < 0:
+            raise InputError(f"`tokens` is {tokens}, and no fewer than 0 can be skipped: pass how many were read.")
         rest = copy.copy(self)
         rest.skipped, rest.hash, rest.skipped_hash = self.skipped + tokens, StreamHash().hexdigest(), None
         return rest
@@ -154,7 +158,7 @@ class Cache:
         rest = {"stream": stream, "batch_rows": self._batch_rows, "special_tokens": self._special, "padding": False}
         every = {}
         for hook, (d, dtype) in self._about.items():
-            layer = re.search(r"\.(\d+)(\.|$)", hook)
+            layer = re.search(r"\.(\d{1,9})(\.|$)", hook)
             said = {"id": self._model, "hook_point": hook, "layer": int(layer[1]) if layer else None}
             every[hook] = {"model": said | {"d": d, "dtype": dtype}, **rest}
         return every[self.hook_points[0]] if self.single else every
@@ -196,7 +200,7 @@ class Cache:
             where = np.flatnonzero(self._valid(row))
             ids = row[IDS].astype(np.int64) if self._ids else np.full(len(self._of(row)), -1)
             # Where no ids are known, what the row begins with tells it from others.
-            known = ids if self._ids else np.ascontiguousarray(self._of(row)[0]).view(np.uint8).astype(np.int64)
+            known = ids if self._ids else np.frombuffer(self._of(row)[:1].tobytes(), np.uint8).astype(np.int64)
             stream.update(Row(number, number, known, known, known, known < 0, "", 0))
             nothing, prompt = np.full(len(where), -1), np.full(len(where), number)
             labels.append(Labels(prompt, where, ids[where], nothing, nothing, nothing, nothing))
@@ -233,7 +237,7 @@ class Cache:
 
     @property
     def _fingerprint(self) -> str | None:
-        found = json.loads((self.path / STATE).read_bytes()).get("_fingerprint")
+        found = json.loads(small_file(self.path / STATE)).get("_fingerprint")
         return found if isinstance(found, str) else None
 
     def _rows(self, columns: Sequence[str] | None) -> Iterator[dict[str, ndarray]]:
@@ -259,7 +263,7 @@ def _arrow_files(folder: Path) -> list[Path]:
     """The files of a cache in order, all of them in its folder."""
     state = folder / STATE
     try:
-        document = json.loads(state.read_bytes())
+        document = json.loads(small_file(state))
         names = [part["filename"] for part in document["_data_files"]]
         if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.arrow", name) for name in names):
             raise ValueError(f"the files are {names}")

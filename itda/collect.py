@@ -85,6 +85,8 @@ def collect(
     if not where and is_stored(data):  # all that is there, in our format
         where["hook"] = list(activations(model, data).hook_points)
     stream: Any = activations(model, data, tokens=tokens, **where, **reading)
+    if is_stored(data) and os.path.realpath(stream.path) == str(target):
+        raise InputError(f"{target} is what would be read, and cannot be written to: choose another folder for `out`.")
     report = reporter(progress) or (lambda step: None)
     if isinstance(reader := getattr(stream, "model", None), StreamedModel):
         reader.stop, reader.report = stop, report
@@ -181,6 +183,10 @@ class Writer:
             if LEFTOVER.fullmatch(name):
                 with suppress(OSError):
                     (self.folder / name).unlink()
+        if odd := [hook for hook in stream.hook_points if not store.HOOK_NAME.fullmatch(hook)]:
+            raise InputError(
+                f"A store has no place for {odd[0]!a}: choose hook points of letters, digits, `_` and dots."
+            )
         self._stream, said = stream, _said(stream)
         places = {
             hook: (_DTYPES.get(own["model"]["dtype"], torch.float32), own["model"]["d"]) for hook, own in said.items()
@@ -219,10 +225,11 @@ class Writer:
         """Start with nothing, in a folder that may have a store: its manifest goes before what it names."""
         self.contents = contents
         self._keep(JOURNAL)
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        for name in os.listdir(self.folder):
-            if store.OUR_FILES.fullmatch(name):
-                (self.folder / name).unlink()
+        with as_input_error(f"{self.folder} could not be emptied", "choose another folder"):
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            for name in os.listdir(self.folder):
+                if store.OUR_FILES.fullmatch(name):
+                    (self.folder / name).unlink()
 
     def _keep(self, name: str) -> None:
         write_file(self.folder / name, [self.contents.to_bytes()], self._advice())

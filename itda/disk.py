@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 ELSEWHERE = "choose another place"
+LARGEST = 1 << 30  # that a manifest is
 _NO_DIGEST = "0" * 64
 
 
@@ -70,6 +72,14 @@ def write_through(path: Path, chunks: Iterable) -> None:
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
+
+
+def small_file(path: Path) -> bytes:
+    """The bytes of a file that says what is in others; `OSError` for a pipe, and for one that is far too large."""
+    found = os.stat(path)
+    if not S_ISREG(found.st_mode) or found.st_size > LARGEST:
+        raise OSError(f"a file of at most {LARGEST:,} bytes was wanted")
+    return path.read_bytes()
 
 
 def remove_leftovers(path: Path) -> None:

@@ -24,6 +24,7 @@ from itda.disk import (
     json_object,
     read_sealed,
     sealed_json,
+    small_file,
     sync_folder,
     write_through,
 )
@@ -239,7 +240,7 @@ def damaged(path: Path, what: str) -> InputError:
 
 def _parse_manifest(path: Path) -> dict:
     foreign = InputError(f'{path} is not the manifest of an ITDA ("format": "itda"): give the folder of a saved ITDA.')
-    manifest = read_sealed(path.read_bytes(), (FORMAT, VERSION), partial(damaged, path), foreign, path)
+    manifest = read_sealed(small_file(path), (FORMAT, VERSION), partial(damaged, path), foreign, path)
     for key in ("n_atoms", "d", "k"):
         if type(manifest.get(key)) is not int or manifest[key] < 0:
             raise damaged(path, f"says {key} = {manifest.get(key)!r}, but a count was wanted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from itda.errors import InputError
 def checked_name(model: str, subfolder: str = "") -> str:
     """`model`; what is a path, or looks like one, must be a folder with a config and safetensors."""
     folder = Path(model).expanduser()
-    if not (folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model):
+    if not (os.path.exists(folder) or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model):
         return model  # a hub id
     folder = folder / subfolder
     wanted = "pass a folder that `save_pretrained` wrote, or the id of a model on the Hugging Face hub."
-    if not folder.is_dir():
-        raise InputError(f"`{model}` is {'a file' if folder.exists() else 'not there'}: {wanted}")
+    if not os.path.isdir(folder):
+        raise InputError(f"`{model}` is {'a file' if os.path.exists(folder) else 'not there'}: {wanted}")
     if not (folder / "config.json").is_file():
         raise InputError(f"The folder `{model}` holds no config.json, so it is not a model: {wanted}")
     if not any(folder.glob("*.safetensors")):

@@ -247,10 +247,10 @@ class HookedModel:
     def _checked(self, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
         """Ids and mask as int64 tensors (rows, length), or an `InputError`."""
         ids, mask = torch.as_tensor(ids).long(), torch.as_tensor(mask)
-        if ids.ndim != 2 or mask.shape != ids.shape:
+        if ids.ndim != 2 or mask.shape != ids.shape or not ids.numel():
             raise InputError(
                 f"`ids` has shape {tuple(ids.shape)} and `mask` {tuple(mask.shape)}: "
-                "pass two of one shape (rows, length)."
+                "pass two of one shape (rows, length), 1 or more of each."
             )
         wrong = ids[(ids < 0) | (ids >= self._vocabulary)]
         if len(wrong):

@@ -128,7 +128,7 @@ def read(
     check_files(folder, number, shard, places)
     activations, table = files(folder, number)
     head, where = safetensors_head({hook: (dtype, (shard.tokens, d)) for hook, (dtype, d) in places.items()})
-    found = {}
+    found, at = {}, activations
     try:
         with open(activations, "rb", buffering=0) as file:
             if file.read(len(head)) != head:
@@ -142,9 +142,10 @@ def read(
             dtype, d = places[hook]
             found[hook] = torch.frombuffer(memory, dtype=dtype, count=shard.tokens * d, offset=where[hook][0])
             found[hook] = found[hook].view(shard.tokens, d)
+        at = table
         return found, _read_labels(table, shard)
     except OSError as error:
-        raise damaged(activations, f"cannot be read ({error.strerror or error})") from error
+        raise damaged(at, f"cannot be read ({error.strerror or error})") from error
 
 
 def _chunks(file: Any, start: int, stop: int) -> Iterator[memoryview]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from itda import shards
-from itda.disk import DTYPES, LEFTOVER, as_input_error, read_sealed, sealed_json
+from itda.disk import DTYPES, LEFTOVER, as_input_error, read_sealed, sealed_json, small_file
 from itda.errors import InputError
 from itda.labels import Batch, Labels
+from itda.loading import checked_device
 from itda.prompts import StreamHash
 from itda.shards import Places, Shard, damaged
 
@@ -28,7 +29,7 @@ MANIFEST = "activations.json"
 JOURNAL = "unfinished.json"  # what the manifest will be, while shards are still added
 OUR_FILES = re.compile(r"shard-\d{5,}\.(safetensors|parquet)")
 HOOK_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a module path, which may become the name of a folder
-_BLOCK = re.compile(r"blocks\.(\d+)\.hook_resid_post|(?:.*\.)?(\d+)", re.ASCII)
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.hook_resid_post|(?:.*\.)?(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_contents(path: Path) -> Contents:
     with as_input_error(f"{path} could not be read", "give the folder of activations on disk"):
         if path.is_symlink():
             raise damaged(path, "is a link, and a file was wanted")
-        data = path.read_bytes()
+        data = small_file(path)
     foreign = InputError(f'{path} is not of activations on disk ("format": "{FORMAT}"): give the folder of a store.')
     document = read_sealed(data, (FORMAT, VERSION), partial(damaged, path), foreign, path)
     try:
@@ -145,7 +146,7 @@ def chosen(names: Sequence[str], layer: Any, hook: Any, n_layers: int | None, pa
 def _named(one: Any, names: Sequence[str], n_layers: int | None) -> str | None:
     """The hook point of the residual stream after a layer, or of that name, TransformerLens' among them."""
     if isinstance(one, str):
-        lens = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", one, re.ASCII)
+        lens = re.fullmatch(r"blocks\.(\d{1,9})\.hook_resid_(pre|post)", one, re.ASCII)
         ends = [name for name in names if name == one or name.endswith(f".{one}")]
         if ends or not lens:
             return ends[0] if len(ends) == 1 else None
@@ -202,7 +203,7 @@ class Store:
         self._budget = tokens
         self.skipped = 0  # tokens that an iteration leaves out at the beginning
         self.hash = StreamHash().hexdigest()  # over the rows whose tokens the latest iteration has read so far
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {self.contents.tokens:,} tokens at {', '.join(self.hook_points)})"

@@ -11,10 +11,11 @@ import copy
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class StreamedModel(HookedModel):
         skeleton = self._survey.skeleton
         before = _before_blocks(skeleton, self._layout)
         names = {name for name, _ in skeleton.named_parameters() if name.rpartition(".")[0] in before}
+        self._around = names
         runner, missing = self._survey.part(lambda path: path in before, self._weights.outside(names))
         self._check_there(missing & names)
         for name in names:
@@ -130,7 +132,7 @@ class StreamedModel(HookedModel):
         x = args[0] if args else kwargs["hidden_states"]
         if self._output:  # it is the next block, and asked for a check
             first, *others = self._output
-            if not torch.equal(x.reshape(-1), first.reshape(-1)):
+            if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (x, first))):  # NaN too is as it was
                 raise self._cannot("it changes its states between its blocks")
             if any(given is other for given in (*args, *kwargs.values()) for other in others if other is not None):
                 raise self._cannot("its blocks hand on more than one state")
@@ -210,32 +212,44 @@ class StreamedModel(HookedModel):
 
     def _identity(self) -> list[Any]:
         """What a state is a function of, besides the tokens."""
-        folder = Path(self._survey.model)
-        files = self._weights.files(range(self._last + 1)) if folder.is_dir() else []
-        stats = [(folder / self._survey.hub.get("subfolder", "") / file).stat() for file in files]
+        here = Path(self._survey.model).is_dir()
         return [
             *(self._survey.model, getattr(self._survey.config, "_commit_hash", None)),
             *(self._survey.config.to_json_string(), str(self.dtype), str(self.device.type), list(self._paths)),
-            [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)],
+            sorted((name, str(value)) for name, value in self._survey.kwargs.items()),
+            self._weights.stamps(range(self._last + 1), self._around) if here else [],
         ]
 
     def _lots(self, groups: Iterator[Group], states: States) -> Iterator[list[Group]]:
         """The groups that go through the blocks together: those that there are states of, or as many as fit."""
-        while (first := next(groups, None)) is not None:
-            groups = chain([first], groups)
+        ahead = deque[Group]()  # taken from `groups`, and in no lot yet
+
+        def take() -> Group | None:
+            return ahead.popleft() if ahead else next(groups, None)
+
+        while (first := take()) is not None:
+            ahead.appendleft(first)
             if states.block >= 0:
-                lot = list(islice(groups, sum(index >= first.index for index, _, _ in states.groups)))
+                lot = list(islice(iter(take, None), sum(index >= first.index for index, _, _ in states.groups)))
                 if self._goes_on(states) and states.holds(lot, self._kept(states.block)):
                     self._tuple = states.notes["tuple"]
                     self._samples |= {name: bytes.fromhex(sample) for name, sample in states.notes["samples"].items()}
                     yield lot
                     continue
-                groups = chain(lot, groups)
-            width = self._base.config.get_text_config().hidden_size * self.dtype.itemsize
-            kept = 2 + sum(len(paths) for block, paths in self._inside.items() if block < self._last)
-            lot = list(islice(groups, max(1, int(self._room(states.folder) / (kept * width * first.ids.numel())))))
+                ahead.extendleft(reversed(lot))
+            lot, room, width = [], self._room(states.folder), self._state_bytes()
+            while (group := take()) is not None and (not lot or room >= width * group.ids.numel()):
+                lot.append(group)
+                room -= width * group.ids.numel()
+            if group is not None:
+                ahead.appendleft(group)
             states.begin(lot)
             yield lot
+
+    def _state_bytes(self) -> int:
+        """What the states of a token take: two hidden ones, and what is kept of the hook points of lower blocks."""
+        kept = [self.d[self._layout.name(path)] for path in self._paths if self._layout.layer(path) != self._last]
+        return (2 * self._base.config.get_text_config().hidden_size + sum(kept)) * self.dtype.itemsize
 
     def _goes_on(self, states: States) -> bool:
         """Whether there is a block after those that are finished, and the weights of these were taken down."""
@@ -382,4 +396,10 @@ def _hollow(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros whose memory the system has promised and not given: torch would write them."""
-    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype).squeeze(-1)
+    try:
+        return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype).squeeze(-1)
+    except (MemoryError, ValueError) as error:
+        raise InputError(
+            f"The config of the model asks for a weight of shape {tuple(shape)}, which no memory here can hold: check "
+            "it, or download it again."
+        ) from error

@@ -28,7 +28,7 @@ class Weights:
         self.model, self.bytes_read = model, 0
         self._fetch = functools.cache(fetch)
         self._files = self._index()  # tensor -> file
-        found = re.compile(rf"(.*?){re.escape(blocks)}\.(\d+)\.")
+        found = re.compile(rf"(.*?){re.escape(blocks)}\.(\d{{1,9}})\.")
         self._blocks: dict[int, list[str]] = {}
         self._others: list[str] = []
         prefixes: set[str] = set()
@@ -56,11 +56,17 @@ class Weights:
 
     def outside(self, names: Set[str]) -> dict[str, Tensor]:
         """Those of the weights outside the blocks that the model calls `names`."""
-        return self._read([name for name in self._others if names & {name, name.removeprefix(self._prefix)}])
+        return self._read(self._outside(names))
 
-    def files(self, blocks: Iterable[int]) -> list[str]:
-        """The files that hold the weights of these blocks."""
-        return sorted({self._files[name] for block in blocks for name in self._blocks.get(block, ())})
+    def stamps(self, blocks: Iterable[int], names: Set[str]) -> list[list]:
+        """Name, size and time of the files with the weights of these blocks, or with `names` outside of them."""
+        wanted = [*(name for block in blocks for name in self._blocks.get(block, ())), *self._outside(names)]
+        files = sorted({self._files[name] for name in wanted})
+        stats = [os.stat(self._path(file)) for file in files]
+        return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+
+    def _outside(self, names: Set[str]) -> list[str]:
+        return [name for name in self._others if names & {name, name.removeprefix(self._prefix)}]
 
     def _index(self) -> dict[str, str]:
         """The file of every tensor."""

@@ -616,6 +616,7 @@ def test_bad_folders(gpt2, tmp_path):
     folder.mkdir()
     refused("holds no config.json, so it is not a model")
     refused("is a file: pass a folder", f"{gpt2}/config.json")
+    refused("is not there: pass a folder", "/" + "x" * 5000)
     shutil.copy(f"{gpt2}/config.json", folder)
     refused(r"holds no weights \(no \*.safetensors\)")
     torch.save({}, folder / "pytorch_model.bin")

@@ -405,6 +405,27 @@ def test_what_changed_meanwhile_is_refused(model, tmp_path):
     same_batches(direct(model, layer=[2]), Store(tmp_path / "a", layer=[2]))
 
 
+def test_a_store_is_not_collected_onto_itself(model, tmp_path):
+    collect(model, tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    for data, out in (("a", "a"), ("a", "link"), ("link", "a")):
+        with pytest.raises(InputError, match="is what would be read"):
+            itda.collect(None, tmp_path / data, tmp_path / out, layer=1, overwrite=True)
+    assert contents(tmp_path / "a") == before
+
+
+def test_a_hook_point_that_a_store_cannot_name_is_refused_before_reading(folder, tmp_path):
+    module = hooks.language_model(folder, hooks=1).module
+    mlp = module.base_model.h[1].mlp
+    mlp.add_module("a-b", torch.nn.Identity())
+    mlp.register_forward_hook(lambda own, args, output: getattr(own, "a-b")(output))
+    words = models.tokenizer()
+    with pytest.raises(InputError, match=r"no place for 'transformer\.h\.1\.mlp\.a-b'"):
+        collect(module, tmp_path / "a", layer=None, hook="h.1.mlp.a-b", tokenizer=words)
+    assert not (tmp_path / "a").exists()
+
+
 def test_one_process_at_a_time(model, tmp_path):
     with disk.locked(tmp_path / "a", "collecting into"), pytest.raises(InputError, match="Another process is collect"):
         collect(model, tmp_path / "a")
@@ -546,6 +567,38 @@ def test_hostile_manifests(model, tmp_path, where, what):
         (tmp_path / "activations.json").write_bytes(nonsense)
         with pytest.raises(InputError, match=r"activations\.json"):
             Store(tmp_path)
+
+
+def test_manifests_that_are_no_files_or_endless(tmp_path):
+    path = tmp_path / "activations.json"
+    os.mkfifo(path)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"activations\.json could not be read .*at most"):
+            Store(tmp_path)
+        path.unlink()
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+
+
+def test_devices_that_are_not_there(cache, model, tmp_path):
+    collect(model, tmp_path, TEXTS[:3])
+    for data in (tmp_path, cache[0]):
+        with pytest.raises(InputError, match="`device` is 'tpu', which cannot be used here"):
+            itda.activations(None, data, device="tpu")
+
+
+def test_the_file_that_cannot_be_read_is_named(model, tmp_path, monkeypatch):
+    collect(model, tmp_path, TEXTS[:3])
+    manifest = (tmp_path / "activations.json").read_bytes()
+
+    def read_bytes(path):
+        if path.suffix == ".parquet":
+            raise OSError(errno.EACCES, "Permission denied")
+        return manifest
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(InputError, match=r"shard-00000\.parquet cannot be read \(Permission denied\)"):
+        read_all(tmp_path)
 
 
 def test_hostile_labels(model, tmp_path):
@@ -695,10 +748,32 @@ def test_hostile_caches(cache, tmp_path):
         (path / names[1]).write_bytes(damage)
         with pytest.raises(InputError, match=names[1]):
             list(itda.activations(None, path))
+    with pytest.raises(InputError, match="choose of those"):
+        store.chosen([f"h.{'9' * 5000}"], 1, None, 4, "x")
+    with pytest.raises(InputError, match="no fewer than 0"):
+        itda.activations(None, cache[0]).skip(-1)
     (path / names[1]).unlink()
     (path / names[1]).symlink_to(cache[0] / names[1])
     with pytest.raises(InputError, match="is a link"):
         itda.activations(None, path)
+
+
+def test_caches_with_odd_rows_and_names(tmp_path):
+    import pyarrow as pa
+
+    def cache(folder, name, rows):
+        folder.mkdir()
+        table = pa.table({name: pa.array(rows, pa.list_(pa.list_(pa.float32())))})
+        with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        (folder / "dataset_info.json").write_text("{}")
+        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+        return itda.activations(None, folder)
+
+    rows = [[[1.0, 2.0], [3.0, 4.0]], [], [[5.0, 6.0], [7.0, 8.0]]]
+    (batch,) = cache(tmp_path / "rows", "blocks.1.hook_resid_post", rows)
+    assert batch.activations.tolist() == [rows[0][1], rows[2][1]] and batch.labels.prompt.tolist() == [0, 2]
+    assert cache(tmp_path / "names", f"blocks.{'9' * 5000}.x", rows).provenance["model"]["layer"] is None
 
 
 # -- measuring and comparing ------------------------------------------------------------------------------------------

@@ -149,6 +149,18 @@ def test_rows_in_lots(home, tmp_path):
     assert max(path.stat().st_size for path in (tmp_path / "states").glob("*.bin")) <= 10e3
 
 
+def test_lots_fit_though_later_rows_are_longer(home, tmp_path, monkeypatch):
+    lengths = (2, 30, 30, 1, 1, 40, 3)
+    asked = [Group(i, torch.full((4, n), 7), torch.ones(4, n)) for i, n in enumerate(lengths)]
+    whole, streamed = both(home / "llama", [0, 2], state_gb=50e-6, state_dir=tmp_path / "states")
+    lots, begin = [], states.States.begin
+    monkeypatch.setattr(
+        states.States, "begin", lambda own, lot: (lots.append([len(g.ids[0]) for g in lot]), begin(own, lot))
+    )
+    assert equal(whole.read_all(asked), streamed.read_all(asked))
+    assert lots == [[2, 30], [30, 1, 1], [40], [3]]  # 384 bytes a token
+
+
 @pytest.mark.parametrize("stops", [1, 4, 5, 6, 11, 12])
 def test_a_reading_that_is_stopped_goes_on(stops, home, tmp_path):
     whole, first = both(home / "llama", [0, 3], state_dir=tmp_path / "states")
@@ -233,6 +245,26 @@ def test_states_that_are_not_what_the_manifest_says(forgery, home, tmp_path):
         return
     assert equal(whole.read_all(asked), again.read_all(asked))
     assert [again.provenance(h) for h in again.hook_points] == [whole.provenance(h) for h in whole.hook_points]
+
+
+@pytest.mark.parametrize("what", ["embedding", "attention"])
+def test_states_are_of_all_that_they_are_made_from(what, home, tmp_path):
+    """The embedding too, which may lie in a file without blocks, and what the model is loaded with."""
+    model, kept = shutil.copytree(home / "shards", tmp_path / "model"), {"state_dir": tmp_path / "states"}
+    first = hooks.load(model, hooks=3, stream_layers=True, attn_implementation="eager", **kept)
+    asked, count = groups(), iter(range(100))
+    first.stop = lambda: next(count) == 4
+    with pytest.raises(KeyboardInterrupt):
+        list(first.read_all(asked))
+    if what == "embedding":
+        index = json.loads((model / "model.safetensors.index.json").read_bytes())["weight_map"]
+        file, name = model / index["model.embed_tokens.weight"], "model.embed_tokens.weight"
+        save_file(load_file(file) | {name: load_file(file)[name] + 1}, file, metadata={"format": "pt"})
+    how = {"attn_implementation": "eager" if what == "embedding" else "sdpa"}
+    whole = hooks.load(model, hooks=3, stream_layers=False, **how)
+    second = hooks.load(model, hooks=3, stream_layers=True, **how, **kept)
+    assert equal(whole.read_all(asked), second.read_all(asked))
+    assert second.provenance(3) == whole.provenance(3)
 
 
 def folder_bytes(folder):
@@ -371,6 +403,7 @@ def test_refusals(home, tmp_path):
         ({}, "cannot be read"),
         ([], "cannot be read"),
         ({"weight_map": {"model.layers.0.x": "model-00009-of-00009.safetensors"}}, "lacks|belong together"),
+        ({"weight_map": {f"model.layers.{'9' * 5000}.x": "model.safetensors"}}, "which belong to which block"),
     ],
 )
 def test_a_hostile_index(index, match, home, tmp_path):
@@ -399,6 +432,31 @@ def test_damaged_weights(home, tmp_path):
     refused("damaged", model)
     (model / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + data[8:])
     refused("damaged", model)
+
+
+def test_weights_whose_file_is_missing(home, tmp_path):
+    model = shutil.copytree(home / "shards", tmp_path / "model")
+    index = json.loads((model / "model.safetensors.index.json").read_bytes())["weight_map"]
+    (model / index["model.layers.1.mlp.up_proj.weight"]).unlink()
+    refused(r"lacks model-.*\.safetensors, which model\.safetensors\.index\.json names", model)
+
+
+def test_a_config_with_more_than_memory_holds(home, tmp_path):
+    model = shutil.copytree(home / "llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 10**13}))
+    refused(r"asks for a weight of shape \(10000000000000, 32\)", model)
+
+
+def test_what_is_not_finite_is_read_as_it_is_whole(home, tmp_path):
+    model = shutil.copytree(home / "llama", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0] = float("inf")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    whole, streamed = both(model, [2], state_gb=float("inf"))
+    for a, b in zip(whole.read_all(groups(1)), streamed.read_all(groups(1)), strict=True):
+        a, b = a["model.layers.2"], b["model.layers.2"]
+        assert a.isnan().any() and a.shape == b.shape and torch.equal(a.isnan(), b.isnan())
 
 
 def test_a_disk_that_is_full(home, tmp_path, monkeypatch):
