@@ -18,7 +18,7 @@ import torch
 from numpy import ndarray
 
 from itda.disk import small_file
-from itda.errors import InputError, one_line
+from itda.errors import InputError, check_whole, one_line
 from itda.labels import Batch, Labels
 from itda.loading import checked_device
 from itda.prompts import Row, StreamHash
@@ -110,8 +110,8 @@ class Cache:
         device: str | torch.device | None = None,
     ):
         for name, value in (("batch_rows", batch_rows), ("tokens", tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"`{name}` is {value}: pass 1 or more.")
+            if value is not None:
+                check_whole(name, value, 1)
         self.path, self.skipped, self._budget = Path(path), 0, tokens
         self._files = _arrow_files(self.path)
         row = next(self._rows(None), None)

@@ -1,5 +1,7 @@
 """The one error of the library that a user can mend, and text that is safe to show."""
 
+from numbers import Integral
+
 
 class InputError(ValueError):
     """Bad input, said in one sentence: what came, what was wanted, what to do next.
@@ -36,5 +38,5 @@ def shortened(value: object) -> str:
 
 def check_whole(name: str, value: object, least: int) -> None:
     """Raise `InputError` unless `value` is a whole number, `least` or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")

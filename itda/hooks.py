@@ -225,9 +225,9 @@ def activations(
         )
     single = isinstance(given, str) or not isinstance(given, Iterable)
     hooks = [given] if single else list(given)
-    for name, value, least in (("batch_rows", batch_rows, 1), ("tokens", tokens, 1)):
-        if value is not None and value < least:
-            raise InputError(f"`{name}` is {value}: pass {least} or more.")
+    for name, value in (("batch_rows", batch_rows), ("tokens", tokens)):
+        if value is not None:
+            check_whole(name, value, 1)
     settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     settings |= {"trust_remote_code": trust_remote_code, "backend": backend, "remote": remote}
     settings |= {"stream_layers": stream_layers, "state_gb": state_gb, "state_dir": state_dir}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from itda import shards
 from itda.disk import DTYPES, LEFTOVER, as_input_error, read_sealed, sealed_json, small_file
-from itda.errors import InputError
+from itda.errors import InputError, check_whole
 from itda.labels import Batch, Labels
 from itda.loading import checked_device
 from itda.prompts import StreamHash
@@ -191,8 +191,8 @@ class Store:
         device: str | torch.device | None = None,
     ):
         self.path = Path(path)
-        if tokens is not None and tokens < 1:
-            raise InputError(f"`tokens` is {tokens}: pass 1 or more.")
+        if tokens is not None:
+            check_whole("tokens", tokens, 1)
         if not os.path.lexists(self.path / MANIFEST):
             if is_store(path):
                 raise InputError(f"The collecting into {path} has not finished: the same `itda collect` goes on.")
