@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -121,7 +122,8 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     read, kept = getattr(stream, "hash", None), start
     for builder in builders.values():
         builder.tell = _teller(report, stop)
-    for item, hashed in _ahead(stream, items, max(1.0, checkpoint_seconds)):
+    patience = min(max(1.0, checkpoint_seconds), threading.TIMEOUT_MAX)
+    for item, hashed in _ahead(stream, items, patience):
         if item is None:  # it takes its time, as a model that is streamed does before its first
             if folders and position > kept:
                 _save(stream, read, builders, folders)

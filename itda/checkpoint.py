@@ -152,7 +152,7 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
 
 def _compare(was: dict, wanted: dict, path: Path) -> None:
     wanted = json.loads(json.dumps(wanted))
-    for name in sorted(was.keys() | wanted.keys()):
+    for name in sorted(was.keys() | wanted.keys(), key=lambda name: (name == FINGERPRINT, name)):  # which says least
         if was.get(name) != wanted.get(name):
             raise InputError(
                 f"The unfinished training in {path.parent} was started with {name} = {was.get(name)!r}, and this one "

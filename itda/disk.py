@@ -33,8 +33,10 @@ _NO_DIGEST = "0" * 64
 
 
 def checked_path(path: str | os.PathLike) -> str:
-    """`path` as text; raises `InputError` if a NUL is in it, which no system takes."""
-    if "\0" in (place := os.fsdecode(path)):
+    """`path` as text; raises `InputError` if it is empty or a NUL is in it, which no system takes."""
+    if not (place := os.fsdecode(path)):
+        raise InputError("The path is empty: give one, or . for the folder that you are in.")
+    if "\0" in place:
         raise InputError(f"The path {place!r} has a NUL in it, which no path can have: choose another.")
     return place
 

@@ -31,7 +31,7 @@ def shortened(value: object) -> str:
     """A value that came, as it can stand in a sentence: in ASCII, and no longer than that takes."""
     try:
         text = ascii(value)
-    except RecursionError:
+    except (RecursionError, ValueError):  # too deep, or a number of 5,000 digits
         text = type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -17,8 +17,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from itda.disk import as_input_error
+from itda.disk import as_input_error, checked_path
 from itda.errors import InputError, one_line, shortened
+from itda.folder import is_number
 from itda.runs import train
 
 MOST = 10_000  # trainings: what is more is a slip
@@ -59,7 +60,7 @@ def read_grid(settings: Mapping[str, Any] | str | os.PathLike, *, whole: bool = 
     where = "The settings"
     if not isinstance(settings, Mapping):
         where = one_line(os.fspath(settings))
-        settings = _file(Path(settings))
+        settings = _file(Path(checked_path(settings)))
     grid: dict[str, list] = {}
     for given, value in settings.items():
         name = str(given).replace("-", "_")
@@ -69,7 +70,7 @@ def read_grid(settings: Mapping[str, Any] | str | os.PathLike, *, whole: bool = 
             raise InputError(f"{where}: there is no setting {shortened(given)}; {hint}.")
         if name in grid:
             raise InputError(f"{where}: {name!r} is there twice, with - and with _: leave one out.")
-        if value is None:
+        if value is None and default(name) in (None, inspect.Parameter.empty):
             continue
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values:
@@ -131,6 +132,6 @@ def _checked(value: Any, name: str, where: str) -> Any:
         raise InputError(f"{where}: {name!r} is {shortened(value)}; {wanted}, or a list of such, was wanted.")
     if isinstance(value, str) and not (value and value.isprintable()):
         raise InputError(f"{where}: {name!r} is {shortened(value)}, which is empty or has control characters in it.")
-    if isinstance(value, float) and value != value:
-        raise InputError(f"{where}: {name!r} is nan; a number was wanted.")
+    if type(value) in (int, float) and not is_number(value):
+        raise InputError(f"{where}: {name!r} is {shortened(value)}; a number that is finite was wanted.")
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -168,6 +169,7 @@ def follow() -> None:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):
             say("failed", one_line(text.strip().partition("\n")[0]))
+        time.sleep(0.5)  # in which it ends by itself if it is the first process that is gone
         os._exit(1)  # whatever may still wait for the others
 
 

@@ -16,7 +16,7 @@ from itda.build import PAPER, build
 from itda.builder import Builder
 from itda.caches import is_stored
 from itda.cluster import check_unshared
-from itda.disk import STATES, locked
+from itda.disk import STATES, checked_path, locked
 from itda.errors import InputError
 from itda.hooks import activations
 from itda.improving import Improvement
@@ -253,21 +253,24 @@ def _checked_out(out: str | os.PathLike, single: bool, overwrite: bool) -> Path:
         target = folder.check_writable_target(out)
         _check_targets({"": target}, overwrite)
         return target
-    target = folder.check_writable_target(Path(out) / "any").parent
-    if (target / folder.MANIFEST).exists():
-        raise InputError(f"{target} is an ITDA, and several hook points need a folder for theirs: choose another.")
+    target = folder.check_writable_target(Path(checked_path(out)) / "any").parent
+    for name, what in ((folder.MANIFEST, "is an ITDA"), (folder.CHECKPOINT, "is one whose training has not finished")):
+        if (target / name).exists():
+            raise InputError(f"{target} {what}, and several hook points need a folder for theirs: choose another.")
     return target
 
 
 def _check_targets(folders: dict[str, Path], overwrite: bool) -> None:
     """Refuse folders that hold something else, and finished dictionaries that may not be overwritten.
 
-    A checkpoint beside a dictionary says that the training which wrote it had not finished, so it may.
+    A checkpoint beside a dictionary says that the training which wrote it had not finished, so it may. Checkpoints are
+    removed one after another when all dictionaries are there.
     """
     for target in folders.values():
         folder.check_writable_target(target)
-    finished = [target for target in folders.values() if (target / folder.MANIFEST).is_file()]
-    going_on = any((target / folder.CHECKPOINT).is_file() for target in folders.values())
+    saved = [target for target in folders.values() if (target / folder.MANIFEST).is_file()]
+    finished = [target for target in saved if not (target / folder.CHECKPOINT).is_file()]
+    going_on = len(saved) == len(folders) > len(finished)
     if finished and not going_on and not overwrite:
         raise InputError(
             f"{finished[0]} holds a finished ITDA already: choose another folder, or replace it with `overwrite` "

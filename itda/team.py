@@ -71,7 +71,7 @@ class Team:
         code = FOLLOWER.format(path=sys.path)
         for rank in range(1, size):
             process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, "-c", code, folder.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -184,12 +184,9 @@ def connection() -> tuple[SimpleQueue[Any], Callable[[str, Any], None]]:
 def _receive(tasks: SimpleQueue[Any]) -> None:
     """In the others: what the first process wants; the end, however busy this one is, when that has ended."""
     with suppress(Exception):
-        start = pickle.load(sys.stdin.buffer)
-        tasks.put(start)
-        with suppress(EOFError):
-            while True:
-                tasks.put(pickle.load(sys.stdin.buffer))
-        shutil.rmtree(Path(start.store).parent, ignore_errors=True)  # where it was killed
+        while True:
+            tasks.put(pickle.load(sys.stdin.buffer))
+    shutil.rmtree(sys.argv[1], ignore_errors=True)  # where it was killed
     os._exit(0)
 
 

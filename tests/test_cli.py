@@ -325,6 +325,18 @@ def test_a_finished_dictionary_is_not_overwritten(capfd, trained, tmp_path):
     assert "--overwrite" in fails(capfd, "train", "model", "text.txt", *layers, "--out", tmp_path / "both")
 
 
+def test_a_finished_dictionary_beside_an_unfinished_one_is_not_overwritten(capfd, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "transformer.h.1")
+    words = {"layer": [2, 3], "k": 4, "context_length": 32, "batch_rows": 4, "tokens": 2500, "center": False}
+    stops = iter([False, False, True])
+    with pytest.raises(runs.Interrupted):
+        runs.train("model", "long.txt", tmp_path, **words, stop=lambda: next(stops))
+    with pytest.raises(itda.InputError, match="holds a finished ITDA already"):
+        runs.train("model", "long.txt", tmp_path, **words | {"layer": [1, 2, 3]})
+    assert same_files(tmp_path / "transformer.h.1", trained)
+    assert (tmp_path / "transformer.h.2" / "checkpoint.safetensors").exists()
+
+
 def test_two_trainings_into_one_folder(capfd, tmp_path):
     with disk.locked(tmp_path / "out", "training into"):
         assert "Another process" in fails(capfd, "train", "model", "text.txt", *SMALL, "--out", tmp_path / "out")
@@ -531,7 +543,18 @@ def test_other_settings_do_not_go_on(capfd, home, tmp_path):
     assert 0 < stopped.value.tokens < 1000
     said = fails(capfd, "train", "model", "long.txt", *SMALL, "--out", tmp_path / "out")
     assert "was started with" in said
+    with pytest.raises(itda.InputError, match=r"started with model.hook_point = 'transformer.h.1', and .*'transformer"):
+        runs.train(home / "model", home / "long.txt", tmp_path / "out", **words | {"layer": 2})
+    with pytest.raises(itda.InputError, match="whose training has not finished, and several hook points need"):
+        runs.train(home / "model", home / "long.txt", tmp_path / "out", **words | {"layer": [1, 2]})
     assert os.listdir(tmp_path / "out") == ["checkpoint.safetensors"]
+
+
+def test_seldom_may_be_never(home, tmp_path):
+    for seconds in (1e12, float("inf")):
+        out = tmp_path / str(seconds)
+        words = {"layer": 1, "context_length": 32, "tokens": 100, "checkpoint_seconds": seconds}
+        assert runs.train(home / "model", home / "long.txt", out, **words)[0].tokens == 100
 
 
 def test_a_signal_before_any_batch_ends_at_once(capfd, monkeypatch):

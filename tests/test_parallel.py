@@ -350,9 +350,10 @@ def test_a_process_that_does_not_load(code, sentence, llama, monkeypatch, alone)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="how processes are is looked up in /proc")
-def test_they_end_when_the_first_is_killed(llama, tmp_path):
-    code = "import itda.hooks, sys; m = itda.hooks.load(sys.argv[1], hooks=1, tensor_parallel=2); "
-    code += "print(m._team.processes[0].pid, flush=True); sys.stdin.read()"
+@pytest.mark.parametrize("busy", ["sys.stdin.read()", "x = torch.ones(2, 5).long()\nwhile True: m.read(x, x)"])
+def test_they_end_when_the_first_is_killed(busy, llama, tmp_path):
+    code = "import itda.hooks, sys, torch; m = itda.hooks.load(sys.argv[1], hooks=1, tensor_parallel=2); "
+    code += f"print(m._team.processes[0].pid, flush=True); {busy}"
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     env = {**os.environ, "PYTHONPATH": str(Path(itda.__file__).parents[1]), "TMPDIR": str(temporary)}
@@ -372,3 +373,11 @@ def test_they_end_when_the_first_is_killed(llama, tmp_path):
         time.sleep(0.05)
     assert not is_running(pid)
     assert not any(path.name.startswith("itda-") for path in temporary.iterdir())
+
+
+def test_nothing_is_left_of_a_first_that_was_killed_at_once(tmp_path):
+    (tmp_path / "group").mkdir()
+    code = team.FOLLOWER.format(path=[str(Path(itda.__file__).parents[1]), *sys.path])
+    words = [sys.executable, "-c", code, str(tmp_path / "group")]
+    assert subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 0
+    assert not (tmp_path / "group").exists()

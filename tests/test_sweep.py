@@ -289,6 +289,10 @@ def test_layers_are_one_pass_and_models_change_slowest():
         ({"k": [[1], [2]]}, "'k' is [1]; a whole number"),
         ({"threshold": "low"}, "'threshold' is 'low'; a number"),
         ({"threshold": float("nan")}, "'threshold' is nan"),
+        ({"threshold": [0.5, float("inf")]}, "'threshold' is inf; a number that is finite"),
+        ({"seed": 10**5000}, "'seed' is int; a number that is finite"),
+        ({"threshold": 10**5000}, "'threshold' is int; a number, or a list"),
+        ({"tokens": None}, "'tokens' is None; a whole number"),
         ({"center": 1}, "'center' is 1; true or false"),
         ({"model": 7}, "'model' is 7; a text"),
         ({"model": ""}, "'model' is '', which is empty"),
@@ -339,6 +343,19 @@ def test_one_process_at_a_time(grid, tmp_path):
             itda.sweep(grid, tmp_path / "out")
         assert not list((tmp_path / "out").iterdir())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_places_that_are_none(grid, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    for layer in (1, [1, 3]):
+        with pytest.raises(itda.InputError, match="The path"):
+            itda.sweep({**grid, "layer": layer}, path)
+        with pytest.raises(itda.InputError, match="The path"):
+            itda.train(grid["model"], grid["data"], path, layer=layer)
+    with pytest.raises(itda.InputError, match="The path"):
+        itda.sweep(path, tmp_path / "out")
+    assert not os.listdir(tmp_path)
 
 
 def test_other_refusals(grid, tmp_path, monkeypatch):
