@@ -142,6 +142,8 @@ def evaluate(
     for key, value, least in (("tokens", tokens, 1), ("ce_tokens", ce_tokens, 0), ("seed", seed, 0)):
         if value is not None:
             check_whole(key, value, least)
+    if seed >= 1 << 63:
+        raise InputError(f"`seed` is {seed}; a whole number below 2**63 was wanted.")
     if unknown := [key for key in stream if key not in (*heldout.CUT, "revision")]:
         raise InputError(f"`evaluate` has no setting `{unknown[0]}`: of the text there are {', '.join(heldout.CUT)}.")
     systems = list(systems)
@@ -154,7 +156,8 @@ def evaluate(
         raise InputError(f"{name} has no atoms, so there is nothing to measure.")
     if is_stored(data):
         settings = {key: value for key, value in (("k", k), ("method", method)) if value is not None}
-        return _on_disk(name, dictionary, data, asked, wanted, settings, systems, report)
+        reading = stream | dict(model=model, dtype=dtype, special_tokens=special_tokens)
+        return _on_disk(name, dictionary, data, reading, asked, wanted, settings, systems, report)
     loading: dict[str, Any] = dict(force=force, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     hooked, hook = hooked_for(dictionary, model, tokenizer, head=ce_tokens != 0, **loading)
     _check_places(systems, hooked, hook, dictionary.d, force)
@@ -200,6 +203,7 @@ def _on_disk(
     name: str,
     dictionary: ITDA,
     data: Any,
+    reading: dict[str, Any],
     asked: dict[str, Any],
     wanted: list[str],
     settings: dict[str, Any],
@@ -210,7 +214,7 @@ def _on_disk(
     if asked["probe"] is not None:
         raise InputError("A probe reads texts with a model, and activations on disk have none: give text as `data`.")
     began, seed = time.monotonic(), asked["seed"]
-    stream = stored.source(dictionary, data, asked["force"])
+    stream = stored.source(dictionary, data, asked["force"], reading)
     (hook,) = stream.hook_points
     for system in systems:
         if system.atoms.shape[1] != dictionary.d:
@@ -250,6 +254,8 @@ def _in_order(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _checked_controls(controls: bool | Sequence[str]) -> list[str]:
+    if isinstance(controls, str):
+        controls = [controls]
     wanted = list(CONTROLS) if controls is True else list(controls or ())
     if unknown := [name for name in wanted if name not in CONTROLS]:
         raise InputError(f"There is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}.")

@@ -138,9 +138,10 @@ def split(
     anew = {name for name in ROWS if (own_cut | settings).get(name) != own_cut.get(name)}
     if anew - ({"truncate"} if own_cut.get("truncate") else set()):  # first rows are rows of a whole document too
         as_read = TokenStream(data, tokenizer, **settings | own_cut | {"seed": None})
-    known = _Known([] if read else own, as_read)
+    known, partly = _Known(own, as_read), {row.document for row in read}
+    rows = (row for row in rows if row.document not in partly or not known.has(row))
     wanted = tokens if own or not pool else 2 * max(tokens, pool)
-    seen, held, after = _unread(rows, known, {row.document for row in read}, wanted, special_tokens)
+    seen, held, after = _unread(rows, known, set(partly), wanted, special_tokens)
     about: dict[str, Any] = {"data": stream.provenance["data"], "read_in_training": len(seen) > 0}
     drawn = own
     if in_sample and seen:
@@ -214,12 +215,16 @@ class _Known:
         """What is compared of a row."""
         return row.ids[~row.special].tobytes()
 
+    def has(self, row: Row) -> bool:
+        """Whether there is such a row."""
+        return self.key(row) in self.keys
+
     def __call__(self, row: Row) -> bool:
         if not self.keys or self.as_read is None:
-            return self.key(row) in self.keys
+            return self.has(row)
         while self.last <= row.document and (other := next(self.as_read, None)) is not None:
             self.last = other.document
-            if self.key(other) in self.keys:
+            if self.has(other):
                 self.documents.add(other.document)
         return row.document in self.documents
 

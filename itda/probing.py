@@ -7,6 +7,7 @@ latents whose means differ most between the classes go into a logistic regressio
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from itda.errors import InputError, one_line
+from itda.errors import InputError, one_line, shortened
 from itda.hooks import Activations
 from itda.prompts import Row, TokenStream
 from itda.reading import HookedModel
@@ -52,15 +53,15 @@ def labelled(data: Any, column: str = "text", label: str = "label") -> Labelled:
     labels: list[Any] = []
     for number, record in enumerate(data):
         text, name = (record.get(key) if isinstance(record, Mapping) else None for key in (column, label))
-        if not isinstance(text, str) or name is None:
+        if not isinstance(text, str) or name is None or (isinstance(name, float) and math.isnan(name)):
             raise InputError(
                 f"Record {number} (from 0) has no text {column!r} or no label {label!r}: name its columns "
                 "(`--probe-column`, `--probe-label`)."
             )
         if labels and type(name) is not type(labels[0]):
             raise InputError(
-                f"Record {number} (from 0) has the label {name!r}, of another type than the first, {labels[0]!r}: "
-                "give all labels in one type, such as text."
+                f"Record {number} (from 0) has the label {shortened(name)}, of another type than the first, "
+                f"{shortened(labels[0])}: give all labels in one type, such as text."
             )
         texts.append(text)
         labels.append(name)

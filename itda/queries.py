@@ -39,7 +39,7 @@ def decompose(
     given = {name: value for name, value in locals().items() if name != "json"}
     from itda import report
 
-    given["token"] = int(token) if re.fullmatch(r"[+-]?\d+", token, re.ASCII) else token
+    given["token"] = int(token) if re.fullmatch(r"[+-]?\d{1,18}", token, re.ASCII) else token
     result = report.decompose(**given)
     terminal.output(result.to_json(), None if json else result)
 

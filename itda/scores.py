@@ -57,7 +57,7 @@ def measure(
     for name, values in {"relative_error": known, "cosine": np.concatenate(cosines)[scored], "l0": l0[scored]}.items():
         out |= {name: float(values.mean()), f"{name}_interval": draws.of_mean(values.astype(float))}
     out |= {"tails": {tail: float(np.quantile(known, q)) for tail, q in TAILS.items()}}
-    out |= {"above": None if threshold is None else float((loss[scored] > threshold).mean())}
+    out |= {"above": None if threshold is None else float((~(loss[scored] <= threshold)).mean())}
     out |= {"alive": float((used > 0).mean()), "negative": negative / max(1, int(used.sum())), "use": used.tolist()}
     out |= {"coherence": coherence(system.atoms), "with_position_0": None, "ce": None}
     if not scored.all():

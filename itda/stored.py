@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ from itda.report import differences
 from itda.saved import CUT
 
 
-def source(dictionary: ITDA, data: Any, force: bool = False) -> Any:
+def source(dictionary: ITDA, data: Any, force: bool, reading: Mapping[str, Any]) -> Any:
     """The activations on disk at the dictionary's hook point.
 
-    Raises `InputError` for those of another width, and unless `force` for those of other weights or another tokenizer.
+    Raises `InputError` for those of another width, for those that were not read as `reading` has it (`None`: as they
+    were), and unless `force` for those of other weights or another tokenizer.
     """
     was = section(dictionary.cfg, "model")
-    stream: Any = activations(None, data)
+    given = {{"revision": "data_revision"}.get(key, key): value for key, value in reading.items() if value is not None}
+    stream: Any = activations(given.pop("model", None), data, **given)
     names = list(stream.hook_points)
     hook = was.get("hook_point")
     if hook not in names and len(names) == 1 and force:
@@ -116,8 +118,14 @@ def _read_in_training(
     until = next((count for count, read in hashes if read == cfg.get("hash")), None)
     if until is None and hashes and stream.hash == cfg.get("hash"):
         until = len(labels)
+    starts = np.flatnonzero(np.r_[True, np.diff(labels.prompt) != 0])
+    rows = list(zip(starts, np.r_[starts[1:], len(labels)], strict=True))
     if until is not None:
-        return np.arange(len(labels)) < until, True
+        read = np.arange(len(labels)) < until
+        known = {labels.token_id[start:stop].tobytes() for start, stop in rows if stop <= until}
+        for start, stop in rows:
+            read[start:stop] |= labels.token_id[start:stop].tobytes() in known  # the same text once more
+        return read, True
     none = np.zeros(len(labels), bool)
     special = bool(stream.provenance.get("special_tokens"))
     own = []
@@ -136,8 +144,7 @@ def _read_in_training(
         )
     cut_short = not stream.contents.ended
     known = {row.ids[valid(row, special)].tobytes() for row in own}
-    starts = np.flatnonzero(np.r_[True, np.diff(labels.prompt) != 0])
-    for start, stop in zip(starts, np.r_[starts[1:], len(labels)], strict=True):
+    for start, stop in rows:
         row = labels.token_id[start:stop].tobytes()
         # The last row may have been cut short, by how many tokens were asked for.
         none[start:stop] = row in known or (

@@ -18,7 +18,8 @@ class System:
     """Anything that writes activations as a sparse sum: `run` maps (tokens, d) to reconstructions and codes.
 
     `atoms` (n_atoms, d) are its directions, of unit norm; `mean` (d,) is what it subtracts first, which thresholds are
-    relative to. `cost` is what is known of the making, for the table.
+    relative to (None: what the dictionary subtracts beside which it is measured). `cost` is what is known of the
+    making, for the table.
     """
 
     name: str

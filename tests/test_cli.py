@@ -387,6 +387,7 @@ def test_a_model_that_moved(capfd, trained, tmp_path):
 def test_a_token_that_is_not_there(capfd, trained):
     assert "0 'The'" in fails(capfd, "decompose", trained, "The", "--token", "cat")
     assert "`token` is 99" in fails(capfd, "decompose", trained, "The", "--token", "99")
+    assert "0 'The'" in fails(capfd, "decompose", trained, "The", "--token", "9" * 5000)
 
 
 def test_file_names_that_are_hostile(capfd, tmp_path):

@@ -1,6 +1,7 @@
 """Evaluation on held-out text: every figure against a plain computation, which text is held out, and its controls."""
 
 import json
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -93,6 +94,10 @@ def test_above_is_of_the_loss_that_admits(home):
     rest = x - d.mean
     loss = metrics.relative_error(rest.double(), d.encode(x).decode(d.atoms).double())
     assert result.above == pytest.approx(float((loss > 0.3).double().mean())) and 0 < result.above < 1
+    same = replace(System.of(d, "same"), mean=None)  # what an SAE knows of the dictionary beside it
+    lost = replace(same, name="lost", run=lambda x: (x * torch.nan, d.encode(x)))
+    beside = evaluate(d, home / "new.jsonl", **{**QUICK, "tokens": 10_000}, systems=[same, lost]).systems
+    assert beside["same"]["above"] == result.above and beside["lost"]["above"] == 1
 
 
 def test_names_of_levels_are_nobodys(home):
@@ -191,6 +196,29 @@ def test_documents_that_were_read_are_left_out(home, monkeypatch):
         evaluate(home / "all", home / "train.jsonl", **QUICK)
     inside = split("all", home / "train.jsonl", in_sample=True)
     assert inside.held[0].document == 0 and "nothing" in inside.about["by"]
+
+
+def test_text_that_was_read_is_not_held_out_where_it_stands_once_more(home, tmp_path, monkeypatch):
+    words, draw = " ".join(models.DOCUMENTS).split(), random.Random(0)
+    own = [" ".join(draw.sample(words, 40)) for _ in range(12)]
+    again = texts(tmp_path, "again", own[:4] + own[8:] + own[:4])
+    (tmp_path / "twice.txt").write_text(" ".join([*own, own[0]]), encoding="utf-8")
+    read, real = [], heldout.Reader.read
+    monkeypatch.setattr(heldout.Reader, "read", lambda self, *a: (read.append(self.split), real(self, *a))[1])
+    settings = dict(layer=2, k=4, threshold=0.4, context_length=LENGTH, batch_rows=2)
+    itda.train(home / "model", again, tmp_path / "d", tokens=300, **settings)
+    result = evaluate(tmp_path / "d", again, **{**QUICK, "tokens": 10_000})
+    last = itda.ITDA.load(tmp_path / "d").labels.document.max()
+    assert last < 7 and {row.document for row in read[-1].held} == {i for i in range(12) if i % 8 > last}
+    assert result.held_out["by"] == "document"
+    itda.train(home / "model", tmp_path / "twice.txt", tmp_path / "one", seed=1, tokens=700, **settings)
+    d = itda.ITDA.load(tmp_path / "one")
+    evaluate(d, tmp_path / "twice.txt", **{**QUICK, "tokens": 10_000})
+    stream = TokenStream(tmp_path / "twice.txt", models.tokenizer(), context_length=LENGTH, seed=1)
+    held = {row.prompt for row in read[-1].held}
+    known = {row.ids.tobytes() for row in stream if row.prompt <= d.labels.prompt.max()}
+    assert held and not {row.ids.tobytes() for row in read[-1].held} & known
+    assert held == {row.prompt for row in stream if row.ids.tobytes() not in known and row.prompt >= min(held)}
 
 
 def test_one_long_document_is_measured_after_what_was_read(home):
@@ -420,7 +448,9 @@ def test_one_table_one_file(home, capfd):
     [
         (dict(tokens=0), "`tokens` is 0; a whole number, 1 or more"),
         (dict(ce_tokens=-1), "`ce_tokens` is -1"),
+        (dict(seed=1 << 63), "a whole number below 2**63"),
         (dict(controls=["sae"]), "There is no control 'sae'"),
+        (dict(controls="sae"), "There is no control 'sae'"),
         (dict(model="nowhere/at/all"), "is not there"),
         (dict(k=-1), "`k` is -1"),
         (dict(method="lasso"), "`method` is 'lasso'"),

@@ -156,6 +156,8 @@ def test_what_cannot_be_probed_is_refused_in_one_sentence(read, tmp_path, monkey
         (tmp_path / "c.parquet", "cannot be read as labelled texts"),
         ([{"text": "x"}], "Record 0 (from 0) has no text 'text' or no label"),
         (["x"], "Record 0 (from 0) has no text"),
+        ([{"text": "x", "label": float("nan")}], "Record 0 (from 0) has no text 'text' or no label"),
+        ([{"text": "x", "label": 1}, {"text": "y", "label": "y" * 999}], f"the label '{'y' * 76}..., of another"),
         (
             [{"text": "x", "label": 1}, {"text": "y", "label": "1"}],
             "has the label '1', of another type than the first, 1",

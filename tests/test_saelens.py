@@ -365,6 +365,14 @@ def test_what_is_no_sae_for_the_dictionary_is_refused(home, tmp_path):
     assert "JSONDecodeError" in says("cfg.json", b"{", b"no json")
     assert "KeyError: 'tip-top'" in says("cfg.json", b'"topk"', b'"tip-top"')
     assert "RuntimeError" in says("cfg.json", b'"d_sae": 64', b'"d_sae": 65')
+    worn = sae_of("topk", tmp_path / "worn")
+    worn.W_dec.data[3, 4] = torch.nan
+    worn.save_model(tmp_path / "worn")
+    assert "numbers in W_dec that are not finite" in refusal(saelens.load_sae, tmp_path / "worn")
+    out = saelens.export(itda.ITDA.load(home / "d"), tmp_path / "out")
+    cfg = json.loads((out / "cfg.json").read_text())
+    (out / "cfg.json").write_text(json.dumps(cfg | {"max_iterations": "ten"}))
+    assert "SAELens cannot run 'out' (TypeError: " in refusal(saelens.load_sae(out).run, torch.ones(2, 32))
     wide = saelens.load_sae(tmp_path / "wide")
     said = refusal(evaluate, home / "d", home / "new.jsonl", controls=False, systems=[wide], ce_tokens=0)
     assert "wide is for activations of width 48, and these have 32" in said

@@ -822,6 +822,22 @@ def test_what_was_read_is_told_by_hash_where_the_text_is_gone(measured):
         (measured / "gone").rename(measured / "half.jsonl")
 
 
+def test_text_that_was_read_is_not_held_out_where_it_is_collected_once_more(measured, folder, tmp_path):
+    texts = [(measured / f"{name}.jsonl").read_text("utf-8") for name in ("half", "others", "half")]
+    (tmp_path / "again.jsonl").write_text("\n".join(texts), "utf-8")
+    itda.collect(folder, tmp_path / "again.jsonl", tmp_path / "again", layer=1, context_length=16, batch_rows=1)
+    want = itda.evaluate(measured / "d", measured / "all", controls=False)
+    assert itda.evaluate(measured / "d", tmp_path / "again", controls=False).use == want.use
+
+
+def test_evaluation_of_what_was_not_collected_so(measured, tmp_path):
+    with pytest.raises(InputError, match="'elsewhere' was named"):
+        itda.evaluate(measured / "d", measured / "all", model="elsewhere")
+    for key, value in dict(special_tokens=True, context_length=20, column="body", dtype="float16").items():
+        with pytest.raises(InputError, match=f"was collected with `{key}`"):
+            itda.evaluate(measured / "d", measured / "all", **{key: value})
+
+
 def test_evaluation_that_would_not_be_honest(measured, folder, tmp_path):
     with pytest.raises(InputError, match="All documents of these activations were read"):
         itda.evaluate(measured / "d", measured / "half")
