@@ -39,7 +39,8 @@ DUPLICATE = 1 - 1e-6
 # Losses that were not taken by the reference are trusted to this share of their scale: 1, 4/d or |x|^2.
 LOSS_MARGIN = 1e-9
 
-# A window keeps its correlations if they fit into so many bytes, with room for this many new atoms.
+# A window keeps its correlations, beside those that its pursuit uses up, if they fit into so many bytes with room for
+# this many new atoms.
 KEPT_BYTES = 3e7
 SPARE = 4 * BLOCK
 
@@ -179,6 +180,7 @@ class Sequential(Dictionary):
                 admitted.append(t)
                 self._mark_stale(trace, t + 1, row)
             t += 1
+        trace.corr = None
         return trace, admitted
 
     def _trace_window(self, x: Tensor) -> Trace:
@@ -214,7 +216,7 @@ class Sequential(Dictionary):
         if trace.corr is not None and len(self) <= trace.corr.shape[1] - BLOCK:
             trace.corr[start:, len(self) - 1] = p[:, 0]
         else:
-            trace.corr = None
+            trace.corr = None  # there is no room
         p = p.double() - (removed.cumsum(1) - removed)
         # A pursuit that ended early at step s would take the atom there if it cleared the floor.
         step = torch.arange(self.k, device=x.device)

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from itda import checkpoint as checkpoints
 from itda.builder import Builder, Content
-from itda.errors import InputError
+from itda.errors import InputError, whole
 from itda.folder import check_writable_target
 from itda.labels import Batch, Labels
 from itda.model import ITDA
@@ -79,9 +78,7 @@ def build(
         k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center
     )
     settings |= dict(max_atoms=max_atoms, chunk_size=chunk_size)
-    if tokens is not None and (not isinstance(tokens, Integral) or isinstance(tokens, bool) or tokens < 1):
-        raise InputError(f"`tokens` is {tokens!r}; a whole number, 1 or more, was wanted.")
-    tokens = None if tokens is None else int(tokens)
+    tokens = None if tokens is None else whole("tokens", tokens, 1)
     if n_atoms is not None:
         settings["total"] = _length(stream, tokens)
     Builder(**settings)  # bad settings are refused before anything is read

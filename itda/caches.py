@@ -18,7 +18,7 @@ import torch
 from numpy import ndarray
 
 from itda.disk import small_file
-from itda.errors import InputError, check_whole, one_line
+from itda.errors import InputError, one_line, whole
 from itda.labels import Batch, Labels
 from itda.loading import checked_device
 from itda.prompts import Row, StreamHash
@@ -109,10 +109,9 @@ class Cache:
         model: str | None = None,
         device: str | torch.device | None = None,
     ):
-        for name, value in (("batch_rows", batch_rows), ("tokens", tokens)):
-            if value is not None:
-                check_whole(name, value, 1)
-        self.path, self.skipped, self._budget = Path(path), 0, tokens
+        batch_rows = whole("batch_rows", batch_rows, 1)
+        self.path, self.skipped = Path(path), 0
+        self._budget = None if tokens is None else whole("tokens", tokens, 1)
         self._files = _arrow_files(self.path)
         row = next(self._rows(None), None)
         if row is None or not set(row) - {IDS}:

@@ -38,8 +38,7 @@ def systems_of(
     if "gaussian" in wanted:
         every.append(_gaussian(dictionary, settings, seed))
     names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
-    means = [dictionary.mean if s.mean is None else s.mean for s in systems]
-    return every + [replace(s, name=n, mean=m) for s, n, m in zip(systems, names, means, strict=True)]
+    return every + [replace(s, name=n, mean=dictionary.mean) for s, n in zip(systems, names, strict=True)]
 
 
 def _random_tokens(dictionary: ITDA, held: Held, settings: Mapping[str, Any], seed: int) -> System:

@@ -28,7 +28,7 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 ELSEWHERE = "choose another place"
-LARGEST = 1 << 30  # that a manifest is
+LARGEST = 1 << 30  # bytes of a manifest
 _NO_DIGEST = "0" * 64
 
 

@@ -38,5 +38,12 @@ def shortened(value: object) -> str:
 
 def check_whole(name: str, value: object, least: int) -> None:
     """Raise `InputError` unless `value` is a whole number, `least` or more."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise InputError(f"`{name}` is {value!r}; a whole number, {least} or more, was wanted.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"`{name}` is {shortened(value)}; a whole number, {least} or more, was wanted.")
+
+
+def whole(name: str, value: object, least: int) -> int:
+    """`value` as an int, NumPy's too, or an `InputError` as of `check_whole`."""
+    value = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    check_whole(name, value, least)
+    return value  # type: ignore[return-value]

@@ -22,7 +22,7 @@ from itda._version import __version__
 from itda.caches import is_stored
 from itda.controls import CONTROLS, like, systems_of, untrained
 from itda.disk import bytes_of, write_file
-from itda.errors import InputError, check_whole
+from itda.errors import InputError, check_whole, shortened
 from itda.folder import EVAL
 from itda.layers import groups_of
 from itda.model import ITDA
@@ -143,7 +143,7 @@ def evaluate(
         if value is not None:
             check_whole(key, value, least)
     if seed >= 1 << 63:
-        raise InputError(f"`seed` is {seed}; a whole number below 2**63 was wanted.")
+        raise InputError(f"`seed` is {shortened(seed)}; a whole number below 2**63 was wanted.")
     if unknown := [key for key in stream if key not in (*heldout.CUT, "revision")]:
         raise InputError(f"`evaluate` has no setting `{unknown[0]}`: of the text there are {', '.join(heldout.CUT)}.")
     systems = list(systems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
@@ -19,7 +20,7 @@ from torch import nn
 
 from itda.caches import Cache, from_disk, is_stored
 from itda.documents import open_documents
-from itda.errors import InputError, check_whole
+from itda.errors import InputError, check_whole, whole
 from itda.hub import load_tokenizer
 from itda.labels import Batch, Labels
 from itda.layout import Layout
@@ -225,15 +226,14 @@ def activations(
         )
     single = isinstance(given, str) or not isinstance(given, Iterable)
     hooks = [given] if single else list(given)
-    for name, value in (("batch_rows", batch_rows), ("tokens", tokens)):
-        if value is not None:
-            check_whole(name, value, 1)
+    batch_rows = whole("batch_rows", batch_rows, 1)
+    tokens = None if tokens is None else whole("tokens", tokens, 1)
     settings: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     settings |= {"trust_remote_code": trust_remote_code, "backend": backend, "remote": remote}
     settings |= {"stream_layers": stream_layers, "state_gb": state_gb, "state_dir": state_dir}
     settings |= {"tensor_parallel": tensor_parallel}
-    if not isinstance(data, TokenStream):
-        open_documents(data, column, split, data_revision, config)  # a wrong path is said before a model is loaded
+    if isinstance(data, str | os.PathLike) and not os.path.exists(data):
+        open_documents(data, column, split, data_revision, config)  # or refused, before a model is loaded
     hooked = load(model, tokenizer, hooks=hooks, **settings, **model_kwargs)
     if not isinstance(data, TokenStream):
         stream: dict[str, Any] = {"truncate": truncate, "pack": pack, "seed": seed, "column": column, "split": split}

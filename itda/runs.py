@@ -264,13 +264,13 @@ def _check_targets(folders: dict[str, Path], overwrite: bool) -> None:
     """Refuse folders that hold something else, and finished dictionaries that may not be overwritten.
 
     A checkpoint beside a dictionary says that the training which wrote it had not finished, so it may. Checkpoints are
-    removed one after another when all dictionaries are there.
+    removed one after another, in this order, when all dictionaries are there.
     """
     for target in folders.values():
         folder.check_writable_target(target)
     saved = [target for target in folders.values() if (target / folder.MANIFEST).is_file()]
     finished = [target for target in saved if not (target / folder.CHECKPOINT).is_file()]
-    going_on = len(saved) == len(folders) > len(finished)
+    going_on = saved == [*folders.values()] and saved != finished == saved[: len(finished)]
     if finished and not going_on and not overwrite:
         raise InputError(
             f"{finished[0]} holds a finished ITDA already: choose another folder, or replace it with `overwrite` "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from itda import shards
 from itda.disk import DTYPES, LEFTOVER, as_input_error, read_sealed, sealed_json, small_file
-from itda.errors import InputError, check_whole
+from itda.errors import InputError, whole
 from itda.labels import Batch, Labels
 from itda.loading import checked_device
 from itda.prompts import StreamHash
@@ -191,8 +191,6 @@ class Store:
         device: str | torch.device | None = None,
     ):
         self.path = Path(path)
-        if tokens is not None:
-            check_whole("tokens", tokens, 1)
         if not os.path.lexists(self.path / MANIFEST):
             if is_store(path):
                 raise InputError(f"The collecting into {path} has not finished: the same `itda collect` goes on.")
@@ -200,7 +198,7 @@ class Store:
         self.contents = read_contents(self.path / MANIFEST)
         names, self.single = chosen(list(self.contents.places), layer, hook, self.contents.n_layers, path)
         self.hook_points = tuple(names)
-        self._budget = tokens
+        self._budget = None if tokens is None else whole("tokens", tokens, 1)
         self.skipped = 0  # tokens that an iteration leaves out at the beginning
         self.hash = StreamHash().hexdigest()  # over the rows whose tokens the latest iteration has read so far
         self._device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -122,6 +122,8 @@ def _read_in_training(
     rows = list(zip(starts, np.r_[starts[1:], len(labels)], strict=True))
     if until is not None:
         read = np.arange(len(labels)) < until
+        if len(labels) and labels.token_id[0] < 0:  # of a cache without ids, which do not tell rows apart
+            return read, True
         known = {labels.token_id[start:stop].tobytes() for start, stop in rows if stop <= until}
         for start, stop in rows:
             read[start:stop] |= labels.token_id[start:stop].tobytes() in known  # the same text once more

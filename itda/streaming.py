@@ -248,8 +248,8 @@ class StreamedModel(HookedModel):
 
     def _state_bytes(self) -> int:
         """What the states of a token take: two hidden ones, and what is kept of the hook points of lower blocks."""
-        kept = [self.d[self._layout.name(path)] for path in self._paths if self._layout.layer(path) != self._last]
-        return (2 * self._base.config.get_text_config().hidden_size + sum(kept)) * self.dtype.itemsize
+        hidden = self._base.config.get_text_config().hidden_size
+        return (hidden + sum(self._kept(self._last - 1).values())) * self.dtype.itemsize
 
     def _goes_on(self, states: States) -> bool:
         """Whether there is a block after those that are finished, and the weights of these were taken down."""

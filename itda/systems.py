@@ -17,9 +17,8 @@ from itda.model import ITDA
 class System:
     """Anything that writes activations as a sparse sum: `run` maps (tokens, d) to reconstructions and codes.
 
-    `atoms` (n_atoms, d) are its directions, of unit norm; `mean` (d,) is what it subtracts first, which thresholds are
-    relative to (None: what the dictionary subtracts beside which it is measured). `cost` is what is known of the
-    making, for the table.
+    `atoms` (n_atoms, d) are its directions, of unit norm. Losses are compared with the threshold relative to `mean`
+    (d,): the dictionary's, also for what is measured beside it. `cost` is what is known of the making, for the table.
     """
 
     name: str

@@ -186,7 +186,7 @@ def _receive(tasks: SimpleQueue[Any]) -> None:
     with suppress(Exception):
         while True:
             tasks.put(pickle.load(sys.stdin.buffer))
-    shutil.rmtree(sys.argv[1], ignore_errors=True)  # where it was killed
+    shutil.rmtree(sys.argv[1], ignore_errors=True)  # it is gone, or this process will be
     os._exit(0)
 
 

@@ -602,7 +602,7 @@ def test_misspelt_settings_and_layers_that_are_text_are_said(gpt2):
         activations(gpt2, ["text"], layr=1)
     with pytest.raises(InputError, match="`layer` is the text '1'; a number was wanted"):
         inspect.unwrap(activations)(gpt2, ["text"], layer="1")
-    with pytest.raises(InputError, match="`tokens` is 2.5; a whole number, 1 or more"):
+    with pytest.raises(InputError, match=r"`tokens` is 2.5; a whole number, 1 or more"):
         inspect.unwrap(activations)(gpt2, ["text"], layer=1, tokens=2.5)
 
 

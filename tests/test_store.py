@@ -732,6 +732,15 @@ def test_a_training_from_a_cache_goes_on(cache, tmp_path):
     assert itda.build(stream, k=2, checkpoint=tmp_path).cfg == want.cfg
 
 
+def test_rows_without_ids_are_held_out_by_their_place(cache, tmp_path):
+    import datasets
+
+    datasets.load_from_disk(str(cache[0])).remove_columns("token_ids").save_to_disk(str(tmp_path / "bare"))
+    itda.train("any/model", tmp_path / "bare", tmp_path / "d", layer=2, k=2, tokens=128, center=False)
+    found = itda.evaluate(tmp_path / "d", tmp_path / "bare", controls=False)
+    assert found.held_out["read_in_training"] and found.held_out["documents"] == 50 - 32  # a batch
+
+
 def test_hostile_caches(cache, tmp_path):
     path = shutil.copytree(cache[0], tmp_path / "cache")
     names = sorted(p.name for p in path.glob("*.arrow"))

@@ -62,7 +62,7 @@ class Gram:
         return len(self.table) >= min(self.n, FEWEST)
 
     def correlate(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens width"]:
-        """<x, d_j> in float32 for all atoms, and zeros up to a whole number of blocks."""
+        """<x, d_j> for all atoms, and zeros up to a whole number of blocks."""
         return product(x, self._atoms[: self.width])
 
     def to(self, device: torch.device | str) -> Gram:
