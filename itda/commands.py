@@ -120,11 +120,17 @@ def train(
     for name in ("layer", "hook"):
         if len(given[name]) < 2:  # with one, `out` is the dictionary's own folder
             given[name] = next(iter(given[name]), None)
+    from itda.caches import is_stored
+
     results = _train(**given)
     documents = [result.to_json() for result in results]
     terminal.output(documents if len(results) > 1 else documents[0], None if json else "\n".join(map(str, results)))
     if any(result.n_atoms < 2 * result.k for result in results):
         terminal.say(f"few atoms for k = {k}: a lower --threshold or --n-atoms gives more, --seed 0 more varied ones")
+    elif n_atoms is not None and seed is None and not is_stored(data):
+        terminal.say(
+            "rows came in the text's own order, and a dictionary grows fastest at first: --seed 0 shuffles them"
+        )
     terminal.say(f"look at it with: itda show {shlex.quote(results[0].path)}")
 
 

@@ -140,7 +140,8 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
         line = f"{model['name']}: {depth}, {model['tokens']:,} tokens{shared}{atoms}"
         yield Text(one_line(line), overflow="fold")
     where = "at the same character" if report.aligned else "at the same row and position"
-    yield Text(f"{report.tokens:,} tokens compared, {where}", style="dim")
+    most = "up to " * any(model["tokens"] < report.tokens for model in report.models)  # as dictionaries have read
+    yield Text(f"{most}{report.tokens:,} tokens compared, {where}", style="dim")
     kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
     deep = max(len(model["hook_points"]) for model in report.models) > 1  # one layer matches one whatever they are
     names = ("matched", "95 %", "ties", "with self", "rank", "margin", "alike", *kinds, "seconds")
@@ -245,10 +246,9 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     if stream.get("hash"):
         rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
         facts += [("stream", f"{short(stream['hash'])}, {rows}")]
-    threshold = cfg.get("threshold")
-    if isinstance(threshold, float | int):
+    if threshold := report.threshold:
         centred = ", centred" if cfg.get("center") else ""
-        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold:.4g}{centred}")]
+        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}{centred}")]
     refined, selected = section(cfg, "refined"), section(cfg, "selected")
     if selected:
         how = f"on {_whole(selected.get('tokens'))} tokens in {_whole(selected.get('rounds'))} rounds"

@@ -303,7 +303,7 @@ def _check_places(systems: Sequence[System], hooked: Any, hook: str, d: int, for
 
 def _threshold(dictionary: ITDA) -> float | None:
     """The dictionary's, where it is one of the relative error."""
-    threshold = dictionary.cfg.get("threshold")
+    threshold = dictionary.cfg.get("threshold") if not dictionary.cfg.get("selected") else None
     return float(threshold) if isinstance(threshold, float | int) and dictionary.cfg.get("loss") == "relative" else None
 
 

@@ -20,7 +20,7 @@ from numpy import ndarray
 from itda import drawing, folder
 from itda.drawing import SHOWN, short
 from itda.errors import InputError
-from itda.folder import section
+from itda.folder import is_number, section
 from itda.labels import Labels
 from itda.model import ITDA
 from itda.pursuit import METHODS, MOST_STEPS, encode
@@ -88,6 +88,17 @@ class Summary(Report):
     moved: dict[str, float] | None  # of refined atoms, quantiles of the cosine with the activation of their label
     most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
     first: list[dict[str, Any]]
+
+    @property
+    def threshold(self) -> str | None:
+        """Of admission; from the lowest to the highest where it was moved to meet a number of atoms."""
+        last, history = self.cfg.get("threshold"), self.cfg.get("thresholds")
+        if not is_number(last):
+            return None
+        pairs = [pair for pair in history if isinstance(pair, list | tuple)] if isinstance(history, list) else []
+        tried = [value for pair in pairs for value in pair[1:] if is_number(value)]
+        ends = [f"{end:.4g}" for end in (min([*tried, last]), max([*tried, last]))]
+        return " to ".join(dict.fromkeys(ends))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return drawing.summary(self, options)

@@ -98,6 +98,8 @@ def test_above_is_of_the_loss_that_admits(home):
     lost = replace(same, name="lost", run=lambda x: (x * torch.nan, d.encode(x)))
     beside = evaluate(d, home / "new.jsonl", **{**QUICK, "tokens": 10_000}, systems=[same, lost]).systems
     assert beside["same"]["above"] == result.above and beside["lost"]["above"] == 1
+    d.cfg["selected"] = {"from": 4 * len(d)}  # whose threshold was that of so many
+    assert evaluate(d, home / "new.jsonl", **QUICK).above is None
 
 
 def test_names_of_levels_are_nobodys(home):

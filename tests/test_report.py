@@ -213,6 +213,16 @@ def test_summary_counts_the_sample(tmp_path):
     assert found.first[0]["label"]["token"] == built.labels.token(0)
 
 
+def test_the_threshold_is_a_range_where_it_was_moved_to_meet_a_size():
+    built, _ = dictionary()
+    summary = report.summary(built)
+    for history, want in [([[0, 0.2], [9, 0.1], [20, 0.15]], "0.1 to 0.2"), ([[0, 0.15]], "0.15"), ("forged", "0.15")]:
+        summary.cfg.update(threshold=0.15, thresholds=history)
+        assert summary.threshold == want and f"loss above {want}" in str(summary)
+    summary.cfg["threshold"] = None
+    assert summary.threshold is None and "loss above" not in str(summary)
+
+
 def test_atom_report_has_both_signs():
     built, x = dictionary()
     dense = built.encode(x).dense()
