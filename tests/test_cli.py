@@ -93,6 +93,13 @@ def same_files(a, b, names=FILES):
 # -- what works -------------------------------------------------------------------------------------------------------
 
 
+def test_a_size_without_a_seed_is_advised_to_shuffle(trained, capfd, tmp_path):
+    for name, more, advised in (("a", [], True), ("b", ["--seed", "0"], False)):
+        words = ["train", "model", "text.txt", "--out", str(tmp_path / name), *SMALL, "--n-atoms", "40", *more]
+        assert cli.main(words) == 0
+        assert ("--seed 0 shuffles them" in capfd.readouterr().err) == advised
+
+
 def test_train_in_a_process_and_by_the_library_give_the_same_bytes(trained, tmp_path):
     out = tmp_path / "by process"
     with process("train", "model", "text.txt", "--out", str(out), *SMALL, "--json") as run:
