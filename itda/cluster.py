@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from itda.errors import InputError, check_whole, one_line
+from itda.errors import InputError, check_whole, first_line
 
 RETRIES = 3  # how often a piece of work that was lost with its worker is done again
 PATIENCE = 900.0  # seconds for Ray to start a first worker
@@ -47,8 +47,8 @@ def connected(ray: bool | str, workers: int | None) -> Iterator[Any]:
         except Exception as error:
             where = "could not be started here" if here else f"was not reached at {ray!r}"
             raise InputError(
-                f"Ray {where} ({type(error).__name__}: {short(error)}): give the address of a cluster that `ray start` "
-                "has started, or none for workers on this machine."
+                f"Ray {where} ({type(error).__name__}: {first_line(error)}): give the address of a cluster that "
+                "`ray start` has started, or none for workers on this machine."
             ) from error
         finally:
             with suppress(ValueError, TypeError):  # not the main thread; Ray sets a handler of its own
@@ -68,12 +68,6 @@ def _installed() -> Any:
             "`ray` (`--workers`, `--ray`)."
         ) from error
     return ray
-
-
-def short(error: BaseException) -> str:
-    """The first line of what `error` says, fit for a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[0]).rstrip(".:")[:240] if lines else "no reason given"
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
@@ -218,8 +212,8 @@ class Crew:
         self._deaths += 1
         if self._deaths > len(self.workers) + RETRIES:
             raise InputError(
-                f"{self._deaths} workers died one after another ({short(error)}): look into Ray's logs for the reason; "
-                "too little memory is the usual one, and fewer workers need less."
+                f"{self._deaths} workers died one after another ({first_line(error)}): look into Ray's logs for the "
+                "reason; too little memory is the usual one, and fewer workers need less."
             )
         with suppress(Exception):
             self._ray.kill(worker.actor)  # if it is only out of reach
@@ -273,8 +267,8 @@ class _Calls:
             self._again.append(call)
             return None
         return InputError(
-            f"A piece of work was lost with its worker {RETRIES + 1} times ({short(error)}): look into Ray's logs for "
-            "the reason; too little memory is the usual one, and fewer `batch_rows` need less."
+            f"A piece of work was lost with its worker {RETRIES + 1} times ({first_line(error)}): look into Ray's logs "
+            "for the reason; too little memory is the usual one, and fewer `batch_rows` need less."
         )
 
 

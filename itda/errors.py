@@ -27,6 +27,12 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, fit for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return one_line(lines[0]).rstrip(".:")[:240] if lines else "no reason given"
+
+
 def shortened(value: object) -> str:
     """A value that came, as it can stand in a sentence: in ASCII, and no longer than that takes."""
     try:

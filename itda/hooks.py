@@ -135,9 +135,9 @@ def language_model(
     if not isinstance(model, nn.Module | HookedModel):
         place = checked_device(kwargs.get("device"))
         found = survey(model, place, **{name: value for name, value in kwargs.items() if name != "device"})
-        whole = causal(found, tokenizer, place) if found.bytes([-1]) <= 0.9 * free_bytes(place) else None
-        if whole is not None:
-            return load(*whole, hooks=hooks)
+        with_head = causal(found, tokenizer, place) if found.bytes([-1]) <= 0.9 * free_bytes(place) else None
+        if with_head is not None:
+            return load(*with_head, hooks=hooks)
     return load(model, tokenizer, hooks=hooks, **kwargs)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itda.errors import InputError, one_line
+from itda.errors import InputError, first_line
 from itda.hub import checked_name, door, load_tokenizer, quiet
 from itda.layout import Layout
 
@@ -292,5 +292,5 @@ def checked_device(device: str | torch.device | None) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         names = " or ".join(repr(name) for name, is_there in there.items() if is_there)
-        why = one_line(str(error).splitlines()[0])[:120] if str(error) else type(error).__name__
+        why = first_line(error)
         raise InputError(f"`device` is {str(device)!r}, which cannot be used here ({why}): pass {names}.") from error

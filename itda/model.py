@@ -21,7 +21,7 @@ from torch import Tensor
 from itda import folder, tables
 from itda.codes import Codes
 from itda.disk import safetensors_chunks
-from itda.errors import InputError
+from itda.errors import InputError, first_line
 from itda.labels import Labels
 from itda.pursuit import pursue
 
@@ -301,7 +301,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         elif status in (401, 403, 404):
             why = f"HTTP {status}: check the name `org/name`, and your access with `hf auth login`"
         else:
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            why = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{what} ({why}).") from error
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from itda import hooks
-from itda.cluster import Surroundings, short
+from itda.cluster import Surroundings
 from itda.disk import json_object, make_folder, write_file
-from itda.errors import InputError, NoSuchHook
+from itda.errors import InputError, NoSuchHook, first_line
 from itda.folder import CHECKPOINT, is_number, read_manifest, section
 from itda.grid import Job
 from itda.progress import Progress, Step
@@ -96,7 +96,9 @@ class Trainer:
         except Interrupted as error:
             return Outcome(stopped=error.tokens, missing=missing)
         except Exception as error:
-            return Outcome(f"This should not have happened ({type(error).__name__}: {short(error)}): please report it.")
+            return Outcome(
+                f"This should not have happened ({type(error).__name__}: {first_line(error)}): please report it."
+            )
         finally:
             self._at = None
         return Outcome(missing=missing)

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from itda.codes import Codes
 from itda.disk import make_folder, remove_leftovers, safetensors_chunks, write_file
-from itda.errors import InputError, one_line
+from itda.errors import InputError, first_line
 from itda.folder import ATOMS, check_writable_target, section
 from itda.model import ITDA
 from itda.pursuit import normalize, pursue
@@ -154,15 +154,13 @@ def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cp
     try:
         sae = SAE.load_from_disk(str(path), device=device)
     except Exception as error:
-        raise InputError(f"SAELens cannot load {path} ({_said(error)}): give another folder.") from error
+        raise InputError(
+            f"SAELens cannot load {path} ({type(error).__name__}: {first_line(error)}): give another folder."
+        ) from error
     for key, value in sae.state_dict().items():
         if not bool(value.isfinite().all()):
             raise InputError(f"The SAE in {path} has numbers in {key} that are not finite: give another folder.")
     return system_of(sae, name or Path(os.path.abspath(path)).name)
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(str(error).partition(chr(10))[0])}"
 
 
 def system_of(sae: SAE, name: str, **cost: Any) -> System:
@@ -183,7 +181,9 @@ def system_of(sae: SAE, name: str, **cost: Any) -> System:
             except InputError:
                 raise
             except (TypeError, ValueError) as error:  # of settings in cfg.json that are none
-                raise InputError(f"SAELens cannot run {name!r} ({_said(error)}): give another SAE.") from error
+                raise InputError(
+                    f"SAELens cannot run {name!r} ({type(error).__name__}: {first_line(error)}): give another SAE."
+                ) from error
             codes.append(sparse(features))
         most = max(part.indices.shape[1] for part in codes)
         return torch.cat(parts), Codes.concat([_padded(part, most) for part in codes])

@@ -218,8 +218,10 @@ def mp(
     todo = torch.arange(len(x) if gram.n and k else 0, device=x.device)
     with torch.cuda.device_of(x):
         while len(todo):
-            corr = gram.correlate(residual[todo].float()) if corr is None else corr
-            todo, corr = go_on(todo, corr, residual, total, gram, k, nonneg, tol, steps), None
+            if corr is None:
+                corr = gram.correlate(residual[todo].float())
+            todo = go_on(todo, corr, residual, total, gram, k, nonneg, tol, steps)
+            corr = None  # those that go on need new ones
     return steps._replace(energy=residual.square().sum(1), overlap=(residual * x).sum(1))
 
 
