@@ -4,9 +4,10 @@
     python benchmarks/quality.py [--quick] [--only SECTION ...] [--at NAME ...] [--l0 10 20 40] [--sizes 2048 4096]
 
 Everything is measured by `itda.scores.measure` on the same held-out tokens, in 95 % intervals over stretches of the
-text. SAEs are trained with sae-lens on the same activations. Seconds are of building or training from activations in
-memory. Small language models come from --data, MiniLM from the package that carries it, if it is installed. Rows are
-added to quality.json as they come, and those that it has are not measured again: delete it to begin anew.
+text. SAEs are trained with sae-lens on the same activations. Seconds are of the processor, for building or training
+from activations in memory. Small language models come from --data, MiniLM from the package that carries it, if it is
+installed. Rows are added to quality.json as they come, and those that it has are not measured again: delete it to begin
+anew.
 """
 
 import argparse
@@ -118,8 +119,9 @@ def pieces(path, words=80):
 
 
 def timed(function):
-    began = time.perf_counter()
-    return function(), time.perf_counter() - began
+    """What it gives, and the processor seconds that it took, which other work on the machine does not change."""
+    began = time.process_time()
+    return function(), time.process_time() - began
 
 
 def plain(atoms, k, mean=None):
@@ -197,8 +199,8 @@ def refined(place, n, k, args):
 def saes(place, n, k, args):
     """SAEs of the same width and L0, given 1, 10 and 100 times the tokens.
 
-    A ReLU SAE has the L0 that its sparsity coefficient gives: the coefficient is bisected, from 100 times the tokens on
-    around the one that a tenth of them asks for. The seconds are of the one training alone that is taken.
+    A ReLU SAE has the L0 that its sparsity coefficient gives: it is found in up to six trainings, from 100 times the
+    tokens on beginning with the one that a tenth of them asks for. The seconds are of the training that is taken.
     """
     from itda.interop.saelens import system_of
 
@@ -207,8 +209,9 @@ def saes(place, n, k, args):
     def made(kind, times):
         samples = times * args.tokens
         if kind == "ReLU":
-            around = relu(place.train, n, k, samples // 10, place.held[:4096])[2] if times >= 100 else None
-            sae, seconds, _ = relu(place.train, n, k, samples, place.held[:4096], around)
+            some = place.held[:4096]
+            first = relu(place.train, n, k, samples // 10, some)[2] if times >= 100 else 1.0
+            sae, seconds, _ = relu(place.train, n, k, samples, some, first)
         else:
             sae, seconds = timed(lambda: train_sae(kind, place.train, n, samples, k=k))
         return place.row(replace(system_of(sae, f"{kind} SAE, x{times}"), k=k), seconds, samples)
@@ -218,22 +221,22 @@ def saes(place, n, k, args):
             yield f"{kind} x{times}", partial(made, kind, times)
 
 
-def relu(x, n, k, samples, some, around=None):
+def relu(x, n, k, samples, some, coefficient=1.0):
     """The ReLU SAE whose L0 on `some` is nearest to `k`, the seconds that its training took, and its coefficient."""
-    low, high, best = 1e-3, 1e2, None
-    if around is not None:
-        low, high = around / 4, around * 4
-    for _ in range(6 if around is None else 4):
-        coefficient = (low * high) ** 0.5
+    slope, last, best = -1.0, None, None
+    for _ in range(6):
         sae, seconds = timed(lambda: train_sae("ReLU", x, n, samples, l1_coefficient=coefficient))  # noqa: B023
         with torch.no_grad():
             l0 = float((sae.encode(some) > 0).sum(1).float().mean())
-        off = abs(np.log(max(l0, 1e-3) / k))
-        if best is None or off < best[0]:
+        off = np.log(max(l0, 1e-3) / k)
+        if best is None or abs(off) < abs(best[0]):
             best = off, sae, seconds, coefficient
-        if off < 0.05:
+        if abs(off) < 0.1:
             break
-        low, high = (coefficient, high) if l0 > k else (low, coefficient)
+        if last is not None:  # a secant, in logarithms
+            slope = np.clip((off - last[0]) / np.log(coefficient / last[1]), -4, -0.25)
+        last = off, coefficient
+        coefficient *= np.exp(np.clip(-off / slope, -2, 2))
     return best[1:]
 
 
