@@ -97,7 +97,8 @@ class Place:
             out = spliced(self.model, self.rows, self.hook, replacements | {"mean": lambda x: self._mean(x)})
             where = heldout.labels_of(self.rows)
             draws = Bootstrap(groups_of(where[where.position > 0]), 0)
-            row["ce_score"] = cross_entropy(out, system.name, draws)["score"]
+            found = cross_entropy(out, system.name, draws)
+            row |= dict(ce_score=found["score"], ce_low=found["score_interval"][0], ce_high=found["score_interval"][1])
         return row | more
 
     def _mean(self, x):
