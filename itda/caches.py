@@ -181,7 +181,10 @@ class Cache:
             if found is not None:
                 yield found
         if done < self.skipped:
-            raise InputError(f"{self.skipped} tokens cannot be skipped: {self.path} has {done}.")
+            raise InputError(
+                f"{self.skipped} tokens cannot be skipped, because {self.path} has {done}: pass the cache that was "
+                "read before."
+            )
 
     def labels(self) -> Iterator[tuple[Labels, str]]:
         """The labels of every batch, and the stream's hash as of it."""

@@ -345,7 +345,9 @@ class Activations:
                 asked.append(_Asked(where, labels, stream_hash.hexdigest()))
                 yield Group(index, torch.from_numpy(ids), torch.from_numpy(mask))
         if done < self.skipped:
-            raise InputError(f"{self.skipped} tokens cannot be skipped: the data has {done}; resume on the same data.")
+            raise InputError(
+                f"{self.skipped} tokens cannot be skipped, because `data` has {done}: pass what was read before."
+            )
         asked.append(_Asked(torch.zeros(0), Labels.counted(0, 0), stream_hash.hexdigest()))  # rows without such tokens
 
     def _table(self, group: Sequence[Row]) -> tuple[ndarray, ndarray, Bool[ndarray, "rows length"], Labels]:

@@ -268,7 +268,10 @@ class Store:
         """Labels and activations of every batch."""
         self.hash = StreamHash().hexdigest()
         if self.skipped > self._end:
-            raise InputError(f"{self.skipped} tokens cannot be skipped: {self.path} has {self._end}.")
+            raise InputError(
+                f"{self.skipped} tokens cannot be skipped, because {self.path} has {self._end}: pass the activations "
+                "that were read before."
+            )
         batches = list(self._batches())
         held, numbers = -1, sorted({piece.shard for pieces, _ in batches for piece in pieces})
         shard: Any = None

@@ -63,7 +63,7 @@ def held(
     """
     labels, hashes = _labels(stream)
     if not len(labels):
-        raise InputError(f"{stream.path} holds no token to measure on.")
+        raise InputError(f"{stream.path} holds no token to measure on: collect activations of more text.")
     document = labels.document if (labels.document >= 0).all() else labels.prompt
     read, known = _read_in_training(dictionary, stream, labels, hashes)
     if read.all() and not in_sample:
@@ -204,7 +204,8 @@ def readings(
     labels = [_labels(stream)[0] for stream in streams]
     first = labels[0]
     if not all(map(len, labels)):
-        raise InputError(f"{names[list(map(len, labels)).index(0)]} holds no token to compare.")
+        name = names[list(map(len, labels)).index(0)]
+        raise InputError(f"{name} holds no token to compare: collect activations of more text.")
     alike = all(
         np.array_equal(first.pairs(), other.pairs()) and np.array_equal(first.token_id, other.token_id)
         for other in labels[1:]

@@ -407,7 +407,7 @@ def test_skip_continues_identically(budget, gpt2, monkeypatch):
     inside = joined(stream.skip(int(ends[0]) + 5))
     x, labels = _joined(batches[1:])
     assert same(inside, (x[5:], labels[5:]))
-    with pytest.raises(InputError, match=rf"the data has {ends[-1]}"):
+    with pytest.raises(InputError, match=rf"`data` has {ends[-1]}: pass what was read before"):
         list(stream.skip(10_000))
     with pytest.raises(InputError, match="`tokens` is -1, and no fewer than 0"):
         stream.skip(-1)
