@@ -143,7 +143,7 @@ def _json_records(file: BinaryIO, path: str) -> Iterator[tuple[str, object]]:
             raise _not_utf8(path, at + error.start) from error
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"`data`: line {number} of {path!r} is not JSON ({_brief(error)}): mend the file."
+                f"`data`: line {number} of {path!r} is not JSON ({_brief(error)}): mend or remove that line."
             ) from error
         at += len(line)
 
@@ -195,7 +195,8 @@ def _hub(name: str, column: str, split: str, revision: str | None, config: str |
 def _text(record, column: str, where: str) -> str:
     """The document of a record."""
     if not isinstance(record, Mapping):
-        raise InputError(f"`data`: {where} is of type {type(record).__name__}, but a JSON object was wanted: mend it.")
+        kind = type(record).__name__
+        raise InputError(f'`data`: {where} is of type {kind}: write it as a JSON object, {{"{column}": "..."}}.')
     if column not in record:
         there = ", ".join(map(repr, record)) or "none"
         raise InputError(f"`data`: {where} has no column {column!r}, it has {there}: name one with `column`.")

@@ -34,9 +34,9 @@ def first_line(error: BaseException) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value that came, as it can stand in a sentence: in ASCII, and no longer than that takes."""
+    """A value that came, as it can stand in a sentence: in ASCII, on one line, and no longer than that takes."""
     try:
-        text = ascii(value)
+        text = " ".join(line.strip() for line in ascii(value).split("\n"))
     except (RecursionError, ValueError):  # too deep, or a number of 5,000 digits
         text = type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
@@ -45,7 +45,7 @@ def shortened(value: object) -> str:
 def check_whole(name: str, value: object, least: int) -> None:
     """Raise `InputError` unless `value` is a whole number, `least` or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"`{name}` is {shortened(value)}; a whole number, {least} or more, was wanted.")
+        raise InputError(f"`{name}` is {shortened(value)}: pass a whole number, {least} or more.")
 
 
 def whole(name: str, value: object, least: int) -> int:

@@ -75,7 +75,10 @@ class SharedModel(HookedModel):
             return super()._sample(name)
 
     def _logits(self, ids: Tensor, mask: Tensor, replace: Mapping[str, Any]) -> Tensor:
-        raise InputError(f"`{self._layout.model}` is shared between processes, where no logits are computed: load it.")
+        raise InputError(
+            f"`{self._layout.model}` is shared between processes, where no logits are computed: load it without "
+            "`tensor_parallel`."
+        )
 
 
 class _Part(HookedModel):
@@ -186,7 +189,7 @@ def _place(device: Any, size: int) -> torch.device:
         )
     if place.type == "cuda" and size > torch.cuda.device_count():
         raise InputError(
-            f"`tensor_parallel` is {size}, and CUDA devices are {torch.cuda.device_count()}: pass as many or fewer."
+            f"`tensor_parallel` is {size}, and CUDA devices are {torch.cuda.device_count()}: pass at most that many."
         )
     gc.collect()  # a model that nothing refers to has left its group then
     if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -229,7 +232,7 @@ def _config(size: int) -> Any:
         import transformers
 
         raise InputError(
-            f"`tensor_parallel` needs a newer transformers than {transformers.__version__}: it is tested with 5.23."
+            f"`tensor_parallel` needs a newer transformers than {transformers.__version__}: upgrade it (5.23 works)."
         ) from error
 
 

@@ -63,7 +63,10 @@ def present(base: Any, name: str) -> Iterator[Tensor]:
     with torch.no_grad(), align_module_device(module):
         values = getattr(module, own)
         if values.is_meta:
-            raise InputError(f"The weight `{name}` has no values (it is on the meta device): load the model whole.")
+            raise InputError(
+                f"The weight `{name}` has no values (it is on the meta device): load the model with its weights, "
+                "or pass its id."
+            )
         yield plain(values)
 
 

@@ -123,7 +123,9 @@ class TokenStream:
                 f"{least - 1} of them special: pass a larger integer."
             )
         if truncate and pack:
-            raise InputError("`truncate` and `pack` exclude each other (all is one document when packed): pass one.")
+            raise InputError(
+                "`truncate` and `pack` exclude each other (all is one document when packed): pass one of them."
+            )
         if seed is not None and (not _is_whole(seed) or seed < 0):
             raise InputError(f"`seed` is {seed!r}: pass an integer of at least 0, or None for the data's own order.")
         self.context_length, self.truncate, self.pack, self.seed = int(context_length), truncate, pack, seed

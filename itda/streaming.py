@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from itda.disk import locked
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.layout import Layout
 from itda.loading import PLACED, Survey
 from itda.progress import Step
@@ -56,9 +56,10 @@ class StreamedModel(HookedModel):
         folder: str | Path | None = None,
     ) -> None:
         if state_gb is not None and not state_gb > 0:
-            raise InputError(f"`state_gb` is {state_gb!r}: a number of gigabytes above 0 was wanted.")
+            raise InputError(f"`state_gb` is {shortened(state_gb)}: pass a number of gigabytes above 0.")
         if placed := [name for name in PLACED if name in survey.kwargs]:
-            raise InputError(f"`{placed[0]}` says where weights are kept, and so does streaming: choose one of them.")
+            name = placed[0]
+            raise InputError(f"`{name}` says where weights are kept: drop it, or pass `stream_layers=False`.")
         if survey.skeleton is None:
             raise InputError(
                 f"`{survey.model}` cannot be streamed (it cannot be built without weights): read it whole."

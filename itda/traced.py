@@ -35,7 +35,10 @@ class TracedModel(HookedModel):
         if isinstance(model, TracedModel):
             return model
         if type(model) is not HookedModel:
-            raise InputError("nnsight cannot read a model that is streamed or in parts (`tensor_parallel`): drop one.")
+            raise InputError(
+                "nnsight cannot read a model that is streamed or in parts: drop `backend`, or `stream_layers` and "
+                "`tensor_parallel`."
+            )
         found = cls.__new__(cls)
         vars(found).update(vars(model))
         # nnsight would move the ids to where the first parameter is, and that is nowhere if it is offloaded.
@@ -120,7 +123,10 @@ class RemoteModel(TracedModel):
             return super()._forward(ids, mask)
 
     def _logits(self, ids: Tensor, mask: Tensor, replace: Mapping[str, Any]) -> Tensor:
-        raise InputError(f"`{self._layout.model}` is remote, where activations are read and no logits: load it here.")
+        raise InputError(
+            f"`{self._layout.model}` is remote, where activations are read and no logits: load it here, without "
+            "`remote`."
+        )
 
 
 def remote_model(
@@ -143,7 +149,7 @@ def remote_model(
     """
     for name, value in {"dtype": dtype, "device": device, "stream_layers": stream_layers}.items():
         if value not in (None, "auto", False):
-            raise InputError(f"`{name}` is {value!r}, and how a remote model runs is its server's choice: drop it.")
+            raise InputError(f"`{name}` is {value!r}, but the server chooses how a remote model runs: drop `{name}`.")
     nnsight = library()
     if isinstance(model, nnsight.Envoy):
         envoy, tokenizer = model, model.tokenizer if tokenizer is None else tokenizer

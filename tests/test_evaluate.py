@@ -448,7 +448,7 @@ def test_one_table_one_file(home, capfd):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (dict(tokens=0), "`tokens` is 0; a whole number, 1 or more"),
+        (dict(tokens=0), "`tokens` is 0: pass a whole number, 1 or more"),
         (dict(ce_tokens=-1), "`ce_tokens` is -1"),
         (dict(seed=1 << 63), "a whole number below 2**63"),
         (dict(controls=["sae"]), "There is no control 'sae'"),

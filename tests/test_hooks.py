@@ -558,8 +558,8 @@ def test_loading_is_silent_and_leaves_logging_alone(gpt2, capfd):
             {"hook": "transformer.h"},
             r"never calls `transformer.h`: choose another hook point, such as `transformer.h.0`",
         ),
-        ({"layer": 1, "tokens": 0}, r"`tokens` is 0; a whole number, 1 or more"),
-        ({"layer": 1, "batch_rows": 0}, r"`batch_rows` is 0; a whole number, 1 or more"),
+        ({"layer": 1, "tokens": 0}, r"`tokens` is 0: pass a whole number, 1 or more"),
+        ({"layer": 1, "batch_rows": 0}, r"`batch_rows` is 0: pass a whole number, 1 or more"),
         ({"layer": 1, "dtype": "int8"}, r"`dtype` is 'int8': pass 'auto', 'float32'"),
         ({"layer": 1, "context_length": 65}, r"`context_length` is 65, and `.*` has 64 positions"),
         ({"layer": 1, "tokenizer": "bert"}, r"Token id 3\d\d came.*has 300 token embeddings: pass the tokenizer"),
@@ -602,7 +602,7 @@ def test_misspelt_settings_and_layers_that_are_text_are_said(gpt2):
         activations(gpt2, ["text"], layr=1)
     with pytest.raises(InputError, match="`layer` is the text '1'; a number was wanted"):
         inspect.unwrap(activations)(gpt2, ["text"], layer="1")
-    with pytest.raises(InputError, match=r"`tokens` is 2.5; a whole number, 1 or more"):
+    with pytest.raises(InputError, match=r"`tokens` is 2.5: pass a whole number, 1 or more"):
         inspect.unwrap(activations)(gpt2, ["text"], layer=1, tokens=2.5)
 
 

@@ -141,7 +141,7 @@ def test_what_is_inside_the_parts_has_no_hook_point(hook, llama, opened):
 def test_no_logits(llama, opened):
     model = opened("llama", llama)
     assert not model.predicts
-    with pytest.raises(InputError, match="is shared between processes, where no logits are computed"):
+    with pytest.raises(InputError, match=r"is shared between processes, .* load it without `tensor_parallel`"):
         model._logits(IDS, MASK, {})
 
 
@@ -243,7 +243,7 @@ def test_a_process_that_is_killed_in_the_middle(llama, opened):
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 REFUSED = [
-    ({"tensor_parallel": 0}, "`tensor_parallel` is 0; a whole number, 1 or more"),
+    ({"tensor_parallel": 0}, "`tensor_parallel` is 0: pass a whole number, 1 or more"),
     ({"tensor_parallel": 4}, "`tensor_parallel` is 4, and `.*` has 2 key_value_heads, .* a number that divides 2"),
     ({"tensor_parallel": 3}, "`tensor_parallel` is 3, and `.*` has 4 attention_heads"),
     ({"family": "gpt2"}, r"\(gpt2\) has no plan in transformers"),

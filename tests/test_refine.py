@@ -215,7 +215,7 @@ def test_progress_is_told():
             "`labels` has 7 entries and `x` 3,000 acti",
         ),
         (lambda m, x: refine.refine(m, x, labels=Labels.counted(0, 7)), "`labels` has 7 entries and `x` 3,000 activat"),
-        (lambda m, x: refine.refine(m, x, seed=-1), "`seed` is -1; a whole number, 0 or more"),
+        (lambda m, x: refine.refine(m, x, seed=-1), "`seed` is -1: pass a whole number, 0 or more"),
         (lambda m, x: refine.refine(m, x, passes=0), "`passes` is 0"),
         (lambda m, x: refine.refine(m, x, method="lasso"), "`method` is 'lasso'"),
         (lambda m, x: refine.refine(m, x[:0]), "There is nothing to improve on"),

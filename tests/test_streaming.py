@@ -381,8 +381,8 @@ def test_one_process_at_a_time(home, tmp_path):
 def test_refusals(home, tmp_path):
     llama = home / "llama"
     refused("in no block", llama, "model.embed_tokens")
-    refused("above 0", llama, state_gb=0.0)
-    refused("choose one", llama, device_map="cpu")
+    refused("`state_gb` is 0.0: pass a number of gigabytes above 0", llama, state_gb=0.0)
+    refused("`device_map` says where weights are kept: drop it, or pass `stream_layers=False`", llama, device_map="cpu")
     refused("no layer 9", llama, 9)
     loaded = hooks.load(llama, hooks=1)
     with pytest.raises(InputError, match="loaded already"):
