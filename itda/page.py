@@ -102,7 +102,7 @@ def check(path: str | os.PathLike) -> None:
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise InputError(f"The page cannot be written to {path}, because {what}: choose another file.")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"`html` is {str(path)!r}; a file that ends with .html was wanted.")
+        raise InputError(f"`html` is {str(path)!r}: name a file that ends with .html.")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

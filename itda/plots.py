@@ -25,13 +25,15 @@ def check(path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"`heatmap` is {str(path)!r}; a picture that ends with {', '.join(ENDINGS)} was wanted.")
+        raise InputError(f"`heatmap` is {str(path)!r}: name a file that ends with {' or '.join(ENDINGS)}.")
     if not path.parent.is_dir():
         raise InputError(f"There is no folder {path.parent} to write {path.name} to: make it first.")
     if path.is_dir():
         raise InputError(f"`heatmap` is {str(path)!r}, and that is a folder: choose another name.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("Pictures need matplotlib, which is not installed: `pip install 'itda[plot]'`.")
+        raise InputError(
+            "Pictures need matplotlib, which is not installed: install it with `pip install 'itda[plot]'`."
+        )
     return path
 
 

@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from itda import drawing, folder
 from itda.drawing import SHOWN, short
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.folder import is_number, section
 from itda.labels import Labels
 from itda.model import ITDA
@@ -275,9 +275,9 @@ def finite(value: Any) -> Any:
 def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[list[dict[str, Any]], float]:
     """The atoms of the pursuit of `x` (d,) float64, steps of one atom put together, and the relative error."""
     if not isinstance(k, int) or not 1 <= k <= MOST_STEPS:
-        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 1 to {MOST_STEPS:,}, was wanted.")
+        raise InputError(f"`k` is {shortened(k)}: pass a whole number of pursuit steps, 1 to {MOST_STEPS:,}.")
     if method not in tuple(METHODS):
-        raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+        raise InputError(f"`method` is {shortened(method)}; choose one of {', '.join(map(repr, METHODS))}.")
     gram = Gram(dictionary.atoms, max_bytes=0)
     (steps,) = encode(x.float()[None], gram, k, method, dictionary.cfg.get("nonneg", False))
     taken = steps.coefficients[0] != 0
@@ -315,7 +315,10 @@ def hooked_for(
 
     was = section(dictionary.cfg, "model")
     if not was.get("hook_point") or (model is None and not was.get("id")):
-        raise InputError(f"{dictionary!r} does not say which model it was built on: encode activations with `encode`.")
+        raise InputError(
+            f"{dictionary!r} does not say which model it was built on, so it reads no text: use its `encode` on "
+            "activations."
+        )
     by_name = model is None or isinstance(model, str | os.PathLike)
     settings: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     if by_name:
@@ -357,13 +360,13 @@ def _row(text: str, hooked):
     from itda.prompts import TokenStream
 
     if not isinstance(text, str) or not text:
-        raise InputError(f"`text` is {text!r}; some words were wanted.")
+        raise InputError(f"`text` is {shortened(text)}: pass some words.")
     limit = hooked.max_length or ENDLESS
     rows = list(itertools.islice(TokenStream([text], hooked.tokenizer, context_length=limit), 2))
     if len(rows) > 1:
         raise InputError(f"`text` has more tokens than the {limit} that the model has positions for: shorten it.")
     if rows[0].special.all():
-        raise InputError("`text` has special tokens only; some words were wanted.")
+        raise InputError("`text` has special tokens only: pass some words.")
     return rows[0]
 
 
