@@ -281,7 +281,7 @@ def check_workers(workers: int | None) -> None:
 def check_unshared(tensor_parallel: int | None) -> None:
     """Raise `InputError` for workers whose model would be shared between processes."""
     if tensor_parallel not in (None, 1):
-        raise InputError("Workers have a model each, and `tensor_parallel` has one in parts: leave one of them out.")
+        raise InputError("`workers` have a model each, and `tensor_parallel` has one in parts: drop one of the two.")
 
 
 def shares(ray: Any, workers: int | None, device: str | None = None, device_map: Any = None) -> tuple[int, int]:

@@ -143,9 +143,9 @@ def evaluate(
         if value is not None:
             check_whole(key, value, least)
     if seed >= 1 << 63:
-        raise InputError(f"`seed` is {shortened(seed)}; a whole number below 2**63 was wanted.")
+        raise InputError(f"`seed` is {shortened(seed)}: pass a whole number below 2**63.")
     if unknown := [key for key in stream if key not in (*heldout.CUT, "revision")]:
-        raise InputError(f"`evaluate` has no setting `{unknown[0]}`: of the text there are {', '.join(heldout.CUT)}.")
+        raise InputError(f"`evaluate` has no setting `{unknown[0]}`: those of the text are {', '.join(heldout.CUT)}.")
     systems = list(systems)
     labelled = None if probe is None else probes.labelled(probe, probe_column, probe_label)
     began = time.monotonic()
@@ -153,7 +153,7 @@ def evaluate(
     name = str(dictionary) if not isinstance(dictionary, ITDA) else repr(dictionary)
     dictionary = load_dictionary(dictionary)
     if not len(dictionary):
-        raise InputError(f"{name} has no atoms, so there is nothing to measure.")
+        raise InputError(f"{name} has no atoms to measure: give one with some (a lower `threshold` admits more).")
     if is_stored(data):
         settings = {key: value for key, value in (("k", k), ("method", method)) if value is not None}
         reading = stream | dict(model=model, dtype=dtype, special_tokens=special_tokens)
@@ -218,7 +218,8 @@ def _on_disk(
     (hook,) = stream.hook_points
     for system in systems:
         if system.atoms.shape[1] != dictionary.d:
-            raise InputError(f"{system.name} is for activations of width {system.atoms.shape[1]}, not {dictionary.d}.")
+            width = system.atoms.shape[1]
+            raise InputError(f"{system.name} is for activations of width {width}: give one of width {dictionary.d}.")
     pool = heldout.pool_size(len(dictionary)) if "random tokens" in wanted else 0
     held, about = stored.held(dictionary, stream, asked["tokens"], pool, asked["in_sample"], seed, report)
     if "untrained model" in wanted:

@@ -78,7 +78,7 @@ def read_grid(settings: Mapping[str, Any] | str | os.PathLike, *, whole: bool = 
         grid[name] = list(dict.fromkeys(_checked(v, name, where) for v in values))
     for name in ("model", "data") if whole else ():
         if name not in grid:
-            raise InputError(f"{where}: {name!r} is missing, and a sweep needs it.")
+            raise InputError(f"{where}: {name!r} is missing: give a sweep at least one.")
     if whole and len(set(grid) & set(ONE_PASS)) != 1:
         raise InputError(f"{where}: give either 'layer' or 'hook', the numbers of layers or the paths of modules.")
     return grid
@@ -129,9 +129,10 @@ def _checked(value: Any, name: str, where: str) -> Any:
         value = int(value)
     if type(value) not in kinds:
         wanted = " or ".join(_SAID[kind] for kind in kinds)
-        raise InputError(f"{where}: {name!r} is {shortened(value)}; {wanted}, or a list of such, was wanted.")
+        raise InputError(f"{where}: {name!r} is {shortened(value)}: write {wanted}, or a list of such.")
     if isinstance(value, str) and not (value and value.isprintable()):
-        raise InputError(f"{where}: {name!r} is {shortened(value)}, which is empty or has control characters in it.")
+        what = "has control characters in it" if value else "is empty"
+        raise InputError(f"{where}: {name!r} is {shortened(value)}, which {what}: write a plain text.")
     if type(value) in (int, float) and not is_number(value):
-        raise InputError(f"{where}: {name!r} is {shortened(value)}; a number that is finite was wanted.")
+        raise InputError(f"{where}: {name!r} is {shortened(value)}: write a finite number.")
     return value

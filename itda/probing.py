@@ -48,7 +48,9 @@ def labelled(data: Any, column: str = "text", label: str = "label") -> Labelled:
     if isinstance(data, str | os.PathLike):
         data = _read(Path(data), column, label)
     if not isinstance(data, Iterable):
-        raise InputError(f"Labelled texts came as {type(data).__name__}; a file, or a list of records, was wanted.")
+        raise InputError(
+            f"Labelled texts (`probe`) are of type {type(data).__name__}: pass a file, or a list of records."
+        )
     texts: list[str] = []
     labels: list[Any] = []
     for number, record in enumerate(data):
@@ -116,10 +118,10 @@ def probe(
     `labelled` does.
     """
     if not 0 < test < 1:
-        raise InputError(f"`test` is {test!r}; a share of the texts between 0 and 1 was wanted.")
+        raise InputError(f"`test` is {shortened(test)}: pass a share of the texts between 0 and 1.")
     texts, names = data if isinstance(data, Labelled) else labelled(data, column, label)
     if not texts:
-        raise InputError("There is no labelled text: give some.")
+        raise InputError("There is no labelled text: give records with a text and a label.")
     stream, repeated = _rows(model, texts, context_length)
     dense, codes, there = _means(model, hook, systems, stream, len(texts), special_tokens)
     classes, y = np.unique(np.array(names)[there], return_inverse=True)

@@ -207,7 +207,9 @@ def train(
 def _by_workers(held: ExitStack, model: Any, read: dict, workers: int | None, ray: bool | str) -> tuple[Any, dict]:
     """Workers in place of `model` until `held` is left, and what there is to say besides of how to read."""
     if read.get("stream_layers"):
-        raise InputError("A model that is streamed is read by one process: leave out workers or streaming.")
+        raise InputError(
+            "A model that is streamed is read by one process: drop `stream_layers`, or `workers` and `ray`."
+        )
     check_unshared(read["tensor_parallel"])
     hooks = read["hook"] if read["layer"] is None else read["layer"]
     if hooks is None:
@@ -256,7 +258,9 @@ def _checked_out(out: str | os.PathLike, single: bool, overwrite: bool) -> Path:
     target = folder.check_writable_target(Path(checked_path(out)) / "any").parent
     for name, what in ((folder.MANIFEST, "is an ITDA"), (folder.CHECKPOINT, "is one whose training has not finished")):
         if (target / name).exists():
-            raise InputError(f"{target} {what}, and several hook points need a folder for theirs: choose another.")
+            raise InputError(
+                f"{target} {what}, and several hook points need a folder that holds one for each: choose a new folder."
+            )
     return target
 
 

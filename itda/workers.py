@@ -95,7 +95,9 @@ class Workers(HookedModel):
     def at(self, hooks: Iterable[int | str], tokenizer: Any) -> HookedModel:
         """These workers, if it is these hook points that they read."""
         if {self.canonical(hook) for hook in hooks} != set(self.hook_points):
-            raise InputError(f"These workers read {', '.join(self.hook_points)}, and other hook points were asked for.")
+            raise InputError(
+                f"These workers read {', '.join(self.hook_points)}: ask for those, or load the model anew."
+            )
         return self
 
     def provenance(self, hook: int | str) -> dict:
@@ -147,7 +149,9 @@ def workers_of(
 
     def check(answer: Description) -> None:
         if answer.versions["itda"] != __version__:
-            raise InputError(f"A worker has itda {answer.versions['itda']}, and this is {__version__}: install one.")
+            raise InputError(
+                f"A worker has itda {answer.versions['itda']}, and this is {__version__}: install one for all."
+            )
         if found and (what := found[0].differs(answer)):
             raise InputError(f"Workers differ in their {what}, so they do not read alike: use machines that are alike.")
         found.append(answer)

@@ -324,7 +324,9 @@ def test_with_workers(llama, tmp_path, nobody):
             {"model": llama, "data": "x.txt", "layer": 1, "tensor_parallel": 2}, tmp_path / "b", workers=2
         ),
     ):
-        with pytest.raises(InputError, match="Workers have a model each, and `tensor_parallel` has one in parts"):
+        with pytest.raises(
+            InputError, match="`workers` have a model each, and `tensor_parallel` has one in parts: drop one"
+        ):
             call()
 
 

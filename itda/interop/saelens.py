@@ -45,7 +45,9 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
     Raises `InputError` for a dictionary whose pursuit SAELens' own cannot do, and a folder that holds anything else.
     """
     if not len(dictionary):
-        raise InputError(f"{dictionary!r} has no atoms, so there is nothing to export.")
+        raise InputError(
+            f"{dictionary!r} has no atoms to export: give one with some (a lower `threshold` admits more)."
+        )
     if architecture not in ARCHITECTURES:
         raise InputError(f"`architecture` is {architecture!r}; choose one of {', '.join(map(repr, ARCHITECTURES))}.")
     method = dictionary.cfg.get("method", "mp")
