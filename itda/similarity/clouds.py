@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 
 Array: TypeAlias = Tensor | ndarray  # (tokens, d) of real numbers: checked by `vectors`, which says what is wrong
 
@@ -55,7 +55,7 @@ class Sums(NamedTuple):
         weights = [1] * len(parts) if weights is None else [*map(float, weights)]
         if not parts or len(weights) != len(parts) or not all(w >= 0 for w in weights) or not any(weights):
             raise InputError(
-                f"`weights` of {len(parts)} parts are {weights}; one each, at least 0, not all 0 was wanted."
+                f"`weights` of {len(parts)} parts are {shortened(weights)}: pass one each, at least 0 and not all 0."
             )
         return cls(*(sum(w * a for w, a in zip(weights, column, strict=True)) for column in zip(*parts, strict=True)))
 
@@ -188,7 +188,10 @@ class Pair:
         y = Cloud.sum([part.y for part in parts], weights) if y is None else y
         for part in parts:
             if not (part.cross and torch.equal(part.x.shift, x.shift) and torch.equal(part.y.shift, y.shift)):
-                raise InputError("`parts` must have products, about the shifts of `x` and `y`.")
+                raise InputError(
+                    "`parts` must have products about the shifts of `x` and `y`: give each clouds of those shifts, and "
+                    "update it."
+                )
         total = cls(x, y)
         total.cross = Sums.total([part.cross for part in parts], weights)
         return total
@@ -231,25 +234,29 @@ def vectors(X: Array | None, name: str, shift: Tensor | None = None) -> Tensor:
         dtype = X.dtype.newbyteorder("=") if X.dtype.kind == "f" and X.dtype.itemsize < 8 else np.dtype(float)
         X = torch.from_numpy(np.require(X, dtype, ["C", "W"]))  # a copy of what is read-only or otherwise laid out
     if not isinstance(X, Tensor) or X.is_complex() or X.dtype == torch.bool:
-        raise InputError(f"`{name}` has {came}; real numbers in a tensor or array (tokens, d) were wanted.")
+        raise InputError(f"`{name}` has {came}: pass real numbers in a tensor or array (tokens, d).")
     if X.ndim != 2 or not X.numel():
-        raise InputError(f"`{name}` has shape {tuple(X.shape)}; (tokens, d), at least one of each, was wanted.")
+        raise InputError(f"`{name}` has shape {tuple(X.shape)}: pass (tokens, d), at least one of each.")
     x = X.detach().cpu() if X.device.type == "mps" else X.detach()
     x = x.double() if x.dtype.itemsize == 1 else x  # float8 knows no `aminmax`
     low, high = x.aminmax()  # both NaN where one entry is
     if not (low >= -LARGEST and high <= LARGEST):
         t, j = (~(x.double().abs() <= LARGEST)).nonzero()[0].tolist()
         limit = f"at most {LARGEST:g}" if bool(x[t, j].isfinite()) else "finite"
-        raise InputError(f"`{name}` must be {limit}; the entry at ({t}, {j}) is {x[t, j].item()}.")
+        came = f"the entry at ({t}, {j}) is {x[t, j].item()}"
+        raise InputError(f"`{name}` must be {limit}; {came}. Drop or repair that token.")
     if shift is not None and (x.shape[1], x.device) != (len(shift), shift.device):
-        raise InputError(f"`{name}` is {x.shape[1]} wide on {x.device}, its cloud {len(shift)} on {shift.device}.")
+        raise InputError(
+            f"`{name}` is {x.shape[1]} wide on {x.device}, its cloud {len(shift)} on {shift.device}: pass batches of "
+            "one width and device."
+        )
     return x
 
 
 def same_tokens(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both clouds, (tokens, d) each, if they can be of the same tokens; else `InputError`."""
     if len(x) != len(y):
-        raise InputError(f"`X` has {len(x)} tokens but `Y` {len(y)}: the same tokens in the same order were wanted.")
+        raise InputError(f"`X` has {len(x)} tokens but `Y` {len(y)}: pass the same tokens in the same order.")
     if x.device != y.device:
         raise InputError(f"`X` is on {x.device} but `Y` on {y.device}: move one of them with `.to(device)`.")
     return x, y

@@ -99,6 +99,4 @@ def _same(a: Codes, b: Codes) -> Tensor:
 
 def _check(a: Codes, b: Codes) -> None:
     if a.n_atoms != b.n_atoms or len(a.indices) != len(b.indices) or a.indices.ndim != 2 or b.indices.ndim != 2:
-        raise InputError(
-            f"{a!r} and {b!r} cannot be compared: codes of the same tokens over the same atoms were wanted."
-        )
+        raise InputError(f"{a!r} and {b!r} cannot be compared: encode the same tokens with the same atoms.")

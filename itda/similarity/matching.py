@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.similarity.sets import _members
 
 BOOTSTRAPS = 1000
@@ -159,13 +159,13 @@ def _pairs(similarities: Any) -> dict[tuple, ndarray]:
     if isinstance(similarities, Mapping):
         pairs = {key: _array(matrix) for key, matrix in similarities.items()}
         if wrong := [key for key in pairs if not isinstance(key, tuple) or len(key) != 2]:
-            raise InputError(f"`similarities` has the key {wrong[0]!r}; pairs (m, n) of models were wanted.")
+            raise InputError(f"`similarities` has the key {shortened(wrong[0])}: use pairs (m, n) of models.")
     else:
         array = _array(similarities)
         if array.ndim != 4 or array.shape[0] != array.shape[1]:
             raise InputError(
-                f"`similarities` has shape {array.shape}; (models, models, layers, layers), or a dict of one "
-                "(layers, layers) for each pair of models was wanted."
+                f"`similarities` has shape {array.shape}: pass (models, models, layers, layers), or a dict of one "
+                "(layers, layers) for each pair of models."
             )
         pairs = {(m, n): array[m, n] for m in range(len(array)) for n in range(len(array))}
     if not pairs:
@@ -173,8 +173,8 @@ def _pairs(similarities: Any) -> dict[tuple, ndarray]:
     for key, matrix in pairs.items():
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
             raise InputError(
-                f"The similarities of {key} have shape {matrix.shape}; (layers, layers), as many in both models, was "
-                "wanted: only there is a layer of the same number the right one."
+                f"`similarities` of {key} have shape {matrix.shape}: pass (layers, layers), as many in both models, "
+                "since a layer is matched with that of its number."
             )
     return pairs
 

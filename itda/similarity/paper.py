@@ -35,7 +35,7 @@ def paper_svcca(X: Array | Pair, Y: Array | None = None, components: int = 20) -
     NaN where a cloud is constant. `svcca(X, Y, components=20)` is the correct one.
     """
     if components < 1:
-        raise InputError(f"`components` is {components!r}; a whole number, 1 or more, was wanted.")
+        raise InputError(f"`components` is {components!r}: pass a whole number, 1 or more.")
     pair = _pair(X, Y)
     (x, x_vectors), (y, y_vectors) = pair.x.principal, pair.y.principal
     cross = (x_vectors.T @ pair.centred @ y_vectors)[:components, :components]

@@ -47,7 +47,9 @@ def expected_jaccard(size_a: int, size_b: int, n: int) -> float:
     The intersection is hypergeometric. About p / (2 - p) for equal sizes p n.
     """
     if not 0 <= max(size_a, size_b) <= n or min(size_a, size_b) < 0:
-        raise InputError(f"Sets of {size_a} and {size_b} out of {n} tokens were given: no set can be larger than that.")
+        raise InputError(
+            f"Sets of {size_a} and {size_b} do not fit in {n} tokens: pass how many the stream of both has."
+        )
     if not size_a + size_b:
         return math.nan
     common = torch.arange(max(0, size_a + size_b - n), min(size_a, size_b) + 1, dtype=torch.float64)
@@ -77,7 +79,9 @@ def expected_jaccard_by_token(
         at = np.minimum(np.searchsorted(ids, atoms), max(len(ids) - 1, 0))
         per_id = np.bincount(at, minlength=len(ids)).astype(float)
         if len(atoms) and (not len(ids) or (ids[at] != atoms).any() or (per_id > count).any()):
-            raise InputError(f"`{name}` has more atoms of a token id than `stream` has tokens: pass that of both.")
+            raise InputError(
+                f"`{name}` has more atoms of a token id than `stream` has tokens: pass the ids of the stream of both."
+            )
         of.append(per_id)
     total = len(a) + len(b)
     if not total:

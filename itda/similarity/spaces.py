@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.similarity.clouds import Array, Pair, Sums, middle, rows_at_a_time, same_tokens, vectors
 
 
@@ -45,7 +45,7 @@ def cka_debiased(X: Array | Pair, Y: Array | None = None) -> float:
     """
     pair = _pair(X, Y)
     if pair.x.n < 4:
-        raise InputError(f"`cka_debiased` needs at least 4 tokens; {pair.x.n} came.")
+        raise InputError(f"`X` has {pair.x.n} tokens, and `cka_debiased` needs 4 or more: pass more of them.")
     return _ratio(_hsic(pair.cross), (_hsic(pair.x.sums) * _hsic(pair.y.sums)).sqrt())
 
 
@@ -69,9 +69,9 @@ def svcca(X: Array | Pair, Y: Array | None = None, variance: float = 0.99, compo
     NaN where a cloud is constant. Raises `InputError` for settings out of range.
     """
     if not isinstance(variance, Real) or not 0 < float(variance) <= 1:
-        raise InputError(f"`variance` is {variance!r}; a share of the variance in (0, 1] was wanted.")
+        raise InputError(f"`variance` is {shortened(variance)}: pass a share of the variance, above 0 and at most 1.")
     if components is not None and (not isinstance(components, Integral) or components < 1):
-        raise InputError(f"`components` is {components!r}; a whole number, 1 or more, was wanted.")
+        raise InputError(f"`components` is {shortened(components)}: pass a whole number, 1 or more.")
     pair, bases = _pair(X, Y), []
     for values, directions in (pair.x.principal, pair.y.principal):
         short = values.cumsum(0) < (1 - 1e-12) * variance * values.sum()  # rounded sums may miss all of it
@@ -133,7 +133,7 @@ def relative(
     if exclude_anchors:
         counted[chosen] = False
     if not counted.any():
-        raise InputError(f"each of the {len(x)} tokens is an anchor: pass fewer `anchors`, or exclude_anchors=False.")
+        raise InputError(f"Each of the {len(x)} tokens is an anchor: pass fewer `anchors`, or `exclude_anchors=False`.")
     rows = rows_at_a_time(x.shape[1], y.shape[1], len(chosen))
     both = zip(_cosines(x, chosen, center, rows), _cosines(y, chosen, center, rows), strict=True)
     return min(float(torch.cat([(_unit(a) * _unit(b)).sum(1) for a, b in both])[counted].mean()), 1.0)
@@ -217,10 +217,13 @@ def _pair(X: Array | Pair, Y: Array | None) -> Pair:
     if not isinstance(X, Pair):
         return Pair().update(X, Y)
     if Y is not None:
-        raise InputError("a `Pair` holds both clouds: leave `Y` out.")
+        raise InputError("A `Pair` holds both clouds: leave `Y` out.")
     n = X.cross.n if X.cross else 0
     if not n or not (isclose(X.x.n, n) and isclose(X.y.n, n)):  # sums of weights carry rounding
-        raise InputError(f"the `Pair` has summed {X.x.n} and {X.y.n} tokens of its clouds, but {n} of their products.")
+        raise InputError(
+            f"The `Pair` has summed {X.x.n} and {X.y.n} tokens of its clouds, but {n} of their products: update all "
+            "with the same batches."
+        )
     return X
 
 
@@ -228,12 +231,12 @@ def _anchors(anchors: int | Sequence[int] | Array, n: int, seed: int) -> Tensor:
     """Indices of the anchor tokens, (anchors,) int64."""
     if isinstance(anchors, Integral) and not isinstance(anchors, bool):
         if not 1 <= anchors <= n:
-            raise InputError(f"`anchors` is {anchors}; 1 to {n}, the number of tokens, was wanted.")
+            raise InputError(f"`anchors` is {anchors}: pass 1 to {n}, the number of tokens.")
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:anchors]
     chosen = torch.as_tensor(anchors).cpu()
     if chosen.ndim != 1 or not len(chosen) or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise InputError(f"`anchors` are {chosen.dtype} of shape {tuple(chosen.shape)}; indices of tokens were wanted.")
+        raise InputError(f"`anchors` are {chosen.dtype} of shape {tuple(chosen.shape)}: pass indices of tokens (n,).")
     chosen = chosen.long()
     if chosen.min() < 0 or chosen.max() >= n:
-        raise InputError(f"`anchors` reach from {chosen.min()} to {chosen.max()}; tokens are 0 to {n - 1}.")
+        raise InputError(f"`anchors` reach from {chosen.min()} to {chosen.max()}: pass indices of 0 to {n - 1}.")
     return chosen
