@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.hooks import activations, load, untrained
 from itda.hub import checked_name, load_tokenizer
 from itda.labels import Batch, Labels
@@ -147,14 +147,16 @@ def named(names: Sequence[str] | None, found: Sequence[str]) -> list[str]:
             same = (f"{name}#{number}" for number in itertools.count(2))
             names.append(name if name not in names else next(other for other in same if other not in names))
     if isinstance(names, str) or len(names) != len(found) or len(set(names)) < len(names):
-        raise InputError(f"`names` is {names!r}; a different one for each of the {len(found)} models was wanted.")
+        raise InputError(
+            f"`names` is {shortened(names)}: pass a list of {len(found)} different ones, one for each model."
+        )
     return list(names)
 
 
 def _checked(models: Sequence[Any], layer: Any, hook: Any, tokens: int, names: Sequence[str] | None) -> list[str]:
     """The names of the models, after every check that needs no model."""
     if isinstance(models, str | Path | HookedModel) or not len(models):
-        raise InputError(f"`models` is {models!r}; a list of one or more models was wanted.")
+        raise InputError(f"`models` is {shortened(models)}: pass a list of one or more models.")
     for model in models:
         if not isinstance(model, str | Path | HookedModel):
             raise InputError(
@@ -166,7 +168,7 @@ def _checked(models: Sequence[Any], layer: Any, hook: Any, tokens: int, names: S
     if layer is not None and hook is not None:
         raise InputError("Both `layer` and `hook` were given: choose one of them.")
     if not isinstance(tokens, int | np.integer) or tokens < 1:
-        raise InputError(f"`tokens` is {tokens!r}; a whole number, 1 or more, was wanted.")
+        raise InputError(f"`tokens` is {shortened(tokens)}: pass a whole number, 1 or more.")
     return named(names, [_name(model) for model in models])
 
 
@@ -237,7 +239,9 @@ def valid_tokens(
             break
         enough = tokens is not None and count >= tokens
     if not count:
-        raise InputError("`data` holds no valid token, which is none that is special or first in its row: give more.")
+        raise InputError(
+            "`data` holds no valid token, since all are special or first in their rows: give more or longer texts."
+        )
     labels, found = Labels.concat(parts), np.flatnonzero(np.concatenate(kept))[:tokens]
     return labels[found], ends(labels)[found]
 
@@ -283,7 +287,9 @@ def gather(stream: Any, place: Int[ndarray, " valid"], readings: int, what: str,
         for name, batch in item.items():
             x = batch.activations[torch.from_numpy(rows).to(batch.activations.device)].float().cpu()
             if not bool(torch.isfinite(x).all()):
-                raise InputError(f"An activation at {name} is not finite ({what}): use a wider `dtype`, 'float32'.")
+                raise InputError(
+                    f"An activation at {name} is not finite ({what}): use a wider `dtype`, such as 'float32'."
+                )
             read_at[name][torch.from_numpy(to[rows])] = x
         labels.append(next(iter(item.values())).labels[rows])
         done += size

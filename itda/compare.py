@@ -17,7 +17,7 @@ from itda import aligned, drawing, layers, saved, stored
 from itda.aligned import Reading, check_names
 from itda.builder import Builder
 from itda.caches import is_stored
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.layers import Pairs, Settings, Similarity
 from itda.model import ITDA
 from itda.progress import Step, reporter
@@ -145,21 +145,21 @@ def compare(
     models without a token in common.
     """
     if isinstance(models, str | os.PathLike | ITDA | HookedModel):
-        raise InputError(f"`models` is {models!r}; a list of two or more was wanted: `compare([a, b], data)`.")
+        raise InputError(f"`models` is {shortened(models)}: pass a list of two or more, as in `compare([a, b], data)`.")
     if len(models) < 2:
         came = f"One model came ({models[0]})" if models else "No model came"
-        raise InputError(f"{came}; two or more models, or dictionaries, were wanted.")
+        raise InputError(f"{came}: pass two or more models, or dictionaries.")
     check_names(reading, compare)
     measures = [measures] if isinstance(measures, str) else list(dict.fromkeys(measures or ()))
     if unknown := [name for name in measures if name not in layers.FAMILIES]:
         raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.FAMILIES)}.")
     if draw < 0:
-        raise InputError(f"`draw` is {draw}; a whole number, 0 or more, was wanted.")
+        raise InputError(f"`draw` is {draw}: pass a whole number, 0 or more.")
     if _all_are(saved.is_dictionary, models, "{!r} is a dictionary and {!r} is not: compare dictionaries"):
         return _of_dictionaries(saved.read(models, data, align, names), measures, draw)
     on_disk = _all_are(is_stored, models, "{!r} holds activations and {!r} does not: compare activations")
     if on_disk and data is not None:
-        raise InputError("Activations on disk were read before: leave out `data` (`--data`).")
+        raise InputError("Activations on disk were read from a text before: leave out `data` (`--data`).")
     if data is None and not on_disk:
         raise InputError("Models are compared on a text: give `data` (`--data`), or dictionaries in place of models.")
     report = reporter(progress) or (lambda step: None)
@@ -201,14 +201,14 @@ def _all_are(of_kind: Callable[[Any], bool], models: Sequence[Any], sentence: st
     kinds = list(map(of_kind, models))
     if any(kinds) and not all(kinds):
         one, other = models[kinds.index(True)], models[kinds.index(False)]
-        raise InputError(f"{sentence.format(one, other)}, or models on a text.")
+        raise InputError(f"{sentence.format(one, other)} only, or models on a text.")
     return all(kinds)
 
 
 def _check(n_atoms: int | None, threshold: float | None, k: int, atoms: int | None) -> None:
     """What can be wrong with the settings, before any model is read."""
     if atoms is not None and atoms < 1:
-        raise InputError(f"`atoms` is {atoms!r}; a whole number, 1 or more, was wanted.")
+        raise InputError(f"`atoms` is {atoms!r}: pass a whole number, 1 or more.")
     Builder(k=k, n_atoms=n_atoms, threshold=threshold, total=1 << 60)  # which checks the rest
 
 
@@ -340,7 +340,9 @@ def _of_dictionaries(sides: saved.Sides, measures: Sequence[str] | None, draw: i
     known = [name for name in layers.SET_MEASURES if name != "jaccard_by_token" or sides.token_ids_known]
     wanted = list(measures or known)
     if missing := [name for name in wanted if name not in known]:
-        why = "it needs the text: give `data`" if missing[0] in layers.SET_MEASURES else "it needs models and a text"
+        why = "it needs the text: give `data`"
+        if missing[0] not in layers.SET_MEASURES:
+            why = f"it needs models and a text: give these, or choose of {', '.join(known)}"
         raise InputError(f"Dictionaries alone cannot be compared by {missing[0]!r}, because {why}.")
     found = layers.compare_sets(sides.atoms, wanted, sides.token_id, sides.groups, sides.tokens)
     sizes = _sizes(sides.atoms, sides.token_id, sides.groups, sides.tokens)

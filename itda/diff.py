@@ -302,7 +302,8 @@ def _same_places(readings: Sequence[Reading]) -> list[tuple[str, ...]]:
     counts = {reading.name: len(reading.hook_points) for reading in readings}
     if len(set(counts.values())) > 1:
         raise InputError(
-            f"The models have {counts} hook points, which cannot be compared one by one: name as many with `layer`."
+            f"The models have {counts} hook points, which cannot be compared one by one: name with `layer` those that "
+            "all have."
         )
     return list(zip(*(reading.hook_points for reading in readings), strict=True))
 

@@ -16,7 +16,7 @@ from numpy import ndarray
 
 from itda import folder
 from itda.aligned import named, places, valid_tokens
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.hub import load_tokenizer
 from itda.labels import Labels
 from itda.layers import grouped, groups_of
@@ -86,7 +86,9 @@ def _layers(model: Any) -> list[ITDA]:
         return [model]
     found = list(model) if isinstance(model, list | tuple) else [ITDA.load(path) for path in _folders(model)]
     if not found or not all(isinstance(dictionary, ITDA) for dictionary in found):
-        raise InputError(f"A model is {model!r}; one dictionary or more in a list was wanted, one for each layer.")
+        raise InputError(
+            f"A model is {shortened(model)}: pass its folder, or a list of loaded dictionaries, one for each layer."
+        )
     for first, other in pairwise(found):
         check_same_stream(first, other)
     return sorted(
@@ -114,7 +116,10 @@ def _without_text(names: list[str], sides: Sequence[Sequence[ITDA]]) -> Sides:
     pairs, first, row = np.unique(every.pairs(), axis=0, return_index=True, return_inverse=True)
     row = row.reshape(-1)
     if (every.token_id != every.token_id[first][row]).any():
-        raise InputError("The dictionaries come from different text: the same prompt and position is another token.")
+        raise InputError(
+            "The dictionaries come from different text, since the same prompt and position is another token: build "
+            "them on the same text."
+        )
     tokens = max([int(d.cfg.get("tokens") or 0) for side in sides for d in side] + [len(pairs)])
     ends_at = np.cumsum([len(d) for side in sides for d in side])
     parts = iter(np.split(row, ends_at[:-1]))
@@ -133,7 +138,7 @@ def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[nda
     if not stream.get("hash") or not name:
         raise InputError(f"{one!r} does not say what it was built on, so no text can align it: build it again.")
     if any(cfg.get("padding") for cfg in cfgs):
-        raise InputError(f"{one!r} has atoms of padding, which stand nowhere in a text: build it without.")
+        raise InputError(f"{one!r} has atoms of padding, which stand nowhere in a text: build it without `padding`.")
     tokenizer = load_tokenizer(name, **({"revision": r} if (r := _model(one).get("revision")) else {}))
     if tokenizer_hash(tokenizer) != stream.get("tokenizer_hash"):
         raise InputError(f"The tokenizer of {name} is not the one that {one!r} was built with: restore it.")
@@ -149,7 +154,7 @@ def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[nda
 def _same_rows(rows: Iterable[Row], until: str, group: int, tokens: int) -> Iterator[Row]:
     """The rows of `read_until`; raises `InputError` if their hash is never met."""
     if not (yield from read_until(rows, until, group, tokens)):
-        raise InputError("The text is not the one that this dictionary was built on: give that, unchanged.")
+        raise InputError("`data` is not the text that this dictionary was built on: give that text, unchanged.")
 
 
 def read_until(rows: Iterable[Row], until: str, group: int, tokens: int) -> Generator[Row, None, bool]:
@@ -180,7 +185,10 @@ def _on_text(names, sides, streams: dict[str, tuple[Labels, ndarray]], align: bo
     keys = {name: np.arange(len(labels)) if alike else ends for name, (labels, ends) in streams.items()}
     common = reduce(np.intersect1d, (key[key >= 0] for key in keys.values()))
     if not len(common):
-        raise InputError("The dictionaries have no token in common: no token ends at one character in all streams.")
+        raise InputError(
+            "The dictionaries have no token in common, since none ends at the same character in all streams: build "
+            "them on the same text."
+        )
     first, first_labels = next(iter(keys.values())), next(iter(streams.values()))[0]
     kept = np.flatnonzero(np.isin(first, common))
     atoms, shares = [], []
@@ -190,12 +198,17 @@ def _on_text(names, sides, streams: dict[str, tuple[Labels, ndarray]], align: bo
             labels, key = streams[_hash(dictionary)][0], keys[_hash(dictionary)]
             at = places(_numbers(dictionary.labels), _numbers(labels))
             if (at < 0).any():
-                raise InputError(f"{dictionary!r} has an atom that is no valid token of the text: give its own text.")
+                raise InputError(
+                    f"{dictionary!r} has an atom that is no valid token of the text: give the text of its training."
+                )
             rows.append(places(key[at], first[kept]))
         shares.append(float(np.mean(np.concatenate(rows) >= 0)) if sum(map(len, rows)) else 1.0)
         atoms.append([row[row >= 0] for row in rows])
     if not any(len(row) for of in atoms for row in of):
-        raise InputError("The dictionaries have no atom at a token that all of them have: nothing can be compared.")
+        raise InputError(
+            "The dictionaries have no atom at a token that all of them have: build larger ones, or compare the models "
+            "on a text."
+        )
     found = first_labels[kept]
     about = _about(names, sides, shares)
     return Sides(names, about, atoms, found.token_id, groups_of(found), len(found), not alike)

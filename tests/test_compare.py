@@ -617,7 +617,7 @@ def test_names_are_told_apart():
     assert aligned.named(None, ["a", "a", "a#2", "a"]) == ["a", "a#2", "a#2#2", "a#3"]
     assert aligned.named(("x", "y"), ["a", "a"]) == ["x", "y"]
     for wrong in (["x", "x"], ["x"], [], "xy"):
-        with pytest.raises(InputError, match="a different one for each of the 2 models"):
+        with pytest.raises(InputError, match="pass a list of 2 different ones, one for each model"):
             aligned.named(wrong, ["a", "b"])
 
 
@@ -644,33 +644,41 @@ def refused(words, *args, **settings):
 @pytest.mark.parametrize(
     ("words", "models", "settings"),
     [
-        ("One model came (a); two or more models", ["a"], {}),
-        ("No model came", [], {}),
-        ("a list of two or more was wanted: `compare([a, b], data)`", "a", {}),
+        ("One model came (a): pass two or more models", ["a"], {}),
+        ("No model came: pass two or more models", [], {}),
+        ("`models` is 'a': pass a list of two or more, as in `compare([a, b], data)`", "a", {}),
         ("has no setting `measure`: perhaps `measures` was meant", ["a", "b"], {"measure": "cka"}),
         ("has no setting `batchrows`: perhaps `batch_rows` was meant", ["a", "b"], {"batchrows": 3}),
         ("has no setting `zzzzz`: those", ["a", "b"], {"zzzzz": 3}),
         ("There is no measure 'similar'", ["a-itda", "b-itda"], {"measures": ["similar"]}),
         ("give `data`", ["a", "b"], {"data": None}),
-        ("'a-itda' is a dictionary and 'b' is not", ["a-itda", "b"], {}),
+        ("'a-itda' is a dictionary and 'b' is not: compare dictionaries only, or", ["a-itda", "b"], {}),
         ("There is no measure 'similar'", ["a", "b"], {"measures": ["cka", "similar"]}),
         ("There is no measure 'similar'", ["a", "b"], {"measures": "similar"}),
         ("were given: choose one of them", ["a", "b"], {"n_atoms": 10, "threshold": 0.1}),
-        ("`atoms` is 0", ["a", "b"], {"atoms": 0}),
+        ("`atoms` is 0: pass a whole number, 1 or more", ["a", "b"], {"atoms": 0}),
         ("`k` is 0", ["a", "b"], {"k": 0}),
         ("`n_atoms` is -2", ["a", "b"], {"n_atoms": -2}),
         ("`threshold` is -1.0", ["a", "b"], {"threshold": -1.0}),
-        ("`draw` is -1", ["a", "b"], {"draw": -1}),
+        ("`draw` is -1: pass a whole number, 0 or more", ["a", "b"], {"draw": -1}),
         ("`tokens` is 0", ["a", "b"], {"tokens": 0}),
-        ("a different one for each of the 2 models", ["a", "b"], {"names": ["x", "x"]}),
-        ("a different one for each of the 2 models", ["a", "b"], {"names": ["x"]}),
-        ("a different one for each of the 2 models", ["a-itda", "b-itda"], {"names": ["x", "x"], "data": None}),
+        ("pass a list of 2 different ones, one for each model", ["a", "b"], {"names": ["x", "x"]}),
+        ("pass a list of 2 different ones, one for each model", ["a", "b"], {"names": ["x"]}),
+        (
+            "pass a list of 2 different ones, one for each model",
+            ["a-itda", "b-itda"],
+            {"names": ["x", "x"], "data": None},
+        ),
         ("Both `layer` and `hook`", ["a", "b"], {"layer": 1, "hook": "h.1"}),
         ("have different tokenizers, so their rows differ", ["a", "code"], {"align": False}),
-        ("cannot be compared by 'cka', because it needs models", ["a-itda", "b-itda"], {"measures": ["cka"]}),
+        (
+            "cannot be compared by 'cka', because it needs models and a text: give these, or choose of jaccard",
+            ["a-itda", "b-itda"],
+            {"measures": ["cka"]},
+        ),
         ("because it needs the text", ["a-itda", "b-itda"], {"measures": ["jaccard_by_token"], "data": None}),
-        ("one dictionary or more in a list", [[], []], {}),
-        ("one dictionary or more in a list", [["a-itda"], ["b-itda"]], {}),
+        ("pass its folder, or a list of loaded dictionaries", [[], []], {}),
+        ("pass its folder, or a list of loaded dictionaries", [["a-itda"], ["b-itda"]], {}),
     ],
 )
 def test_what_is_wrong_is_said_before_any_model_is_read(home, monkeypatch, words, models, settings):
@@ -726,9 +734,9 @@ def test_dictionaries_of_different_text_are_refused(home, tmp_path):
     refused("of different text", ["a-itda", mixed])
     refused("of different text", ["a-itda", mixed], "text.jsonl")
     for data in (str(tmp_path / "other.txt"), DOCUMENTS[1:], DOCUMENTS[:-1]):
-        refused("not the one that this dictionary was built on", ["a-itda", "b-itda"], data)
+        refused("`data` is not the text that this dictionary was built on", ["a-itda", "b-itda"], data)
     bare = [replace(d, cfg={}) for d in (mixed[0], trained(home, "a")["transformer.h.0"])]
-    refused("the same prompt and position is another token", bare)
+    refused("the same prompt and position is another token: build them on the same text", bare)
 
 
 def test_a_long_wrong_text_is_not_read_to_its_end(home):
