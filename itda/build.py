@@ -230,7 +230,7 @@ def _peek(stream: Any) -> tuple[list[str], Iterator | None]:
     if hasattr(stream, "hook_points"):
         return [""] if stream.single else list(stream.hook_points), None
     if not isinstance(stream, Iterable):
-        raise InputError(f"The stream is of type {type(stream).__name__}; an iterable of activations was wanted.")
+        raise InputError(f"The stream is of type {type(stream).__name__}: pass an iterable of activations.")
     items = iter(stream)
     first = next(items, None)
     if first is None or (isinstance(first, Mapping) and not first):
@@ -245,8 +245,8 @@ def _batches(item, position: int) -> dict[str, Batch]:
     shape: Any = getattr(item[0] if pair else item, "shape", ())
     if not len(shape):
         raise InputError(
-            f"An item of the stream is of type {type(item).__name__}; activations (tokens, d), a pair of them and "
-            "their labels, or a dict of these by hook point was wanted."
+            f"An item of the stream is of type {type(item).__name__}: pass activations (tokens, d), a pair of them and "
+            "their labels, or a dict of these by hook point."
         )
     return {"": Batch(*item) if pair else Batch(item, Labels.counted(position, shape[0]))}
 
@@ -266,8 +266,7 @@ def _size(batches: dict[str, Batch], names: Iterable[str]) -> int:
     sizes = {name: len(batch.activations) for name, batch in batches.items()}
     if sizes.keys() != set(names) or len(set(sizes.values())) != 1:
         raise InputError(
-            f"An item of the stream has {sizes or 'no'} tokens by hook point; as many at each of {list(names)} were "
-            "wanted."
+            f"An item of the stream has {sizes or 'no'} tokens by hook point: pass as many at each of {list(names)}."
         )
     return next(iter(sizes.values()))
 

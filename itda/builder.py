@@ -16,7 +16,7 @@ from torch import Tensor
 from itda._version import __version__
 from itda.admission import Batched, Sequential
 from itda.disk import bytes_of
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.labels import Batch, Labels
 from itda.metrics import LOSSES, fvu
 from itda.model import ITDA, Sample
@@ -284,11 +284,14 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
     if x is None or x.ndim != 2 or (len(x) and not x.shape[1]):
         kind = type(activations).__name__
         shape = f"{activations.dtype} of shape {tuple(activations.shape)}" if hasattr(activations, "shape") else kind
-        raise InputError(f"A batch of activations is {shape}; a floating-point tensor (tokens, d) was wanted.")
+        raise InputError(f"A batch of activations is {shape}: pass a floating-point tensor (tokens, d).")
     if d is not None and x.shape[1] != d:
-        raise InputError(f"A batch of activations has shape {tuple(x.shape)}, but those before it had d = {d}.")
+        raise InputError(
+            f"A batch of activations has shape {tuple(x.shape)}, but those before it had d = {d}: pass those of one "
+            "hook point."
+        )
     if len(labels) != len(x):
-        raise InputError(f"A batch has {len(x)} activations but {len(labels)} labels: one for each was wanted.")
+        raise InputError(f"A batch has {len(x)} activations but {len(labels)} labels: pass one for each.")
     where = too_large(x) or too_large(x.float())
     if where is not None:
         t, i = where
@@ -305,12 +308,12 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
 def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size) -> None:
     for name, value in (("k", k), ("n_atoms", n_atoms), ("max_atoms", max_atoms), ("chunk_size", chunk_size)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InputError(f"`{name}` is {value!r}; a whole number, 1 or more, was wanted.")
+            raise InputError(f"`{name}` is {shortened(value)}: pass a whole number, 1 or more.")
     if k > MOST_STEPS:
-        raise InputError(f"`k` is {k!r}; at most {MOST_STEPS:,} pursuit steps were wanted.")
+        raise InputError(f"`k` is {shortened(k)}: pass at most {MOST_STEPS:,} pursuit steps.")
     for name, value, choices in (("loss", loss, tuple(LOSSES)), ("admission", admission, ADMISSIONS)):
         if value not in choices:
-            raise InputError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+            raise InputError(f"`{name}` is {shortened(value)}; choose one of {', '.join(map(repr, choices))}.")
     if threshold is not None and n_atoms is not None:
         raise InputError(f"Both `threshold` ({threshold}) and `n_atoms` ({n_atoms}) were given: choose one of them.")
     if n_atoms is not None and admission != "sequential":
@@ -321,4 +324,4 @@ def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_siz
         raise InputError(f"Loss {loss!r} has the units of the activations and no default: give a `threshold`.")
     most = {"relative": 1.0, "cosine": 4.0, "squared": math.inf}[loss]
     if threshold is not None and not (isinstance(threshold, Real) and 0 <= float(threshold) < most):
-        raise InputError(f"`threshold` is {threshold!r}; loss {loss!r} needs one from 0 to below {most:g}.")
+        raise InputError(f"`threshold` is {shortened(threshold)}; loss {loss!r} needs one from 0 to below {most:g}.")

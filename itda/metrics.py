@@ -52,7 +52,7 @@ def fvu(x, x_hat) -> float:
     NaN where the activations have no variance (one token, or equal ones).
     """
     if x.shape != x_hat.shape:
-        raise InputError(f"`x_hat` has shape {tuple(x_hat.shape)}; the shape of `x`, {tuple(x.shape)}, was wanted.")
+        raise InputError(f"`x_hat` has shape {tuple(x_hat.shape)}: pass one of the shape of `x`, {tuple(x.shape)}.")
     variance = float(squared_error(x, x.mean(0)).sum())
     return float(squared_error(x, x_hat).sum()) / variance if variance > 0 else float("nan")
 

@@ -96,7 +96,7 @@ class ITDA:
         """
         x = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")).to(self.atoms.device)
         if x.ndim < 1 or x.shape[-1] != self.d:
-            raise InputError(f"`x` has shape {tuple(x.shape)}, but {self!r} encodes activations (..., {self.d}).")
+            raise InputError(f"`x` has shape {tuple(x.shape)}: pass activations (..., {self.d}), as {self!r} encodes.")
         if self.mean is not None:
             x = x - self.mean  # float16 and bfloat16 become float32 here
         return pursue(
@@ -131,7 +131,7 @@ class ITDA:
         """
         problem = _problem(self)
         if problem:
-            raise InputError(f"This ITDA cannot be saved, because {problem[1]}.")
+            raise InputError(f"This ITDA cannot be saved, because {problem[1]}: mend that, or build it again.")
         tensors = {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
         files = {folder.ATOMS: safetensors_chunks(tensors), folder.LABELS: tables.labels_chunks(self.labels)}
         if self.sample is not None:
@@ -142,7 +142,7 @@ class ITDA:
             files[folder.SAMPLE] = tables.labels_chunks(self.sample.labels, (indices, values), losses)
         settings = {"k": int(self.k), **{key: _plain(v, f"cfg[{key!r}]") for key, v in self.cfg.items() if key != "k"}}
         if wrong := folder.wrong_setting(settings):
-            raise InputError(f"This ITDA cannot be saved, because its `cfg` says {wrong}.")
+            raise InputError(f"This ITDA cannot be saved, because its `cfg` says {wrong}: mend that entry.")
         folder.write_folder(path, self.n_atoms, self.d, settings, files)
 
     @classmethod
@@ -301,7 +301,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         elif status in (401, 403, 404):
             why = f"HTTP {status}: check the name `org/name`, and your access with `hf auth login`"
         else:
-            why = f"{type(error).__name__}: {first_line(error)}"
+            why = f"{type(error).__name__}: {first_line(error)}; mend that and try again"
         raise InputError(f"{what} ({why}).") from error
 
 

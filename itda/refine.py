@@ -246,7 +246,7 @@ def _checked(model: ITDA, activations: Any, labels: Labels | None) -> Tensor:
     x = as_tensor(activations)
     if x is None or x.ndim != 2 or x.shape[1] != model.d:
         shape = tuple(getattr(activations, "shape", ())) or type(activations).__name__
-        raise InputError(f"`x` is {shape}; activations (tokens, {model.d}) of floating point were wanted.")
+        raise InputError(f"`x` is {shape}: pass activations (tokens, {model.d}) of floating point.")
     if labels is not None and len(labels) != len(x):
         raise InputError(f"`labels` has {len(labels):,} entries and `x` {len(x):,} activations: give one for each.")
     if not len(x) or not len(model):

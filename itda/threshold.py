@@ -88,7 +88,7 @@ def pilot(
     """
     if not bool(x.any()):
         raise InputError(
-            f"The first {len(x):,} activations are all zero: no threshold can be chosen; give `threshold`."
+            f"The first {len(x):,} activations are all zero, so no threshold can be chosen: pass `threshold`."
         )
     zero = LOSSES[loss](x.double().cpu().numpy(), np.zeros(tuple(x.shape)))
     high, low = math.log(float(zero.max())), math.log(float(zero.max()) * 1e-7)  # too few atoms, too many

@@ -572,7 +572,7 @@ def untyped_build(*args, **settings):
 
 
 BAD = [
-    (dict(k=0), "`k` is 0"),
+    (dict(k=0), "`k` is 0: pass a whole number, 1 or more"),
     (dict(k=-3), "`k` is -3"),
     (dict(threshold=-0.1), "`threshold` is -0.1"),
     (dict(threshold=1.5), "`threshold` is 1.5; loss 'relative' needs one from 0 to below 1"),
@@ -585,7 +585,7 @@ BAD = [
     (dict(loss="squared"), "and no default: give a `threshold`"),
     (dict(admission="random"), "`admission` is 'random'"),
     (dict(max_atoms=0), "`max_atoms` is 0"),
-    (dict(k=10**18), "at most 65,536 pursuit steps"),
+    (dict(k=10**18), "pass at most 65,536 pursuit steps"),
     (dict(tokens=1.5), "`tokens` is 1.5"),
     (dict(tokens=0), "`tokens` is 0"),
     (dict(tokens=-5, n_atoms=3), "`tokens` is -5"),
@@ -623,20 +623,23 @@ STREAMS = [
     ([], "The stream is empty"),
     ([torch.zeros(0, 4)], "no valid token"),
     ([gaussian(20), nan_at(7)], "prompt 0, position 27 is not finite (entry 3 is inf)"),
-    ([gaussian(20), gaussian(20, d=5)], "has shape (20, 5), but those before it had d = 24"),
+    (
+        [gaussian(20), gaussian(20, d=5)],
+        "has shape (20, 5), but those before it had d = 24: pass those of one hook point",
+    ),
     ([gaussian(20).int()], "torch.int32 of shape (20, 24)"),
-    ([gaussian(20)[0]], "torch.float32 of shape (24,)"),
-    ([(gaussian(20), Labels.counted(0, 19))], "20 activations but 19 labels"),
+    ([gaussian(20)[0]], "torch.float32 of shape (24,): pass a floating-point tensor (tokens, d)"),
+    ([(gaussian(20), Labels.counted(0, 19))], "20 activations but 19 labels: pass one for each"),
     ([gaussian(20).double() * 1e300], "prompt 0, position 0 is too large"),
     ([torch.zeros(5, 0)], "torch.float32 of shape (5, 0)"),
     ([torch.tensor(1.0)], "An item of the stream is of type Tensor"),
-    ([gaussian(20).tolist()], "An item of the stream is of type list"),
+    ([gaussian(20).tolist()], "An item of the stream is of type list: pass activations (tokens, d)"),
     ([(5, Labels.counted(0, 5))], "An item of the stream is of type tuple"),
-    (5, "The stream is of type int"),
+    (5, "The stream is of type int: pass an iterable of activations"),
     ([{}], "The stream is empty"),
     ([{"a": gaussian(9), "b": gaussian(7)}], "{'a': 9, 'b': 7} tokens by hook point"),
-    ([{"a": gaussian(9), "b": gaussian(9)}, {"a": gaussian(9)}], "as many at each of ['a', 'b'] were wanted"),
-    ([{"a": gaussian(9)}, gaussian(9)], "as many at each of ['a'] were wanted"),
+    ([{"a": gaussian(9), "b": gaussian(9)}, {"a": gaussian(9)}], "pass as many at each of ['a', 'b']"),
+    ([{"a": gaussian(9)}, gaussian(9)], "pass as many at each of ['a']"),
 ]
 
 
@@ -648,7 +651,9 @@ def test_bad_streams(stream, sentence):
 
 
 def test_n_atoms_of_nothing():
-    with pytest.raises(itda.InputError, match="first 30 activations are all zero"):
+    with pytest.raises(
+        itda.InputError, match="first 30 activations are all zero, so no threshold can be chosen: pass `threshold`"
+    ):
         build([torch.zeros(30, 4)], n_atoms=5)
 
 

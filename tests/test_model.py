@@ -218,7 +218,7 @@ def test_cfg_is_saved_as_json(tmp_path):
     assert ITDA.load(tmp_path / "x").cfg == {"k": 2, "a": [1, 2], "fvu": None, "t": 0.5}  # the object's own k counts
     for cfg, words in (
         ({"a": {"b": [torch.ones(1)]}}, "`cfg['a']['b'][0]` is a Tensor"),
-        ({"tokens": -1}, "its `cfg` says `tokens` = -1, but a count was wanted"),
+        ({"tokens": -1}, "its `cfg` says `tokens` = -1, but a count was wanted: mend that entry"),
         ({"files": 1}, "may not have the keys format, version"),
     ):
         with pytest.raises(InputError, match=re.escape(words)):
@@ -249,7 +249,8 @@ def test_encode_and_decode():
     assert not torch.equal(omp, model.encode(x).values)
     plain = replace(model, mean=None)
     torch.testing.assert_close(plain.decode(plain.encode(x)) + model.mean, model.decode(plain.encode(x)))
-    with pytest.raises(InputError, match=r"`x` has shape \(2, 5\), but ITDA\(6 atoms, d=4, k=3, centred\) encodes"):
+    said = r"`x` has shape \(2, 5\): pass activations \(\.\.\., 4\), as ITDA\(6 atoms, d=4, k=3, centred\) encodes"
+    with pytest.raises(InputError, match=said):
         model.encode(torch.zeros(2, 5))
 
 
@@ -269,7 +270,7 @@ def test_small_things():
         ("k", -1, "k = -1 is not a count"),
         ("atoms", torch.eye(4)[0], "`atoms` has shape (4,)"),
         ("atoms", torch.eye(4)[:3].double(), "`atoms` is torch.float64 (3, 4), but torch.float32 (3, 4) was wanted"),
-        ("atoms", 2 * torch.eye(4)[:3], "`atoms` must have rows of unit norm, and row 0 has norm 2"),
+        ("atoms", 2 * torch.eye(4)[:3], "`atoms` must have rows of unit norm, and row 0 has norm 2: mend that, or"),
         ("norms", torch.ones(2), "`norms` is torch.float32 (2,)"),
         ("norms", torch.tensor([1.0, 2, float("inf")]), "`norms` must be finite, and entry 2 is not"),
         ("mean", torch.tensor([1.0, float("nan"), 0, 0]), "`mean` must be finite, and entry 1 is not"),

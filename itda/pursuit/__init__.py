@@ -18,7 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda.codes import Codes
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.pursuit import dense, orthogonal, products, reference
 from itda.pursuit.gram import Gram
 
@@ -270,9 +270,9 @@ def _checked(x, atoms) -> tuple[Tensor, Tensor]:
                 kind, advice = f"device {came.device}, layout {came.layout}", "pass one of entries in memory"
             raise InputError(f"`{name}` has {kind}; a dense floating-point tensor was wanted: {advice}.")
     if atoms.ndim != 2:
-        raise InputError(f"`atoms` has shape {tuple(atoms.shape)}; a dictionary has shape (n_atoms, d).")
+        raise InputError(f"`atoms` has shape {tuple(atoms.shape)}: pass a dictionary (n_atoms, d).")
     if not atoms.shape[1]:
-        raise InputError(f"`atoms` has shape {tuple(atoms.shape)}; vectors of one entry or more were wanted.")
+        raise InputError(f"`atoms` has shape {tuple(atoms.shape)}: pass vectors of one entry or more.")
     if x.ndim < 1 or x.shape[-1] != atoms.shape[1]:
         raise InputError(
             f"`x` has shape {tuple(x.shape)} but `atoms` {tuple(atoms.shape)}: the last axes must be the same d."
@@ -304,14 +304,16 @@ def check_unit_norm(atoms: Float[Tensor, "n d"] | ndarray) -> None:
 
 def _check_settings(k, method, nonneg, tol, backend, max_gram_bytes) -> None:
     if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MOST_STEPS:
-        raise InputError(f"`k` is {k!r}; a whole number of pursuit steps, 0 to {MOST_STEPS:,}, was wanted.")
+        raise InputError(f"`k` is {shortened(k)}: pass a whole number of pursuit steps, 0 to {MOST_STEPS:,}.")
     if method not in tuple(METHODS):
-        raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+        raise InputError(f"`method` is {shortened(method)}; choose one of {', '.join(map(repr, METHODS))}.")
     if not isinstance(nonneg, bool | np.bool_):
-        raise InputError(f"`nonneg` is {nonneg!r}; True or False was wanted.")
+        raise InputError(f"`nonneg` is {shortened(nonneg)}: pass True or False.")
     if not isinstance(tol, Real) or not 0 <= float(tol) <= 1:
-        raise InputError(f"`tol` is {tol!r}; a share of the energy between 0 and 1 was wanted.")
+        raise InputError(f"`tol` is {shortened(tol)}: pass a share of the energy between 0 and 1.")
     if backend not in BACKENDS:
-        raise InputError(f"`backend` is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}.")
+        raise InputError(f"`backend` is {shortened(backend)}; choose one of {', '.join(map(repr, BACKENDS))}.")
     if max_gram_bytes is not None and not (isinstance(max_gram_bytes, Real) and float(max_gram_bytes) >= 0):
-        raise InputError(f"`max_gram_bytes` is {max_gram_bytes!r}; a number of bytes, 0 or more, or None was wanted.")
+        raise InputError(
+            f"`max_gram_bytes` is {shortened(max_gram_bytes)}: pass a number of bytes, 0 or more, or None."
+        )
