@@ -222,7 +222,7 @@ class HookedModel:
         if moved[0] > max(1e-3, 2 * torch.finfo(first.dtype).eps) * moved[1:].max():
             raise InputError(
                 f"`{self._layout.model}` sees the tokens that it is to predict (it is an encoder): its cross-entropy "
-                "says nothing, so measure it without."
+                "says nothing; pass a causal language model."
             )
         self._is_causal = True
 

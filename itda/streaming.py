@@ -62,7 +62,8 @@ class StreamedModel(HookedModel):
             raise InputError(f"`{name}` says where weights are kept: drop it, or pass `stream_layers=False`.")
         if survey.skeleton is None:
             raise InputError(
-                f"`{survey.model}` cannot be streamed (it cannot be built without weights): read it whole."
+                f"`{survey.model}` cannot be streamed (it cannot be built without weights): read it whole "
+                "(`--no-stream-layers`)."
             )
         self._survey, self.tokenizer, self.device = survey, survey.tokenizer(tokenizer), device
         self._layout, self.n_layers, self._missing = survey.layout, survey.layout.n_layers, frozenset()
