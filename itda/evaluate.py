@@ -145,7 +145,7 @@ def evaluate(
     if seed >= 1 << 63:
         raise InputError(f"`seed` is {shortened(seed)}: pass a whole number below 2**63.")
     if unknown := [key for key in stream if key not in (*heldout.CUT, "revision")]:
-        raise InputError(f"`evaluate` has no setting `{unknown[0]}`: those of the text are {', '.join(heldout.CUT)}.")
+        raise InputError(f"`evaluate` has no setting `{unknown[0]}`: choose of {', '.join(heldout.CUT)}.")
     systems = list(systems)
     labelled = None if probe is None else probes.labelled(probe, probe_column, probe_label)
     began = time.monotonic()

@@ -167,12 +167,14 @@ def split(
         about |= {"by": (by if pool else "nothing") + unknown, "random_tokens_from": other}
     held = list(_until(held, tokens, special_tokens))
     if not any(valid(row, special_tokens).any() for row in held):
-        raise InputError("The text holds no valid token to measure on: give more.")
+        raise InputError("The text holds no valid token to measure on: give more text.")
     about["documents"] = len({row.document for row in held})
     order = np.random.default_rng([seed, 5]).permutation(len(drawn))
     some = sorted(_until((drawn[i] for i in order), pool, special_tokens), key=lambda row: row.prompt) if pool else []
     if pool and not any(valid(row, special_tokens).any() for row in some):
-        raise InputError("The text is too short to draw controls from: give more, or none (`--no-controls`).")
+        raise InputError(
+            "The text is too short to draw controls from: give more, or pass `controls=False` (`--no-controls`)."
+        )
     return Split(stream, held, some, about, tokens, special_tokens)
 
 

@@ -94,7 +94,9 @@ def held(
     chosen = np.flatnonzero(candidates)[:tokens]
     some = np.random.default_rng([seed, 5]).permutation(np.flatnonzero(drawn))[:pool]
     if pool and not len(some):
-        raise InputError("There is too little to draw controls from: collect more, or measure none (`--no-controls`).")
+        raise InputError(
+            "Too few tokens are left to draw controls from: collect more, or pass `controls=False` (`--no-controls`)."
+        )
     about["documents"] = len(np.unique(document[chosen]))
     x, own = _activations_at(stream, np.concatenate([chosen, some]), report), labels[chosen]
     return Held(x[: len(chosen)], own, np.ones(len(chosen), bool), x[len(chosen) :]), about
