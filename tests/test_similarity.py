@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -445,6 +446,35 @@ def test_what_cannot_be_coded_is_refused():
         shared_atoms(x.index_fill(0, torch.tensor(7), NAN), y, 50)
 
 
+def test_shared_atoms_read_any_array_of_real_numbers_and_refuse_all_else():
+    x, y = clouds()
+    want = shared_atoms(x.half(), y, 50, 3)
+    other = x.half().numpy()
+    for same in (
+        other.astype(">f2"),
+        other[:, ::-1].copy()[:, ::-1],
+        np.asfortranarray(other),
+        other.astype(np.longdouble),
+    ):
+        assert plain(shared_atoms)(same, y, 50, 3) == want
+    coded = plain(shared_atom_codes)
+    for wrong, said in (
+        (None, "type NoneType"),
+        (x > 0, "torch.bool"),
+        (x.cfloat(), "complex"),
+    ):
+        with pytest.raises(InputError, match=said):
+            plain(shared_atoms)(wrong, y, 50)
+        with pytest.raises(InputError, match=said):
+            coded(wrong, np.arange(5))
+    for atoms in (True, 1.5, [1, 2.5], np.ones(400, bool), np.arange(4).reshape(2, 2)):
+        with pytest.raises(InputError, match=r"shared atoms are .* of the tokens, 0 to 399, were wanted"):
+            plain(shared_atoms)(x, y, atoms)
+    for tokens in ([400], [0.5], []):
+        with pytest.raises(InputError, match=r"tokens to encode are .* 0 to 399, were wanted"):
+            coded(x, np.arange(5), tokens=tokens)
+
+
 # -- what measures are blind to
 
 
@@ -501,6 +531,45 @@ def test_measures_are_symmetric_and_1_for_equal_clouds(name):
     assert MEASURES[name].symmetric
     assert measured(name, x, y) == pytest.approx(measured(name, y, x), abs=1e-12)
     assert measured(name, x, x @ rotation(10, 4)) == pytest.approx(1)
+
+
+def test_chance_is_exact_out_of_any_number_of_tokens():
+    for a, b, n in ((30, 40, 100), (30, 30, 10**12), (5, 40, 10**14), (30, 30, 2**53), (90, 80, 100)):
+        common = range(max(0, a + b - n), min(a, b) + 1)
+        want = sum(Fraction(math.comb(a, c) * math.comb(n - a, b - c) * c, a + b - c) for c in common)
+        assert expected_jaccard(a, b, n) == pytest.approx(float(want / math.comb(n, b)), rel=1e-12, abs=0)
+
+
+def test_sets_that_do_not_fit_are_refused():
+    x, y = clouds()
+    soft = plain(soft_overlap)
+    for four, said in (((x, y, x, y), "`a_in_b` has shape"), ((x, y, y, x[:3]), "`b_in_a` has shape")):
+        with pytest.raises(InputError, match=said):
+            soft(*four)
+    with pytest.raises(InputError, match="`a` must be finite"):
+        soft(x * NAN, y, y, x)
+    assert soft(x.numpy(), y.numpy(), y.numpy(), x.numpy()) == pytest.approx(1)
+    with pytest.raises(InputError, match="unhashable"):
+        jaccard([[1], [2]], [[1]])
+    with pytest.raises(InputError, match="a list of these, one per layer"):
+        plain(model_similarity)(built(x), built(y))
+
+
+def test_models_of_different_streams_have_no_similarity():
+    one, other = (replace(built(x), cfg={"stream": {"hash": name}}) for x, name in zip(clouds(), "ab", strict=True))
+    assert model_similarity([one], [one, one]) == 1
+    for a, b in (([one], [other]), ([{1}, one], [{1}, other]), ([one, other], [{1}])):
+        with pytest.raises(InputError, match="different text"):
+            model_similarity(a, b)
+
+
+def test_similarities_that_are_no_numbers_are_refused():
+    half = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.bfloat16, requires_grad=True)
+    assert match_layers({("a", "b"): half}).without_self.accuracy == 1
+    for wrong in ("x", {("a", "b"): "x"}, [1, [2]]):
+        with pytest.raises(InputError, match="`similarities` cannot be read as numbers"):
+            match_layers(wrong)
+    assert match_layers(np.random.default_rng(0).random((3, 3, 2, 2)), bootstraps=-1).interval is None
 
 
 def test_everything_named_is_there():

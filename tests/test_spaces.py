@@ -458,6 +458,7 @@ X, Y = clouds(10, 4, 3)
 PAIR = Pair().update(X, Y)
 OUTLIER = X.clone()
 OUTLIER[2, 1] = torch.nan
+INFINITE = OUTLIER.nan_to_num(torch.inf)
 BAD = [
     (lambda: spaces.cka(X[0], Y), "`X` has shape (4,): pass (tokens, d), at least one of each"),
     (lambda: spaces.cka(X, Y[None]), "`Y` has shape (1, 10, 3)"),
@@ -467,6 +468,9 @@ BAD = [
     (lambda: spaces.relative(X, Y[:9]), "`X` has 10 tokens but `Y` 9"),
     (lambda: spaces.cka(X, OUTLIER), "`Y` must be finite; the entry at (2, 1) is nan. Drop or repair that token"),
     (lambda: spaces.cka(X * torch.inf, Y), "`X` must be finite; the entry at (0, 0) is"),
+    (lambda: spaces.cka(INFINITE.float(), Y), "`X` must be finite; the entry at (2, 1) is inf"),
+    (lambda: spaces.relative(X, -INFINITE.half(), 4), "`Y` must be finite; the entry at (2, 1) is -inf"),
+    (lambda: Cloud().update(INFINITE.bfloat16()), "`X` must be finite; the entry at (2, 1) is inf"),
     (lambda: spaces.cka(X * 1e70, Y), "`X` must be at most 1e+60; the entry at (0, 0) is"),
     (lambda: spaces.cka(X.cfloat(), Y), "`X` has dtype torch.complex64: pass real numbers"),
     (lambda: spaces.cka(X, Y.numpy().astype(complex)), "`Y` has dtype complex128"),

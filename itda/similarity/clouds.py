@@ -239,7 +239,7 @@ def vectors(X: Array | None, name: str, shift: Tensor | None = None) -> Tensor:
         raise InputError(f"`{name}` has shape {tuple(X.shape)}: pass (tokens, d), at least one of each.")
     x = X.detach().cpu() if X.device.type == "mps" else X.detach()
     x = x.double() if x.dtype.itemsize == 1 else x  # float8 knows no `aminmax`
-    low, high = x.aminmax()  # both NaN where one entry is
+    low, high = map(float, x.aminmax())  # both NaN where one entry is; in float32, LARGEST would be infinity
     if not (low >= -LARGEST and high <= LARGEST):
         t, j = (~(x.double().abs() <= LARGEST)).nonzero()[0].tolist()
         limit = f"at most {LARGEST:g}" if bool(x[t, j].isfinite()) else "finite"

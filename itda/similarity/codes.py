@@ -7,6 +7,7 @@ on the model's basis; so the codes that two models give to one token can be comp
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from itda.codes import Codes
 from itda.errors import InputError
 from itda.pursuit import normalize, pursue
+from itda.similarity.clouds import vectors
 
 
 def shared_atom_codes(
@@ -33,15 +35,23 @@ def shared_atom_codes(
     that is an anchor is its own code: leave these out of comparisons. Orthogonal maps and positive scale of `x`
     change no index; with `center`, nor do translations.
     """
-    anchors = torch.as_tensor(anchors, device=x.device)
-    if x.ndim != 2 or not len(anchors) or int(anchors.min()) < 0 or int(anchors.max()) >= len(x):
-        raise InputError(
-            f"`x` has shape {tuple(x.shape)} and there are {len(anchors)} anchors: pass activations (tokens, d) and "
-            "the numbers of some of the tokens."
-        )
+    x = vectors(x, "x")
+    atoms = _rows(anchors, "The shared atoms", x)
     x = x.float() - x.float().mean(0) if center else x.float()
-    of = x if tokens is None else x[torch.as_tensor(tokens, device=x.device)]
-    return pursue(of, normalize(x[anchors]), k=k)
+    of = x if tokens is None else x[_rows(tokens, "The tokens to encode", x)]
+    return pursue(of, normalize(x[atoms]), k=k)
+
+
+def _rows(numbers: Any, what: str, x: Tensor) -> Int[Tensor, " n"]:
+    """`numbers` as a tensor, if they are numbers of rows of `x`; else `InputError`."""
+    rows = torch.as_tensor(numbers, device=x.device)
+    whole = not rows.is_floating_point() and rows.dtype != torch.bool
+    if rows.ndim != 1 or not len(rows) or not whole or int(rows.min()) < 0 or int(rows.max()) >= len(x):
+        raise InputError(
+            f"{what} are {rows.dtype} of shape {tuple(rows.shape)}; numbers of some of the tokens, 0 to {len(x) - 1}, "
+            "were wanted."
+        )
+    return rows.long()
 
 
 def shared_atoms(
@@ -58,18 +68,18 @@ def shared_atoms(
     ids (`itda.layers.shared_atoms`): it matches layers better. The atoms themselves are left out of the mean. Raises
     `InputError` if no other token is left.
     """
-    X, Y = torch.as_tensor(X), torch.as_tensor(Y)
-    if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
+    X, Y = vectors(X, "X"), vectors(Y, "Y")
+    if len(X) != len(Y):
         raise InputError(
             f"`X` has shape {tuple(X.shape)} and `Y` {tuple(Y.shape)}: pass the same tokens, (tokens, d1) and "
             "(tokens, d2)."
         )
-    if isinstance(atoms, Integral):
+    if isinstance(atoms, Integral) and not isinstance(atoms, bool):
         atoms = torch.from_numpy(np.random.default_rng(seed).permutation(len(X))[: max(int(atoms), 0)])
-    atoms = torch.as_tensor(atoms)
-    a, b = (shared_atom_codes(x, atoms.to(x.device), k) for x in (X, Y))
+    rows = _rows(atoms, "The shared atoms", X)
+    a, b = (shared_atom_codes(x, rows.to(x.device), k) for x in (X, Y))
     others = torch.ones(len(X), dtype=torch.bool)
-    others[atoms.cpu()] = False
+    others[rows.cpu()] = False
     if not bool(others.any()):
         raise InputError(f"All {len(X)} tokens are atoms: give more tokens, or fewer `atoms`.")
     a, b = (codes[others.to(codes.indices.device)] for codes in (a, b))

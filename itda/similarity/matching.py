@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from itda.errors import InputError, shortened
-from itda.similarity.sets import _members
+from itda.errors import InputError, first_line, shortened
+from itda.similarity.sets import _members, check_same_stream
 
 BOOTSTRAPS = 1000
 
@@ -69,7 +70,7 @@ def match_layers(similarities: Any, *, bootstraps: int = BOOTSTRAPS, seed: int =
     cross = {pair: rows for pair, rows in hits.items() if pair[0] != pair[1]}
     models = sorted({m for pair in cross for m in pair}, key=str)
     interval = None
-    if len(models) > 2 and bootstraps:
+    if len(models) > 2 and bootstraps > 0:
         interval = _interval({pair: float(rows.right.mean()) for pair, rows in cross.items()}, models, bootstraps, seed)
     return Matching(
         without_self=_score(list(cross.values())) if cross else None,
@@ -79,7 +80,15 @@ def match_layers(similarities: Any, *, bootstraps: int = BOOTSTRAPS, seed: int =
 
 
 def model_similarity(a: Sequence[Any], b: Sequence[Any]) -> float:
-    """Jaccard of the unions over layers (eq. 10); `a` and `b` are one dictionary or set of labels per layer."""
+    """Jaccard of the unions over layers (eq. 10); `a` and `b` are one dictionary or set of labels per layer.
+
+    NaN if all are empty. Raises `InputError` for ITDAs of different token streams, as `jaccard` does.
+    """
+    if not isinstance(a, Iterable) or not isinstance(b, Iterable):
+        raise InputError("Models are compared by their dictionaries: pass a list of these, one per layer, for each.")
+    a, b = list(a), list(b)
+    for one, other in combinations(a + b, 2):
+        check_same_stream(one, other)
     left, right = (set().union(*map(_members, of)) for of in (a, b))
     return len(left & right) / len(left | right) if left | right else math.nan
 
@@ -180,4 +189,7 @@ def _pairs(similarities: Any) -> dict[tuple, ndarray]:
 
 
 def _array(values: Any) -> ndarray:
-    return np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    try:
+        return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"`similarities` cannot be read as numbers ({first_line(error)}): pass arrays.") from error

@@ -6,6 +6,7 @@ Each takes the same tokens of two models, (tokens, d1) and (tokens, d2). What to
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 
@@ -34,7 +35,7 @@ def paper_svcca(X: Array | Pair, Y: Array | None = None, components: int = 20) -
     can exceed 1. The published code truncates by a randomised SVD; here it is exact, so that the result is one number.
     NaN where a cloud is constant. `svcca(X, Y, components=20)` is the correct one.
     """
-    if components < 1:
+    if not isinstance(components, Integral) or components < 1:
         raise InputError(f"`components` is {components!r}: pass a whole number, 1 or more.")
     pair = _pair(X, Y)
     (x, x_vectors), (y, y_vectors) = pair.x.principal, pair.y.principal

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from itda.errors import InputError
 from itda.labels import Labels
+from itda.similarity.clouds import vectors
 
 
 def jaccard(a: Any, b: Any) -> float:
@@ -53,13 +54,10 @@ def expected_jaccard(size_a: int, size_b: int, n: int) -> float:
     if not size_a + size_b:
         return math.nan
     common = torch.arange(max(0, size_a + size_b - n), min(size_a, size_b) + 1, dtype=torch.float64)
-
-    def log_choose(whole: Any, part: Tensor) -> Tensor:
-        whole = torch.as_tensor(whole, dtype=torch.float64)
-        return torch.lgamma(whole + 1) - torch.lgamma(part + 1) - torch.lgamma(whole - part + 1)
-
-    log_p = log_choose(size_a, common) + log_choose(n - size_a, size_b - common)
-    p = torch.softmax(log_p, 0)  # the pmf up to its constant
+    now, then = common[:-1], common[1:]
+    # What the pmf is multiplied by from one to the next: binomials of large n would cancel.
+    steps = ((size_a - now) * (size_b - now) / then / (n - size_a - size_b + then)).log()
+    p = torch.softmax(torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)]), 0)
     return float((p * common / (size_a + size_b - common)).sum())
 
 
@@ -122,10 +120,19 @@ def soft_overlap(
 
     `a` are the atoms of A in model A, and `a_in_b` what model B makes of the same tokens; `b` and `b_in_a` likewise.
     An atom of A counts with its cosine to the nearest atom of B, in model B, where it need not be an atom; the mean
-    over A, and the same with both exchanged, averaged. 1 where the sets are equal. Rows need not have unit norm.
+    over A, and the same with both exchanged, averaged. 1 where the sets are equal. Rows need not have unit norm. Raises
+    `InputError` for shapes that do not fit each other.
     """
     if not len(a) or not len(b):
         return math.nan
+    a, b, a_in_b, b_in_a = (
+        vectors(x, name) for x, name in ((a, "a"), (b, "b"), (a_in_b, "a_in_b"), (b_in_a, "b_in_a"))
+    )
+    for name, x, shape in (("a_in_b", a_in_b, (len(a), b.shape[1])), ("b_in_a", b_in_a, (len(b), a.shape[1]))):
+        if x.shape != shape:
+            raise InputError(
+                f"`{name}` has shape {tuple(x.shape)}; the same tokens in the other model, {shape}, was wanted."
+            )
     nearest = (_nearest(a_in_b, b), _nearest(b_in_a, a))
     return float(sum(float(cosine.mean()) for cosine in nearest) / 2)
 
@@ -154,7 +161,10 @@ def _members(of: Any) -> set:
         return set(map(tuple, of.tolist())) if of.ndim == 2 else set(of.tolist())
     if isinstance(of, str | bytes) or not isinstance(of, Iterable):
         raise InputError(f"A set of labels is of type {type(of).__name__}: pass an ITDA, `Labels`, or a collection.")
-    return set(of)
+    try:
+        return set(of)
+    except TypeError as error:
+        raise InputError(f"A set of labels cannot be made ({error}): pass what can be a member of one.") from error
 
 
 def stream_of(dictionary: Any) -> dict[str, Any]:
