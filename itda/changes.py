@@ -103,9 +103,8 @@ def compare_atoms(
     losses = [_losses(a, _placed(x[0], a, base), k) for a in x]
     rest = x[1] - _reconstructed(x[1], _placed(x[0], x[1], base), k)
     found = {"only_tuned": _only(dict(zip(NAMES, losses, strict=False)), "tuned", rest, labels[1], threshold)}
-    losses = [_losses(x[0], _placed(a, x[0], tuned), k) for a in x]
-    losses[0] = _losses(x[1], x[1][tuned], k)  # which the tuned model's own atoms explain
-    named = {"tuned": losses[0], "base": losses[1]} | ({"null": losses[2]} if len(x) == 3 else {})
+    named = {"tuned": _losses(x[1], x[1][tuned], k)}  # which its own atoms explain
+    named |= {who: _losses(x[0], _placed(a, x[0], tuned), k) for who, a in zip(("base", "null"), x[1:], strict=False)}
     rest = x[0] - _reconstructed(x[0], _placed(x[1], x[0], tuned), k)
     found |= {"only_base": _only(named, "base", rest, labels[0], threshold)}
     sizes = {"threshold": threshold, "n_base": len(base), "n_tuned": len(tuned)}
@@ -155,7 +154,7 @@ def _losses(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"], k: int) -
 
 
 def _reconstructed(x: Tensor, atoms: Tensor, k: int) -> Tensor:
-    atoms = normalize(atoms)
+    atoms = normalize(atoms[atoms.any(1)])  # what is an atom of one model may be zero in the other
     return pursue(x, atoms, k=k).decode(atoms)
 
 

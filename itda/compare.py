@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,15 +43,18 @@ class Measured:
 
     `pairs[a, b][i, j]` is the similarity of layer i of model a with layer j of model b, models by name. `matching` is
     eq. 9, None for models of different depth; `documents` the 95 % bootstrap interval of its accuracy without
-    self-pairs over documents, None where the measure is no mean over tokens. `models[a, b]` is the mean over layers of
-    equal number; of "jaccard" the Jaccard of the unions over layers (eq. 10). `controls` say what the measure gives
-    where there is nothing to find (see `compare`). `seconds` is its time from activations in memory.
+    self-pairs over documents, None where the measure is no ratio of sums over tokens. `models[a, b]` is the mean over
+    layers of equal number; of "jaccard" the Jaccard of the unions over layers (eq. 10). `alike` is the mean between
+    different models, "diagonal" over layers of equal number (None for models of different depth) and "all" over all
+    layers, and the "accuracy" of eq. 9; `controls` say the same of where there is nothing to find (see `compare`).
+    `seconds` is its time from activations in memory.
     """
 
     pairs: dict[tuple[str, str], ndarray]
     matching: Matching | None
     documents: tuple[float, float] | None
     models: dict[tuple[str, str], float]
+    alike: dict[str, float | None]
     controls: dict[str, dict[str, float | None]]
     seconds: float
 
@@ -61,6 +65,7 @@ class Measured:
             "matching": self.matching.to_json() if self.matching else None,
             "documents": self.documents,
             "models": [{"a": a, "b": b, "similarity": value} for (a, b), value in self.models.items()],
+            "alike": self.alike,
             "controls": self.controls,
             "seconds": round(self.seconds, 3),
         }
@@ -72,7 +77,8 @@ class Comparison(Report):
 
     `models` are dicts: name, hook_points, tokens (valid ones of its own stream), share (of its tokens, or atoms of its
     dictionaries, those that all models have), n_atoms by layer. `tokens` counts the tokens in common. `measures` has a
-    `Measured` by name. `sizes` has the Jaccard of dictionaries cut to fewer atoms: n_atoms, diagonal and accuracy.
+    `Measured` by name. `sizes` has the Jaccard of dictionaries that are all cut to n_atoms: diagonal, all and accuracy,
+    as in `Measured.alike`, and what random sets of that size give.
     """
 
     models: list[dict[str, Any]]
@@ -90,7 +96,8 @@ class Comparison(Report):
     def heatmap(self, path: str | os.PathLike, measure: str | None = None) -> None:
         """Draw the similarities of every pair of models, by the ending of `path` as PNG, SVG or PDF.
 
-        Raises `InputError` for a measure that was not taken, another ending, and without matplotlib.
+        Raises `InputError` for a measure that was not taken, another ending, a place that cannot be written, and
+        without matplotlib.
         """
         from itda import plots
 
@@ -263,6 +270,7 @@ def _measured(name: str, similarity: Similarity, names: Sequence[str], controls,
         matching=matching,
         documents=_interval_over_documents(similarity, draw) if matching and matching.without_self else None,
         models={(names[m], names[n]): value for (m, n), value in of.items() if m < n},
+        alike=_level(similarity.pairs),
         controls=controls,
         seconds=similarity.seconds,
     )
@@ -273,7 +281,7 @@ def _square(pairs: Pairs) -> bool:
 
 
 def _level(pairs: Pairs) -> dict[str, float | None]:
-    """What a control gives between different models: the mean over layers of equal number, over all, and eq. 9."""
+    """What there is between different models: the mean over layers of equal number, over all, and eq. 9."""
     across = {pair: matrix for pair, matrix in pairs.items() if pair[0] != pair[1]}
     square = _square(pairs)
     score = match_layers(across, bootstraps=0).without_self if square else None
@@ -302,24 +310,28 @@ def _interval_over_documents(similarity: Similarity, draw: int) -> tuple[float, 
 def _sizes(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, groups: ndarray, tokens: int) -> list[dict]:
     """How the Jaccard moves with the size of the dictionaries, cut to a quarter, half and all of the smallest."""
     smallest, rows = min(len(d) for of in atoms for d in of), []
-    for size in sorted({max(1, smallest // 4), max(1, smallest // 2), smallest}):
+    for size in sorted({smallest // 4, smallest // 2, smallest} - {0}):
         cut = [[d[:size] for d in of] for of in atoms]
         found = layers.compare_sets(cut, ["jaccard"], token_id, groups, tokens)["jaccard"]
-        rows.append({"n_atoms": size} | _level(found.pairs))
+        rows.append({"n_atoms": size} | _level(found.pairs) | {"random": expected_jaccard(size, size, tokens)})
     return rows
 
 
 def _chance(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, tokens: int) -> dict[str, dict[str, dict]]:
-    """What the Jaccard is where only sizes, or only sizes and token ids, are alike: means over pairs of models.
+    """What the Jaccard is where only sizes, or only sizes and token ids, are alike.
 
     By measure and control, as `Measured.controls` has it.
     """
-    across = [(a, b) for m, of in enumerate(atoms) for a in of for other in atoms[m + 1 :] for b in other]
-    random = float(np.mean([expected_jaccard(len(a), len(b), tokens) for a, b in across]))
-    levels = {"random": {"all": random}}
+    kinds = {"random": lambda a, b: expected_jaccard(len(a), len(b), tokens)}
     if len(token_id) == tokens and (token_id >= 0).all():
-        by_token = [expected_jaccard_by_token(token_id[a], token_id[b], token_id)[0] for a, b in across]
-        levels["random by token"] = {"all": float(np.mean(by_token))}
+        kinds["random by token"] = lambda a, b: expected_jaccard_by_token(token_id[a], token_id[b], token_id)[0]
+    levels = {}
+    for kind, chance in kinds.items():
+        pairs = {}
+        for m, n in combinations(range(len(atoms)), 2):
+            pairs[m, n] = np.array([[chance(a, b) for b in atoms[n]] for a in atoms[m]])
+            pairs[n, m] = pairs[m, n].T
+        levels[kind] = _level(pairs)
     return {"jaccard": levels}
 
 

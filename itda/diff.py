@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import Tensor
 from itda import drawing, page
 from itda.aligned import TOKENS, Reading, check_names, read
 from itda.changes import NAMES, at_places, compare_atoms, draw_anchors, label, measure
+from itda.disk import write_file
 from itda.errors import InputError, check_whole
 from itda.labels import Labels
 from itda.progress import Step, reporter
@@ -73,14 +73,9 @@ class Diff(Report):
         return page.html(self.to_json())
 
     def save_html(self, path: str | os.PathLike) -> None:
-        """Write `html()` to the file `path`."""
+        """Write `html()` to the file `path`; raises `InputError` if that cannot be."""
         page.check(path)
-        try:
-            Path(path).write_text(self.html(), encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise InputError(
-                f"The page cannot be written to {path} ({error.strerror}): choose another file."
-            ) from error
+        write_file(path, [self.html().encode("utf-8", "replace")])
 
 
 def diff(
@@ -120,7 +115,7 @@ def diff(
 
     With tokenizers that differ, the tokens in common are compared. Raises `InputError` for settings out of range.
     """
-    _check(n_atoms=n_atoms, n_anchors=2 if n_anchors is None else n_anchors, k=k, top=top, rows=rows)
+    _check(n_atoms=n_atoms, n_anchors=2 if n_anchors is None else n_anchors, k=k, top=top, rows=rows, seed=seed)
     check_names(reading, diff)
     models = [base, tuned] if null is None else [base, tuned, null]
     for model in models:
@@ -149,7 +144,7 @@ def of_readings(
     """`diff` of what was read already: base, tuned and, if there is one, the null, of the same tokens."""
     base, tuned, *null = readings
     hooks, positions = _same_places(readings), base.labels.position
-    _check(n_atoms=n_atoms, n_anchors=2 if n_anchors is None else n_anchors, k=k, top=top, rows=rows)
+    _check(n_atoms=n_atoms, n_anchors=2 if n_anchors is None else n_anchors, k=k, top=top, rows=rows, seed=seed)
     n_anchors = _fitting(len(base), n_anchors, n_atoms)
     anchors = draw_anchors(len(base), n_anchors, seed)
     measured, layers = [], []
@@ -170,7 +165,7 @@ def of_readings(
         hook_points=[names[0] for names in hooks],
         tokens=len(base),
         shares={name: reading.share for name, reading in zip(NAMES, readings, strict=False)},
-        settings={"n_anchors": n_anchors, "n_atoms": n_atoms, "k": k, "seed": seed},
+        settings={"n_anchors": anchors.size, "n_atoms": n_atoms, "k": k, "seed": seed},
         layers=layers,
         pooled=_quantiles(pooled["score"]) | {"above": _above(pooled["score"], pooled["noise"])},
         positions=_by_position(pooled["change"], pooled.get("null_change"), positions),
@@ -289,7 +284,7 @@ def _named(labels: Labels, rows: list[int]) -> list[dict[str, str]]:
 def _fitting(tokens: int, n_anchors: int | None, n_atoms: int = 1) -> int:
     """How many shared atoms to take, after checking that there are tokens enough for these and for the dictionaries."""
     n_anchors = max(2, min(ANCHORS, tokens // 2)) if n_anchors is None else n_anchors
-    if max(n_anchors, n_atoms) > max(2, tokens // 2):
+    if max(n_anchors, n_atoms) > tokens // 2:
         raise InputError(
             f"{'`n_atoms`' if n_atoms >= n_anchors else '`n_anchors`'} is {max(n_atoms, n_anchors)}, but the models "
             f"have {tokens:,} tokens in common: give more text, or choose at most half as many as there are tokens."
@@ -311,5 +306,5 @@ def _same_places(readings: Sequence[Reading]) -> list[tuple[str, ...]]:
 def _check(**settings: Any) -> None:
     """Settings that are no whole numbers, or too small."""
     for name, value in settings.items():
-        least = {"n_anchors": 2, "top": 0, "rows": 0}.get(name, 1)
+        least = {"n_anchors": 2, "top": 0, "rows": 0, "seed": 0}.get(name, 1)
         check_whole(name, value, least)

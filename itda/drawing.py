@@ -22,7 +22,7 @@ CONTEXT = 100  # columns of a token in its context at most
 CONTROLS = {
     "shuffled": "unrelated tokens",
     "untrained": "models with random weights",
-    "random": "random sets of equal size",
+    "random": "random sets of the same sizes",
     "random by token": "random sets of the same token ids",
 }
 PLAIN_WIDTH = 120  # columns where there is no terminal
@@ -134,70 +134,72 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
 
     for model in report.models:
         shared = "" if model["share"] == 1 else f", {model['share']:.1%} of them in common"
-        sizes = sorted(set(model["n_atoms"]))
-        atoms = f", {_range(sizes)} atoms" if sizes else ""
+        sizes = sorted({end(model["n_atoms"]) for end in (min, max) if model["n_atoms"]})
+        atoms = f", {' to '.join(f'{size:,}' for size in sizes)} atoms" if sizes else ""
         depth = _counted(len(model["hook_points"]), "layer")
         line = f"{model['name']}: {depth}, {model['tokens']:,} tokens{shared}{atoms}"
         yield Text(one_line(line), overflow="fold")
-    where = "at the same character" if report.aligned else "at the same row and position"
+    where = f"at the same {'character' if report.aligned else 'row and position'}"
     most = "up to " * any(model["tokens"] < report.tokens for model in report.models)  # as dictionaries have read
     yield Text(f"{most}{report.tokens:,} tokens compared, {where}", style="dim")
-    kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
-    deep = max(len(model["hook_points"]) for model in report.models) > 1  # one layer matches one whatever they are
-    names = ("matched", "95 %", "ties", "with self", "rank", "margin", "alike", *kinds, "seconds")
     yield Text()
-    table = _table(*names, first="measure", label="")
+    # One layer matches one whatever they are, and of models of different depth no layer is the right one.
+    if len(report.models[0]["hook_points"]) > 1 and all(measure.matching for measure in report.measures.values()):
+        yield from _matched(report.measures)
+    kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
+    table = _table("alike", *kinds, "seconds", first="measure", label="")
     for name, measure in report.measures.items():
-        matching = measure.matching if deep else None
-        score = matching.without_self if matching else None
-        both = matching.with_self if matching else None
-        found = (score.accuracy, score.reciprocal_rank, score.margin_sd) if score else (math.nan,) * 3
-        alike = [value for value in measure.models.values() if math.isfinite(value)]
-        levels = [_level(measure.controls.get(kind)) for kind in kinds]
-        table.add_row(
-            name,
-            _number(found[0]),
-            _interval(measure) if deep else "-",
-            str(score.ties) if score else "-",
-            _number(both.accuracy if both else math.nan),
-            *(f"{value:.2f}" if math.isfinite(value) else "-" for value in found[1:]),
-            _number(sum(alike) / len(alike) if alike else math.nan),
-            *levels,
-            f"{measure.seconds:.1f}",
-        )
+        levels = [_level(measure.alike), *(_level(measure.controls.get(kind)) for kind in kinds)]
+        table.add_row(name, *levels, f"{measure.seconds:.1f}")
+    yield table
+    which = "all layers" if measure.alike["diagonal"] is None else "layers of equal number"
+    same = "".join(f"; {kind}: the same of {CONTROLS[kind]}" for kind in kinds if kind in CONTROLS)
+    yield Text(f"alike: mean similarity of {which}{same}", style="dim")
+    if "jaccard" in report.measures:
+        unions = report.measures["jaccard"].models.values()
+        union = _number(sum(unions) / len(unions))
+        yield Text(f"jaccard of the atoms of all layers together (eq. 10): {union}", style="dim")
+    if report.sizes:
+        cuts = (f"{_level(cut)} at {cut['n_atoms']:,} atoms ({_number(cut['random'])})" for cut in report.sizes)
+        yield Text(f"jaccard of dictionaries cut to one size (and of random sets): {', '.join(cuts)}", style="dim")
+    yield from _layer_by_layer(report)
+
+
+def _matched(measures: dict[str, Any]) -> RenderResult:
+    """How well every measure matches layers."""
+    from rich.text import Text
+
+    table = _table("matched", "95 %", "ties", "with self", "rank", "margin", first="measure", label="")
+    for name, measure in measures.items():
+        score, both = measure.matching.without_self, measure.matching.with_self
+        margin = f"{score.margin_sd:.2f}" if math.isfinite(score.margin_sd) else "-"
+        numbers = (_number(score.accuracy), _interval(measure), str(score.ties), _number(both.accuracy))
+        table.add_row(name, *numbers, f"{score.reciprocal_rank:.2f}", margin)
     yield table
     said = (
         "matched: share of layers whose most similar layer in another model is the one of equal number (eq. 9), its "
         "interval, and the same counting a model as another of itself; rank: mean of 1 / rank of that layer; margin: "
-        "its lead on the best other one, in standard deviations of the row; alike: mean similarity of layers of equal "
-        f"number{''.join(f'; {kind}: the same of {CONTROLS[kind]}' for kind in kinds if kind in CONTROLS)}"
+        "its lead on the best other one, in standard deviations of the row"
     )
     yield Text(said, style="dim")
-    if report.sizes:
-        cuts = [f"{_level(cut)} at {cut['n_atoms']:,} atoms" for cut in report.sizes]
-        yield Text(f"jaccard of dictionaries cut to one size: {', '.join(cuts)}", style="dim")
-    yield from _layer_by_layer(report)
+    yield Text()
 
 
 def _counted(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
-def _range(sizes: list[int]) -> str:
-    return f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
-
-
 def _interval(measure: Any) -> str:
     """Of the accuracy, the wider of the intervals over models and over documents."""
-    found = [i for i in (measure.documents, measure.matching and measure.matching.interval) if i]
+    found = [i for i in (measure.documents, measure.matching.interval) if i]
     low, high = max(found, key=lambda interval: interval[1] - interval[0], default=(math.nan, math.nan))
     return f"{low:.2f}-{high:.2f}" if found else "-"
 
 
 def _level(control: dict[str, Any] | None) -> str:
     """What a control gives: between layers of equal number, or where depths differ between all."""
-    values = [v for v in ((control or {}).get(key) for key in ("diagonal", "all")) if v is not None]
-    return _number(values[0]) if values else "-"
+    control = control or {"all": math.nan}
+    return _number(control["all"] if control.get("diagonal") is None else control["diagonal"])
 
 
 def _layer_by_layer(report: Any) -> RenderResult:

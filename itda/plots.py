@@ -6,12 +6,14 @@ Comparisons are of type Any here: they know how they are drawn, and imports go o
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from itda.disk import write_file
 from itda.drawing import layer_numbers
 from itda.errors import InputError, one_line
 
@@ -41,8 +43,8 @@ def heatmap(comparison: Any, path: str | os.PathLike, measure: str | None = None
     """One square of similarities for each pair of models, the most similar layer of each row framed.
 
     `measure` is the first of the comparison unless given. Colours span the values between different models, so that a
-    model compared with itself does not wash out the rest. Raises `InputError` as `check` does, and for a measure that
-    is not there.
+    model compared with itself does not wash out the rest. Raises `InputError` as `check` does, for a measure that is
+    not there, and where the picture cannot be written.
     """
     path = check(path)
     import matplotlib
@@ -55,7 +57,9 @@ def heatmap(comparison: Any, path: str | os.PathLike, measure: str | None = None
     # Without dates and random ids the same comparison gives the same bytes.
     metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     with matplotlib.rc_context({"svg.hashsalt": "itda"}):
-        _drawn(comparison, name).savefig(path, dpi=160, metadata=metadata)
+        picture = io.BytesIO()
+        _drawn(comparison, name).savefig(picture, format=path.suffix[1:].lower(), dpi=160, metadata=metadata)
+    write_file(path, [picture.getbuffer()])
 
 
 def _drawn(comparison: Any, name: str) -> Any:

@@ -139,10 +139,12 @@ def compare(
         trust_remote_code=trust_remote_code,
         **reading,
     )
-    for picture in heatmap:
-        result.heatmap(picture)
-        terminal.say(f"{picture} written")
-    terminal.output(result.to_json(), None if json else result)
+    try:
+        for picture in heatmap:
+            result.heatmap(picture)
+            terminal.say(f"{picture} written")
+    finally:  # nothing is lost where a picture cannot be written
+        terminal.output(result.to_json(), None if json else result)
 
 
 def diff(
@@ -196,10 +198,12 @@ def diff(
     if html is not None:
         check(html)
     result = run(**given, layer=layer or None, hook=hook or None, progress=True)
-    if html is not None:
-        result.save_html(html)
-        terminal.say(f"{html} written")
-    terminal.output(result.to_json(), None if json else result)
+    try:
+        if html is not None:
+            result.save_html(html)
+            terminal.say(f"{html} written")
+    finally:  # nothing is lost where the page cannot be written
+        terminal.output(result.to_json(), None if json else result)
 
 
 def eval(

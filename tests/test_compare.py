@@ -316,15 +316,19 @@ def test_jaccards_come_with_their_unions_sizes_and_levels_of_chance(both):
     measure, size = both.measures["jaccard"], len(a[0])
     assert measure.models["a", "b"] == pytest.approx(model_similarity(a, b))  # eq. 10, of what was compared
     assert [model["n_atoms"] for model in both.models] == [[size] * 2] * 2
-    assert measure.controls["random"] == {"all": pytest.approx(expected_jaccard(size, size, len(ids)))}
-    by_token = [expected_jaccard_by_token(ids[x], ids[y], ids)[0] for x in a for y in b]
-    assert measure.controls["random by token"] == {"all": pytest.approx(np.mean(by_token))}
+    random = measure.controls["random"]
+    assert random["all"] == random["diagonal"] == pytest.approx(expected_jaccard(size, size, len(ids)))
+    by_token = np.array([[expected_jaccard_by_token(ids[x], ids[y], ids)[0] for y in b] for x in a])
+    level = measure.controls["random by token"]
+    assert level["all"] == pytest.approx(by_token.mean()) and level["diagonal"] == pytest.approx(np.trace(by_token) / 2)
+    assert level["accuracy"] == match_layers({(0, 1): by_token, (1, 0): by_token.T}).without_self.accuracy
     assert [row["n_atoms"] for row in both.sizes] == [size // 4, size // 2, size]
     for row in both.sizes:
         cut = [[jaccard(x[: row["n_atoms"]], y[: row["n_atoms"]]) for y in b] for x in a]
         assert row["diagonal"] == pytest.approx(np.diag(cut).mean())
         assert row["all"] == pytest.approx(np.mean(cut))
         assert row["accuracy"] is not None
+        assert row["random"] == pytest.approx(expected_jaccard(row["n_atoms"], row["n_atoms"], len(ids)))
 
 
 def test_controls_find_nothing_where_there_is_nothing(home, both):
@@ -582,6 +586,7 @@ def test_dictionaries_of_plain_arrays_are_compared(home):
     assert compare([many, other]).tokens == 1 << 53
     empty = replace(one, atoms=one.atoms[:0], labels=one.labels[:0], norms=one.norms[:0], losses=one.losses[:0])
     found = compare([empty, other])
+    assert found.sizes == []
     assert found.to_json()["measures"]["overlap"]["pairs"][1]["similarity"] == [[None]]
 
 
@@ -696,10 +701,32 @@ def test_one_layer_is_matched_with_nothing(home):
     found = compare([home / "a-itda" / path, home / "b-itda" / path])
     shown = str(found)
     assert "1 layer, " in shown and "1 layers" not in shown
+    assert "matched" not in shown and "margin" not in shown
     row = next(line for line in shown.splitlines() if line.startswith("jaccard ")).split()
-    assert row[1:7] == ["-"] * 6 and float(row[7]) == pytest.approx(
-        found.measures["jaccard"].models[path, f"{path}#2"], abs=1e-3
-    )
+    assert float(row[1]) == pytest.approx(found.measures["jaccard"].models[path, f"{path}#2"], abs=1e-3)
+
+
+def test_what_is_shown_stands_beside_what_it_compares_with(home, both):
+    shown, measure = str(both), both.measures["jaccard"]
+    layers_alike, models_alike = np.diag(measure.pairs["a", "b"]).mean(), measure.models["a", "b"]
+    assert layers_alike != pytest.approx(models_alike, abs=1e-3)
+    row = [line for line in shown.splitlines() if line.startswith("jaccard ")][1].split()
+    random = measure.controls["random"]["diagonal"]
+    assert [float(row[1]), float(row[4])] == [pytest.approx(layers_alike, abs=1e-3), pytest.approx(random, abs=1e-3)]
+    assert f"(eq. 10): {models_alike:.4g}" in shown
+    for cut in both.sizes:
+        assert f"{cut['diagonal']:.4g} at {cut['n_atoms']} atoms ({cut['random']:.4g})" in " ".join(shown.split())
+    assert "…" not in shown  # no number is cut
+    for name, each in both.measures.items():
+        across = [each.pairs["a", "b"], each.pairs["b", "a"]]
+        assert each.alike["diagonal"] == pytest.approx(np.mean([np.diag(matrix).mean() for matrix in across])), name
+        assert each.alike["all"] == pytest.approx(np.mean(across)), name
+        assert each.alike["accuracy"] == each.matching.without_self.accuracy
+    other = quick(["six", "llama"], measures=["cka"], layer=None)  # of different depth: of all layers, and no columns
+    shown, mean = str(other), other.measures["cka"].pairs["six", "llama"].mean()
+    assert "matched" not in shown and "mean similarity of all layers" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("cka ")).split()
+    assert float(row[1]) == pytest.approx(mean, abs=1e-3)
 
 
 def test_what_shows_while_reading_is_refused_too(home):
@@ -769,6 +796,26 @@ def test_a_picture_that_cannot_be_drawn_is_refused_first(home, capfd, monkeypatc
     out, err = capfd.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
     assert words in err
+
+
+def test_a_picture_that_cannot_be_written_loses_nothing(home, both, capfd, tmp_path, monkeypatch):
+    old = tmp_path / "old.png"
+    old.write_bytes(b"old")
+    replaced = sys.modules["itda.disk"].os.replace
+
+    def full(*places):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["itda.disk"].os, "replace", full)
+    with pytest.raises(InputError, match=r"old.png could not be written, because the disk is full"):
+        both.heatmap(old)
+    assert cli.main(["compare", "a-itda", "b-itda", "--heatmap", str(old), "--json"]) == 2
+    out, err = capfd.readouterr()
+    assert json.loads(out)["tokens"] and "the disk is full" in err and len(err.splitlines()) == 1
+    assert old.read_bytes() == b"old" and list(tmp_path.iterdir()) == [old]
+    monkeypatch.setattr(sys.modules["itda.disk"].os, "replace", replaced)
+    assert cli.main(["compare", "a-itda", "b-itda", "--heatmap", str(old)]) == 0
+    assert old.read_bytes()[:4] == b"\x89PNG"
 
 
 # -- interrupts

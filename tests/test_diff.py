@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -348,6 +350,61 @@ def test_page_that_cannot_be_written(same, tmp_path):
             page.check(path)
 
 
+def test_a_page_that_cannot_be_written_loses_nothing(capfd, tmp_path, monkeypatch):
+    from itda import cli
+
+    for seed, name in enumerate("ab"):
+        models.save("gpt2", tmp_path / name, seed=seed)
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    (tmp_path / "old.html").write_text("old")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+
+    def full(*places):
+        raise OSError(28, "No space left on device")
+
+    words = [
+        "diff",
+        "a",
+        "b",
+        "text.txt",
+        "--layer",
+        "1",
+        "--n-atoms",
+        "20",
+        "--k",
+        "4",
+        "--context-length",
+        "32",
+        "--html",
+        "old.html",
+        "--json",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["itda.disk"].os, "replace", full)
+        assert cli.main(words) == 2
+    out, err = capfd.readouterr()
+    assert json.loads(out)["base"] == "a" and "old.html could not be written, because the disk is full" in err
+    assert (tmp_path / "old.html").read_text() == "old" and sorted(tmp_path.iterdir()) == before
+    assert cli.main(words) == 0
+    assert (tmp_path / "old.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_tokens_that_are_zero_in_one_model_are_no_atoms_there():
+    x, y = noise(), drifted(noise(), 1)
+    y[0] = y[7] = 0  # the first token is an atom of the base
+    (layer,) = of_readings([reading("a", x), reading("b", y), reading("c", x)], n_atoms=20, k=4).layers
+    assert layer["n_base"] >= 10 and all(math.isfinite(layer["transfer"][name]) for name in ("own", "reread"))
+    (layer,) = of_readings([reading("a", y), reading("b", x), reading("c", x)], n_atoms=20, k=4).layers
+    assert layer["n_tuned"] >= 10 and math.isfinite(layer["transfer"]["as_is"])
+
+
+def test_as_many_shared_atoms_are_reported_as_there_were():
+    x = noise()
+    found = of_readings([reading("a", x), reading("b", drifted(x, 1))], n_atoms=20, k=4, n_anchors=101)
+    assert found.settings["n_anchors"] == 100  # as many of each half
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +418,8 @@ def test_page_that_cannot_be_written(same, tmp_path):
         (dict(k=0), "`k` is 0"),
         (dict(top=-1), "`top` is -1"),
         (dict(rows=True), "`rows` is True"),
+        (dict(seed=-1), "`seed` is -1"),
+        (dict(tokens=1, n_atoms=1), "`n_anchors` is 2, but the models have 1 tokens in common"),
         (dict(layer=99), "99"),
         (dict(layer=1, hook="transformer.h.1"), "choose one"),
         (dict(tokens=0), "`tokens` is 0"),
