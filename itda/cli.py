@@ -92,3 +92,7 @@ def _run(words: list[str]) -> None:
         terminal.parsed(COMMANDS[name], words[1:])()
     else:
         raise InputError(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}, or see `itda --help`.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -98,7 +98,7 @@ def train(
         threshold: admit a token whose loss exceeds this; 0.2 by default, 4e-4 with the cosine loss
         n_atoms: aim at so many atoms instead of at a threshold
         preset: the published code's practice: cosine loss, its admission, truncated, padded rows, 128 at a time
-        loss: |x - x_hat|^2 / |x|^2, or the published code's, or |x - x_hat|^2
+        loss: |x - x_hat|^2 / |x|^2 of x less the mean, or the published code's, or |x - x_hat|^2
         admission: one token after another, or a batch at a time, or as the published code does
         no_center: do not subtract the mean of the first tokens
         max_atoms: stop at so many atoms
@@ -131,6 +131,8 @@ def train(
         terminal.say(
             "rows came in the text's own order, and a dictionary grows fastest at first: --seed 0 shuffles them"
         )
+    if is_stored(data) and results[0].tokens < tokens:
+        terminal.say(f"{data} holds no more tokens: itda collect with more --tokens adds to it")
     terminal.say(f"look at it with: itda show {shlex.quote(results[0].path)}")
 
 
@@ -267,7 +269,7 @@ def export(
 
     Args:
         to: for SAELens, `SAE.load_from_disk` reads the result
-        out: the new folder
+        out: the folder; an export that is there already is replaced
         architecture: SAELens' own, with two latents for each atom of signed codes; or one that needs this library
     """
     from itda import report
@@ -278,6 +280,8 @@ def export(
     latents = len(found) * (1 if architecture == "itda" or found.cfg.get("nonneg") else 2)
     result = {"path": str(path), "architecture": architecture, "n_atoms": len(found), "latents": latents}
     terminal.output(result, None if json else f"{path}: {latents:,} latents of {len(found):,} atoms, for {to}")
+    first = "after `itda.interop.saelens.register()` " if architecture == "itda" else ""
+    terminal.say(f"load it {first}with: sae_lens.SAE.load_from_disk({str(path)!r})")
 
 
 def demo(

@@ -41,6 +41,14 @@ def checked_path(path: str | os.PathLike) -> str:
     return place
 
 
+def check_file(name: str, path: str | os.PathLike) -> None:
+    """Raise `InputError` if no file could be written to `path`, argument `name`: better known before hours of work."""
+    path = Path(checked_path(path))
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(f"`{name}` cannot be written to {path}, because {what}: choose another file.")
+
+
 def make_folder(path: str | os.PathLike) -> None:
     """Make the folder `path`, and those above it, if it is not there; raises `InputError` if that cannot be."""
     checked_path(path)

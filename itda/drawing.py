@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-SHOWN = 12  # rows of a table in the terminal
+SHOWN, FOUND = 12, 40  # rows of a table in the terminal
 CONTEXT = 100  # columns of a token in its context at most
 CONTROLS = {
     "shuffled": "unrelated tokens",
@@ -25,6 +25,7 @@ CONTROLS = {
     "random": "random sets of the same sizes",
     "random by token": "random sets of the same token ids",
 }
+ATOMS = "uses: sampled tokens that use it; norm: of its activation, from the mean; loss: when it was admitted"
 PLAIN_WIDTH = 120  # columns where there is no terminal
 
 
@@ -45,12 +46,15 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     cuts = (report.text[: report.start], report.text[report.start : report.end], report.text[report.end :])
     before, token, after = map(one_line, cuts)
     yield Text.assemble(before, *_marked(token), after, overflow="fold")
-    mean = "" if report.from_mean == report.norm else f", {report.from_mean:.4g} from the mean"
+    centred = report.from_mean != report.norm
+    mean = f", {report.from_mean:.4g} from the mean" if centred else ""
+    error = f"error {report.relative_error:.3f} of {'|x - mean|²' if centred else '|x|²'}"
+    same = [i for i, other in enumerate(report.tokens) if other.strip() == report.tokens[report.token].strip()]
+    alike = f" (one of {', '.join(map(str, same))})" if len(same) > 1 else ""
     yield Text(
         one_line(
-            f"token {report.token} of 0 to {len(report.tokens) - 1} · {report.model} · {report.hook_point} · "
-            f"norm {report.norm:.4g}{mean} · k = {report.k} · relative error {report.relative_error:.3f} · "
-            "atoms as they were chosen"
+            f"token {report.token}{alike} of 0 to {len(report.tokens) - 1} · {report.model} · {report.hook_point} · "
+            f"norm {report.norm:.4g}{mean} · k = {report.k} · {error} · atoms as they were chosen"
         ),
         style="dim",
     )
@@ -87,14 +91,32 @@ def summary(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text()
     yield table
     for title, rows in (("most used in the sample", report.most_used), ("first atoms", report.first)):
-        table, width = _table("atom", "uses", "norm", "loss", label=title), _room(options, 36)
-        for row in rows:
-            uses = "" if row["uses"] is None else f"{row['uses']:,}"
-            numbers = (f"{row['atom']}", uses, _number(row["norm"]), _number(row["loss"]))
-            table.add_row(*numbers, _in_context(row["label"], width))
         if rows:
             yield Text()
-            yield table
+            yield _atoms(title, rows, options)
+    yield Text(ATOMS, style="dim")
+
+
+def found(report: Any, options: ConsoleOptions) -> RenderResult:
+    """The atoms of a token."""
+    from rich.text import Text
+
+    said = f"{_counted(len(report.atoms), 'atom')} of {report.n_atoms:,} with {report.text!r} in their token"
+    yield Text(one_line(said), style="bold", overflow="fold")
+    if report.atoms:
+        yield _atoms("label in context", report.atoms[:FOUND], options)
+        rest = len(report.atoms) - FOUND
+        yield Text(ATOMS + (f"; {rest:,} more are in --json" if rest > 0 else ""), style="dim")
+
+
+def _atoms(title: str, rows: list[dict[str, Any]], options: ConsoleOptions) -> Table:
+    """A list of atoms."""
+    table, width = _table("atom", "uses", "norm", "loss", label=title), _room(options, 36)
+    for row in rows:
+        uses = "" if row["uses"] is None else f"{row['uses']:,}"
+        numbers = (f"{row['atom']}", uses, _number(row["norm"]), _number(row["loss"]))
+        table.add_row(*numbers, _in_context(row["label"], width))
+    return table
 
 
 def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
@@ -393,7 +415,9 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     ce = ("CE score", "95 %", "KL") if scores else ()
     table = _table("atoms", "FVU", "95 %", "error", "L0", *ce, "alive", first="system", label="")
     tails = ("90 %", "99 %", "99.9 %")
-    rest = ("above", "cosine", *(("CE from mean",) if scores else ()), "negative", "coherence")
+    threshold = section(report.settings, "dictionary").get("threshold")
+    above = "above" if threshold is None else f"above {_number(threshold)}"
+    rest = (above, "cosine", *(("CE from mean",) if scores else ()), "negative", "coherence")
     more = _table(*tails, *rest, first="errors at", label="")
     for name, row in report.systems.items():
         parts = [f"{row['n_atoms']:,}", f"{row['fvu']:.4f}", _span(row["fvu_interval"]), f"{row['relative_error']:.4f}"]

@@ -73,10 +73,12 @@ class Evaluation(Report):
         """All of it as JSON can hold it."""
         return finite({each.name: getattr(self, each.name) for each in fields(self)})
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write eval.json into the folder of the dictionary, replacing an older one."""
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write it to the file `path`, or as eval.json into that folder, replacing an older one; returns where."""
+        target = Path(path) / EVAL if os.path.isdir(path) else Path(path)
         text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-        write_file(Path(folder) / EVAL, [text.encode()])
+        write_file(target, [text.encode()])
+        return target
 
     def __getattr__(self, name: str) -> Any:
         """What was measured of the dictionary itself: `result.fvu` is that of the first of `systems`."""
@@ -279,6 +281,7 @@ def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: 
         "sha256": content.hexdigest(),
         "n_atoms": len(dictionary),
         "itda_version": dictionary.cfg.get("itda_version"),
+        "threshold": _threshold(dictionary),
     }
     versions = {"itda": __version__, "torch": torch.__version__, "transformers": version("transformers")}
     return asked | {"dictionary": own, "model": model, "text": text, "versions": versions}

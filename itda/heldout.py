@@ -152,6 +152,8 @@ def split(
         if not held and after:
             held, one = after, len({row.document for row in after}) == 1
             about["by"] = f"rows after those read, of {'one document' if one else 'documents that it has read in part'}"
+            if cfg.get("seed") is not None:
+                about["by"] += ", shuffled: they stand between rows that were read"
         if not held:
             raise InputError(
                 "All documents of this text were read when the dictionary was built: give other text, or measure on it "

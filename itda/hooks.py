@@ -270,6 +270,11 @@ class Activations:
         self.hash: str = StreamHash().hexdigest()  # over the rows that the latest iteration has read so far
         self.skipped_hash: str | None = self.hash
 
+    def __repr__(self) -> str:
+        tokens = "all" if self.tokens is None else f"{self.tokens:,}"
+        data = self._stream.provenance["data"] or "texts in memory"
+        return f"Activations({self.model._layout.model!r} at {', '.join(self.hook_points)}, {tokens} tokens of {data})"
+
     @property
     def tokens(self) -> int | None:
         """How many valid tokens an iteration yields at most; None if that is as many as the data has."""

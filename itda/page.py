@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from itda.disk import check_file
 from itda.errors import InputError, one_line
 from itda.labels import Labels
 
@@ -97,10 +98,8 @@ def _pieces(labels: Labels, places: Int[ndarray, " n"], scores: Float[ndarray, "
 
 def check(path: str | os.PathLike) -> None:
     """Raise `InputError` if no page could be written to the file `path`, which is better known before hours of work."""
+    check_file("html", path)
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise InputError(f"The page cannot be written to {path}, because {what}: choose another file.")
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"`html` is {str(path)!r}: name a file that ends with .html.")
 

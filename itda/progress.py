@@ -28,7 +28,11 @@ class Progress(NamedTuple):
 
     def __str__(self) -> str:
         parts = [f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "") + " tokens"]
-        parts += [f"{self.tokens_per_second:,.0f}/s", f"{self.atoms:,} atoms", f"{self.admitted:.1%} admitted"]
+        parts += [f"{self.tokens_per_second:,.0f}/s"]
+        if self.atoms:
+            parts += [f"{self.atoms:,} atoms", f"{self.admitted:.1%} admitted"]
+        else:
+            parts += ["reading what the mean and the threshold are chosen on"]
         if self.total and self.tokens_per_second:
             left = max(0, round((self.total - self.tokens) / self.tokens_per_second))
             parts.append(f"{left // 60}:{left % 60:02d} left")

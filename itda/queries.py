@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from itda import flags, terminal
+from itda.errors import InputError
 
 
 def decompose(
@@ -44,19 +45,33 @@ def decompose(
     terminal.output(result.to_json(), None if json else result)
 
 
-def show(dictionary: flags.Dictionary, *, atom: flags.MaybeWhole = None, json: flags.Json = False) -> None:
-    """Show what is in a dictionary, or one of its atoms.
+def show(
+    dictionary: flags.Dictionary,
+    *,
+    atom: flags.MaybeWhole = None,
+    find: flags.MaybeText = None,
+    json: flags.Json = False,
+) -> None:
+    """Show what is in a dictionary, one of its atoms, or those of a token.
 
     itda show gpt2-8
 
     itda show gpt2-8 --atom 17
 
+    itda show gpt2-8 --find mouse
+
     Args:
         atom: number of an atom, from 0
+        find: the atoms whose token has this in it
     """
     from itda import report
 
-    result = report.summary(dictionary) if atom is None else report.atom_report(dictionary, atom)
+    if atom is not None and find is not None:
+        raise InputError("--atom and --find were both given: choose one of them.")
+    if find is not None:
+        result: report.Report = report.find(dictionary, find)
+    else:
+        result = report.summary(dictionary) if atom is None else report.atom_report(dictionary, atom)
     terminal.output(result.to_json(), None if json else result)
 
 
@@ -230,6 +245,7 @@ def eval(
     dtype: flags.OtherDtype = None,
     device: flags.Device = None,
     trust_remote_code: flags.TrustRemoteCode = False,
+    out: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     json: flags.Json = False,
 ) -> None:
     """Measure a dictionary on text that it was not built on, beside random tokens and an untrained model.
@@ -239,7 +255,7 @@ def eval(
     itda eval gpt2-8 other-book.txt --sae sae-folder
 
     Args:
-        dictionary: folder of a dictionary, in which eval.json is written, or its repository on the hub
+        dictionary: folder of a dictionary, or its repository on the hub
         data: text; of what the dictionary was built on, the documents that it has not read
         tokens: measure on so many tokens at most
         ce_tokens: splice reconstructions into the running model on so many of them; 0 for none
@@ -253,9 +269,14 @@ def eval(
         column: where the text of a record is, if not where it was in training
         split: of a hub dataset, if not that of training
         config: of a hub dataset, if not that of training
+        out: write all figures to this file, and not to eval.json in the dictionary's folder, which is replaced
     """
-    given = {name: v for name, v in locals().items() if name not in ("json", "no_controls", "sae")}
+    given = {name: v for name, v in locals().items() if name not in ("json", "no_controls", "sae", "out")}
+    from itda.disk import check_file
     from itda.evaluate import evaluate
+
+    if out is not None:
+        check_file("out", out)
 
     systems = []
     if sae:
@@ -266,6 +287,5 @@ def eval(
     given |= {name: value for name, value in text.items() if value is not None}
     result = evaluate(**given, controls=not no_controls, systems=systems, progress=True)
     terminal.output(result.to_json(), None if json else result)
-    if os.path.isdir(dictionary):  # only now, so that nothing is lost where it cannot be written
-        result.save(dictionary)
-        terminal.say(f"{os.path.join(dictionary, 'eval.json')} written")
+    if out is not None or os.path.isdir(dictionary):  # only now, so that nothing is lost where it cannot be written
+        terminal.say(f"{result.save(dictionary if out is None else out)} written")

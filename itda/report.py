@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,18 @@ class AtomReport(Report):
         return drawing.atom_report(self, options)
 
 
+@dataclass(frozen=True, repr=False)
+class Found(Report):
+    """The atoms of a token; made by `find`."""
+
+    text: str
+    n_atoms: int  # of the dictionary
+    atoms: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.found(self, options)
+
+
 # -- making them ------------------------------------------------------------------------------------------------------
 
 
@@ -188,21 +201,15 @@ def decompose(
 def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
     """What is in a dictionary: where it comes from, how good it is on its sample, and some of its atoms."""
     dictionary = load(dictionary)
-    n, uses, sample = dictionary.n_atoms, None, None
+    n, uses, sample = dictionary.n_atoms, _uses(dictionary), None
     most: ndarray = np.zeros(0, np.int64)
-    if dictionary.sample is not None:
+    if uses is not None and dictionary.sample is not None:
         codes = dictionary.sample.codes
-        uses = np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n]
         most = np.argsort(-uses, kind="stable")[:SHOWN]
         most = most[uses[most] > 0]
         l0 = float(codes.l0().double().mean()) if len(codes.values) else math.nan
         alive = float((uses > 0).mean()) if n else math.nan
         sample = {"tokens": len(codes.values), "l0": l0, "share_alive": alive}
-
-    def row(i: int) -> dict[str, Any]:
-        used = None if uses is None else int(uses[i])
-        numbers = {"atom": i, "uses": used, "norm": float(dictionary.norms[i]), "loss": float(dictionary.losses[i])}
-        return numbers | {"label": _label(dictionary.labels, i)}
 
     return Summary(
         n_atoms=n,
@@ -213,9 +220,24 @@ def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
         norms=_quantiles(dictionary.norms.numpy()),
         losses=_quantiles(dictionary.losses.numpy()),
         moved=None if dictionary.moved is None else _quantiles(dictionary.moved.numpy()),
-        most_used=[row(i) for i in most.tolist()],
-        first=[row(i) for i in range(min(n, SHOWN))],
+        most_used=[_listed(dictionary, uses, i) for i in most.tolist()],
+        first=[_listed(dictionary, uses, i) for i in range(min(n, SHOWN))],
     )
+
+
+def find(dictionary: ITDA | str | os.PathLike, text: str) -> Found:
+    """The atoms whose token has `text` in it, upper and lower case alike; those that are this token alone come first.
+
+    Of these, and of the others, the most used in the sample come first.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"`text` is {text!r}: pass some characters of the token to find.")
+    dictionary = load(dictionary)
+    uses, wanted = _uses(dictionary), text.strip().casefold()
+    tokens = [dictionary.labels.token(i).casefold() for i in range(len(dictionary))]
+    found = [i for i, token in enumerate(tokens) if text.casefold() in token or wanted == token.strip()]
+    found.sort(key=lambda i: (tokens[i].strip() != wanted, 0 if uses is None else -uses[i]))
+    return Found(text, dictionary.n_atoms, [_listed(dictionary, uses, i) for i in found])
 
 
 def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = SHOWN, bins: int = BINS) -> AtomReport:
@@ -249,6 +271,21 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
         positive_tokens=tokens(order[values[order] > 0][:top]),
         negative_tokens=tokens(order[::-1][values[order[::-1]] < 0][:top]),
     )
+
+
+def _uses(dictionary: ITDA) -> ndarray | None:
+    """How many tokens of the sample use each atom; None without a sample."""
+    if dictionary.sample is None:
+        return None
+    codes, n = dictionary.sample.codes, dictionary.n_atoms
+    return np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n]
+
+
+def _listed(dictionary: ITDA, uses: ndarray | None, i: int) -> dict[str, Any]:
+    """What a list says of atom `i`."""
+    used = None if uses is None else int(uses[i])
+    numbers = {"atom": i, "uses": used, "norm": float(dictionary.norms[i]), "loss": float(dictionary.losses[i])}
+    return numbers | {"label": _label(dictionary.labels, i)}
 
 
 def load(dictionary: ITDA | str | os.PathLike) -> ITDA:
@@ -372,15 +409,26 @@ def _row(text: str, hooked):
 
 def _which(tokens: list[str], token: int | str) -> int:
     """The number of the token that is meant."""
+    there = ", ".join(f"{i} {t!r}" for i, t in enumerate(tokens[:40])) + (", ..." if len(tokens) > 40 else "")
     if isinstance(token, str):
         same = [i for i, t in enumerate(tokens) if t == token]
         same = same or [i for i, t in enumerate(tokens) if t.strip() and t.strip() == token.strip()]
         if same:
             return same[-1]
-    elif -len(tokens) <= token < len(tokens):
-        return token % len(tokens)
-    there = ", ".join(f"{i} {t!r}" for i, t in enumerate(tokens[:40])) + (", ..." if len(tokens) > 40 else "")
+        if spelt := _spelt(tokens, token.strip()):
+            there = f"{there}; it is spelt by those from {spelt[0]} to {spelt[1]}"
+    elif isinstance(token, Integral) and -len(tokens) <= token < len(tokens):
+        return int(token) % len(tokens)
     raise InputError(f"`token` is {token!r}, which is no token of the text: name one by number or text, of {there}.")
+
+
+def _spelt(tokens: list[str], word: str) -> tuple[int, int] | None:
+    """The last tokens, from the first to the last of them, that `word` is made of."""
+    for first in reversed(range(len(tokens))):
+        for last in range(first + 1, min(len(tokens), first + len(word))):
+            if "".join(tokens[first : last + 1]).strip() == word:
+                return first, last
+    return None
 
 
 def _label(labels: Labels, i: int) -> dict[str, Any]:
