@@ -547,6 +547,32 @@ def test_excluded_atoms_hide_no_others():
         assert torch.equal(want, found)
 
 
+def test_an_atom_that_was_passed_over_hides_none_of_many_candidates():
+    # Of x = (0, -0.2, 1) the first choice is of no use once the next two are there, and its negative depends on these.
+    atoms = torch.eye(20)[2:]
+    atoms[:4, :3] = torch.tensor([[0, 0.3, 0.954], [0.714, 0, 0.7], [-0.714, 0, 0.7], [0, -0.3, -0.954]])
+    atoms[:4, 3:] = 0
+    atoms, x = itda.normalize(atoms), torch.zeros(30, 20)
+    x[:, :3], x[:, 10] = torch.tensor([0, -0.2, 1]), 3e-5
+    for backend in ("reference", "dense", "cpu"):
+        codes = itda.pursue(x, atoms, 8, method="omp", nonneg=True, backend=backend)
+        assert codes.indices[0].tolist() == [1, 2, 8, 0, 0, 0, 0, 0]
+
+
+def test_dependence_is_not_decided_by_rounding():
+    """A support that nearly depends on itself leaves nothing of a Gram matrix to tell whether an atom does too."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        base = itda.normalize(torch.randn(20, 16, generator=generator))
+        x = torch.randint(-2, 3, (60, 16), generator=generator).float()
+    atoms = torch.cat([base, base, -base])
+    want, found = (
+        itda.pursue(x[10:16], atoms, 20, method="omp", nonneg=True, backend=backend) for backend in ("reference", "cpu")
+    )
+    assert torch.equal(want.indices, found.indices)
+    torch.testing.assert_close(want.values, found.values, rtol=0, atol=1e-5)
+
+
 def test_inference_mode_leaves_nothing_behind():
     x, atoms = torch.randn(50, 16), itda.normalize(torch.randn(100, 16))
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from itda.pursuit.dense import Steps, bound_factors, no_steps
 from itda.pursuit.gram import BLOCK, STEP, Gram
 
 FLOOR, TIE, DEPENDENT = reference.FLOOR, reference.TIE, reference.DEPENDENT
+DOUBTFUL = 1e-3  # of an atom's energy: what less than this it has outside of a span is not taken from products
 
 
 @kernel
@@ -45,15 +46,15 @@ def next_atom(x, total, m, support, a, excluded, atoms, found, mirror, tol, limi
     barred = False
     for i in range(count):
         barred |= excluded[option[i]]
-    if barred:  # excluded atoms would hide the others
-        for i in range(n):
-            corr[i] = 0.0 if excluded[i] else corr[i]
+    if barred:
+        hide(corr, excluded)
         subtract(corr, corr, table, option, narrow, 0, 0, mirror, tops)
         count = candidates(corr, n, tops, bound, mirror, option)
     if count > 1:
         rebuild(residual, x, atoms, chosen, a, m)
     if count > 8 and count > n // 8:
         correlate(corr, residual, atoms, n, narrow)
+        hide(corr, excluded)
         subtract(corr, corr, table, option, narrow, 0, 0, mirror, tops)
         bound = per_norm * np.sqrt(max(energy, 0.0)) + underflow + TIE * norm
         count = candidates(corr, n, tops, bound, mirror, option)
@@ -73,6 +74,13 @@ def next_atom(x, total, m, support, a, excluded, atoms, found, mirror, tol, limi
     if count == 1 and (excluded[j] or max(exact[0], mirror * exact[0]) <= FLOOR * norm):
         return -1, False
     return j, count > 1
+
+
+@kernel
+def hide(corr, excluded):
+    """Excluded atoms would hide the others: their correlations become 0."""
+    for i in range(len(excluded)):
+        corr[i] = 0.0 if excluded[i] else corr[i]
 
 
 @kernel
@@ -119,7 +127,7 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
                 break
             excluded[j], tried[attempts] = True, j
             attempts += 1
-            if not extend(factor, gram, m):
+            if not extend(factor, gram, m, j, indices[t], atoms, scratch[2]):
                 continue
             indices[t, m], rows[m], a[m] = j, slot[j], 0.0
             m += 1
@@ -139,8 +147,12 @@ def omp_tokens(todo, k, nonneg, mirror, tol, limits, dictionary, token, steps):
 
 
 @kernel
-def extend(factor, gram, m):
-    """Row m of the Cholesky factor of gram, and its mirror image; False, if the atom depends on those before it."""
+def extend(factor, gram, m, atom, chosen, atoms, residual):
+    """Row m of the Cholesky factor of gram, and its mirror image; False, if the atom depends on those before it.
+
+    The Gram matrix of atoms that nearly depend on each other leaves rounding of what the atom has outside of their
+    span; then that is taken from the atoms themselves.
+    """
     row, height = factor[m], gram[m, m]
     row[:m] = gram[m, :m]
     for j in range(m):
@@ -150,6 +162,11 @@ def extend(factor, gram, m):
             row[i] -= row[j] * factor[j, i]
     for j in range(m):
         factor[j, m] = row[j]
+    if height < DOUBTFUL:
+        inside = row[:m].copy()
+        solve_upper(factor, m, inside)
+        rebuild(residual, atoms[atom], atoms, chosen, inside, m)
+        height = dot(residual, residual)
     row[m] = np.sqrt(max(height, 0.0))
     return height >= DEPENDENT
 
