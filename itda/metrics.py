@@ -1,19 +1,30 @@
-"""How far a reconstruction is from its activation: each measure defined once, for torch tensors and NumPy arrays."""
+"""How far a reconstruction is from its activation: each measure defined once, for torch tensors and NumPy arrays.
+
+All are taken in float64, whatever the dtype: squares of activations in float16 overflow, and those of tiny ones vanish.
+"""
 
 from __future__ import annotations
 
 from itda.errors import InputError
 
 
+def _exact(x):
+    """`x` in float64; from a device that has none, on the CPU."""
+    if not hasattr(x, "double"):
+        return x.astype("float64", copy=False)
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def relative_error(x, x_hat):
     """|x - x_hat|^2 / |x|^2 of each activation, (..., d) -> (...). 0 for a zero activation."""
+    x = _exact(x)
     total = (x * x).sum(-1)
     return squared_error(x, x_hat) / (total + (total == 0))
 
 
 def squared_error(x, x_hat):
     """|x - x_hat|^2 of each activation, (..., d) -> (...) (eq. 6 as printed)."""
-    rest = x - x_hat
+    rest = _exact(x) - _exact(x_hat)
     return (rest * rest).sum(-1)
 
 
@@ -23,6 +34,7 @@ def cosine_error(x, x_hat):
     Equals 2 (1 - cos) / d for a non-zero reconstruction: it depends on the width and is blind to magnitude. 0 for a
     zero activation.
     """
+    x, x_hat = _exact(x), _exact(x_hat)
     norm, norm_hat = (x * x).sum(-1) ** 0.5, (x_hat * x_hat).sum(-1) ** 0.5
     unit = x / (norm + (norm == 0))[..., None]
     return ((unit - x_hat / (norm_hat + 1e-9)[..., None]) ** 2).mean(-1) * (norm > 0)
@@ -53,12 +65,14 @@ def fvu(x, x_hat) -> float:
     """
     if x.shape != x_hat.shape:
         raise InputError(f"`x_hat` has shape {tuple(x_hat.shape)}: pass one of the shape of `x`, {tuple(x.shape)}.")
+    x = _exact(x)
     variance = float(squared_error(x, x.mean(0)).sum())
     return float(squared_error(x, x_hat).sum()) / variance if variance > 0 else float("nan")
 
 
 def cosine(x, x_hat):
     """Cosine of each activation with its reconstruction, (..., d) -> (...). 0 where either is zero."""
+    x, x_hat = _exact(x), _exact(x_hat)
     norms = ((x * x).sum(-1) * (x_hat * x_hat).sum(-1)) ** 0.5
     return (x * x_hat).sum(-1) / (norms + (norms == 0))
 
@@ -80,17 +94,19 @@ def coherence(atoms, most: int = 4096) -> dict[str, float]:
     """
     import torch
 
+    from itda.pursuit.products import product
+
     n = len(atoms)
     if n < 2:
         return dict.fromkeys(("max", "99.9 %", "mean"), float("nan"))
     unit = atoms / torch.linalg.vector_norm(atoms, dim=1, keepdim=True).clamp_min(1e-30)
     largest, total = 0.0, 0.0
     for start in range(0, n, 1024):
-        part = (unit[start : start + 1024] @ unit.T).abs()
-        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = 0.0
+        part = product(unit[start : start + 1024], unit).abs()
+        part.diagonal(start).fill_(0)
         largest, total = max(largest, float(part.amax())), total + float(part.sum(dtype=torch.float64))
     some = unit[:: -(-n // most)]
-    pairs = (some @ some.T).abs()
+    pairs = product(some, some).abs()
     above = pairs[torch.ones_like(pairs, dtype=torch.bool).triu(1)]
     place = max(1, round(0.999 * len(above)))
     return {"max": largest, "99.9 %": float(above.kthvalue(place).values), "mean": total / (n * (n - 1))}

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from itda.builder import SpacedSample, measured
 from itda.codes import Codes
-from itda.errors import InputError, check_whole
+from itda.errors import InputError, whole
 from itda.labels import Batch, Labels
 from itda.model import ITDA
 from itda.progress import Step
 from itda.pursuit import METHODS, as_tensor, normalize, pursue, too_large
 from itda.pursuit.gram import free_bytes
+from itda.pursuit.products import full_float32, product
 
 CHUNK = 8192  # tokens between two updates of the atoms
 BLOCK = 2048  # atoms whose cosines with all others are held at once
@@ -54,16 +55,15 @@ def select(
     Raises `InputError` for more atoms than there are.
     """
     x = _checked(candidates, x, labels)
-    check_whole("n_atoms", n_atoms, 1)
-    check_whole("rounds", rounds, 1)
+    n_atoms, rounds = whole("n_atoms", n_atoms, 1), whole("rounds", rounds, 1)
     if n_atoms > len(candidates):
         raise InputError(f"`n_atoms` is {n_atoms:,}, and there are {len(candidates):,} candidates: choose fewer.")
     k = candidates.k if k is None else k
-    kept, how, began = torch.arange(len(candidates)), _how(candidates), time.monotonic()
+    kept, how, began = torch.arange(len(candidates), device="cpu"), _how(candidates), time.monotonic()
     sizes = np.geomspace(len(candidates), n_atoms, rounds + 1)[1:].round().astype(int)
     for done, size in enumerate(sizes.tolist()):
         atoms = candidates.atoms[kept]
-        nearest, cost = _nearest(atoms, how["nonneg"]), torch.zeros(len(kept), dtype=torch.float64)
+        nearest, cost = _nearest(atoms, how["nonneg"]), torch.zeros(len(kept), dtype=torch.float64, device="cpu")
         for part in x.split(CHUNK):
             cost += removal_costs(part, atoms, pursue(part, atoms, k, **how), nearest, how["nonneg"])
         kept = kept[_spared(cost, nearest, size)]
@@ -96,7 +96,7 @@ def removal_costs(
     """
     rest = x.float() - codes.decode(atoms)
     error = rest.square().sum(1)
-    found = torch.zeros(len(atoms), dtype=torch.float64)
+    found = torch.zeros(len(atoms), dtype=torch.float64, device="cpu")
     for indices, c in zip(codes.indices.T, codes.values.T, strict=True):
         without = rest + c[:, None] * atoms[indices]
         instead = (without * atoms[nearest[indices]]).sum(1)
@@ -110,7 +110,7 @@ def _nearest(atoms: Float[Tensor, "n_atoms d"], nonneg: bool) -> Int[Tensor, " n
     """Of each atom the other one of the largest |cosine|, or cosine if `nonneg`; an only atom is its own."""
     found = []
     for start in range(0, len(atoms), BLOCK):
-        cosine = atoms[start : start + BLOCK] @ atoms.T
+        cosine = product(atoms[start : start + BLOCK], atoms)
         cosine = cosine if nonneg else cosine.abs()
         cosine.diagonal(start).fill_(-1)
         found.append(cosine.argmax(1))
@@ -159,8 +159,7 @@ def refine(
     does.
     """
     x = _checked(model, x, labels)
-    check_whole("passes", passes, 1)
-    check_whole("seed", seed, 0)
+    passes, seed = whole("passes", passes, 1), whole("seed", seed, 0)
     if model.moved is not None:
         raise InputError(f"{model!r} is refined already: refine what it was made from, with more `passes`.")
     k, how = model.k if k is None else k, _how(model)
@@ -203,9 +202,10 @@ class _Sums:
     TOGETHER = 64  # atoms that move together
 
     def __init__(self, atoms: Float[Tensor, "n_atoms d"]) -> None:
-        self.products = torch.zeros(len(atoms), len(atoms))
+        self.products = atoms.new_zeros(len(atoms), len(atoms))
         self.targets, self.updates = torch.zeros_like(atoms), 0
 
+    @full_float32()
     def add(self, x: Float[Tensor, "tokens d"], codes: Codes) -> None:
         """Take the codes of a chunk, after forgetting a part of what was before."""
         kept = max(0.0, 1 - MEMORY / (self.updates + MEMORY)) if self.updates else 0.0
@@ -214,6 +214,7 @@ class _Sums:
         self.targets.mul_(kept).addmm_(dense.T, x)
         self.updates += 1
 
+    @full_float32()
     def descend(self, atoms: Float[Tensor, "n_atoms d"]) -> Float[Tensor, "n_atoms d"]:
         """One sweep of block coordinate descent over all atoms that are used."""
         atoms, energy = atoms.clone(), self.products.diagonal()

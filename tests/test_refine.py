@@ -317,3 +317,26 @@ def test_train_keeps_the_most_useful_of_several_candidates(tmp_path):
         itda.train(*read, tmp_path / "x", candidates=30, n_atoms=400, **settings)
     with pytest.raises(InputError, match=r"Both `threshold` \(0\.3\) and `n_atoms` \(40\) were given"):
         itda.train(*read, tmp_path / "x", candidates=3, n_atoms=40, threshold=0.3, **settings)
+
+
+@pytest.mark.parametrize("setting", ["autocast", "default dtype", "default device"])
+def test_no_setting_of_the_caller_changes_the_atoms(setting):
+    x = torch.randn(200, 8)
+    model = itda.build(x, k=3, threshold=0.2)
+
+    def improved():
+        return refine.refine(refine.select(model, x, 20), x, passes=1).atoms
+
+    want = improved()
+    try:
+        if setting == "default dtype":
+            torch.set_default_dtype(torch.float64)
+        if setting == "default device":
+            torch.set_default_device("meta")
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+            found, coherence = improved(), itda.metrics.coherence(want)["max"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(want, found)
+    assert coherence == itda.metrics.coherence(want)["max"] < 1
