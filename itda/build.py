@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,17 @@ def build(
     """
     if isinstance(stream, Tensor | np.ndarray) and stream.ndim == 2:
         stream = [stream]
+    k, chunk_size = whole("k", k, 1), whole("chunk_size", chunk_size, 1)
+    sizes = {"n_atoms": n_atoms, "max_atoms": max_atoms, "tokens": tokens}
+    n_atoms, max_atoms, tokens = (None if n is None else whole(name, n, 1) for name, n in sizes.items())
     settings: dict[str, Any] = dict(
         k=k, threshold=threshold, n_atoms=n_atoms, loss=loss, admission=admission, center=center
     )
     settings |= dict(max_atoms=max_atoms, chunk_size=chunk_size)
-    tokens = None if tokens is None else whole("tokens", tokens, 1)
+    if not isinstance(center, bool | np.bool_):
+        raise InputError(f"`center` is {center!r}; True or False was wanted.")
+    if not isinstance(checkpoint_seconds, Real) or not float(checkpoint_seconds) >= 0:
+        raise InputError(f"`checkpoint_seconds` is {checkpoint_seconds!r}; a number of seconds, 0 or more, was wanted.")
     if n_atoms is not None:
         settings["total"] = _length(stream, tokens)
     Builder(**settings)  # bad settings are refused before anything is read
@@ -248,6 +255,8 @@ def _batches(item, position: int) -> dict[str, Batch]:
             f"An item of the stream is of type {type(item).__name__}: pass activations (tokens, d), a pair of them and "
             "their labels, or a dict of these by hook point."
         )
+    if pair and len(item[1]) != shape[0]:  # before both are cut to the tokens that are wanted
+        raise InputError(f"A batch has {shape[0]} activations but {len(item[1])} labels: one for each was wanted.")
     return {"": Batch(*item) if pair else Batch(item, Labels.counted(position, shape[0]))}
 
 

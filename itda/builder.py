@@ -16,7 +16,7 @@ from torch import Tensor
 from itda._version import __version__
 from itda.admission import Batched, Sequential
 from itda.disk import bytes_of
-from itda.errors import InputError, shortened
+from itda.errors import InputError, check_whole, shortened
 from itda.labels import Batch, Labels
 from itda.metrics import LOSSES, fvu
 from itda.model import ITDA, Sample
@@ -307,8 +307,8 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
 
 def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size) -> None:
     for name, value in (("k", k), ("n_atoms", n_atoms), ("max_atoms", max_atoms), ("chunk_size", chunk_size)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InputError(f"`{name}` is {shortened(value)}: pass a whole number, 1 or more.")
+        if value is not None or name in ("k", "chunk_size"):
+            check_whole(name, value, 1)
     if k > MOST_STEPS:
         raise InputError(f"`k` is {shortened(k)}: pass at most {MOST_STEPS:,} pursuit steps.")
     for name, value, choices in (("loss", loss, tuple(LOSSES)), ("admission", admission, ADMISSIONS)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy import ndarray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -34,8 +36,13 @@ class Codes:
         # Padding adds 0 to atom 0; without atoms there are no places to add to.
         return out.scatter_add_(-1, self.indices, self.values) if self.n_atoms else out
 
-    def decode(self, atoms: Float[Tensor, "n_atoms d"]) -> Float[Tensor, "*batch d"]:
+    def decode(self, atoms: Float[Tensor, "n_atoms d"] | ndarray) -> Float[Tensor, "*batch d"]:
         """The sparse sums x_hat = code @ atoms, (..., d). `atoms` must be the dictionary of the codes."""
+        atoms = (
+            torch.from_numpy(np.array(atoms, atoms.dtype.newbyteorder("="))) if isinstance(atoms, ndarray) else atoms
+        )
+        if not isinstance(atoms, Tensor):
+            raise InputError(f"`atoms` is of type {type(atoms).__name__}; a tensor (n_atoms, d) was wanted.")
         if atoms.ndim != 2 or len(atoms) != self.n_atoms:
             raise InputError(
                 f"`atoms` has shape {tuple(atoms.shape)}, but these codes are over {self.n_atoms} atoms: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,8 @@ class Labels:
         return f"Labels({len(self)} tokens of {len(np.unique(self.prompt))} prompts)"
 
     def __getitem__(self, index) -> Labels:
-        """The labels at `index` (a slice, an integer array or a mask), with only the texts that they need."""
+        """The labels at `index` (a slice, an integer, an array of them or a mask), with only the texts they need."""
+        index = [index] if isinstance(index, Integral) else index
         arrays = {name: getattr(self, name)[index] for name in LABEL_ARRAYS}
         kept, row = np.unique(arrays["row"], return_inverse=True)
         if len(kept) and kept[0] < 0:  # tokens without text keep row -1

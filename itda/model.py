@@ -23,7 +23,7 @@ from itda.codes import Codes
 from itda.disk import safetensors_chunks
 from itda.errors import InputError, first_line
 from itda.labels import Labels
-from itda.pursuit import pursue
+from itda.pursuit import as_tensor, pursue
 
 UNIT_NORM_TOLERANCE = 1e-5
 TENSORS = ("atoms", "norms", "losses", "mean", "moved")
@@ -94,7 +94,10 @@ class ITDA:
         `x` is moved to the device of the dictionary, where its codes are too (`model.to("cuda")` moves that). The laws
         of `pursue` hold for `x - mean`; an atom's own activation encodes to itself. Raises `InputError`.
         """
-        x = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")).to(self.atoms.device)
+        if (found := as_tensor(x)) is None:
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise InputError(f"`x` is {kind}; a dense floating-point tensor (..., {self.d}) was wanted.")
+        x = found.to(self.atoms.device)
         if x.ndim < 1 or x.shape[-1] != self.d:
             raise InputError(f"`x` has shape {tuple(x.shape)}: pass activations (..., {self.d}), as {self!r} encodes.")
         if self.mean is not None:

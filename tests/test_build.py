@@ -679,3 +679,41 @@ def test_a_stream_may_use_its_memory_again():
 
     found = build(stream(), k=3, threshold=0.3, center=True)
     assert torch.equal(found.atoms, build(x.split(100), k=3, threshold=0.3, center=True).atoms)
+
+
+def test_labels_must_be_as_many_as_activations():
+    for n in (9, 11):
+        with pytest.raises(itda.InputError, match=f"10 activations but {n} labels"):
+            itda.build([(torch.randn(10, 4), itda.Labels.counted(0, n))], k=2)
+
+
+def test_settings_from_numpy():
+    x = torch.randn(60, 4)
+    want = itda.build(x, k=2, threshold=0.2, max_atoms=9)
+    build = itda.build
+    while hasattr(build, "__wrapped__"):  # past the type checker of the tests
+        build = build.__wrapped__
+    found = build(x, k=np.int64(2), threshold=np.float64(0.2), max_atoms=np.int32(9), chunk_size=np.int64(7))
+    assert torch.equal(want.atoms, found.atoms) and type(found.k) is int
+
+
+@pytest.mark.parametrize(
+    "settings", [{"k": None}, {"chunk_size": None}, {"center": "no"}, {"checkpoint_seconds": float("nan")}], ids=str
+)
+def test_settings_of_another_type(settings):
+    build = itda.build
+    while hasattr(build, "__wrapped__"):  # past the type checker of the tests
+        build = build.__wrapped__
+    with pytest.raises(itda.InputError, match=f"`{next(iter(settings))}` is"):
+        build(torch.randn(60, 4), **settings)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 300), (torch.float32, 1e-25), (torch.float32, 1e25)])
+def test_measures_do_not_depend_on_the_scale_or_the_dtype(dtype, scale):
+    from itda import metrics
+
+    x = (torch.randn(100, 32).double() * scale).to(dtype)
+    x_hat = (x.double() * 0.9).to(dtype)
+    assert metrics.fvu(x, x_hat) == pytest.approx(0.01, rel=0.05)
+    assert float(metrics.relative_error(x, x_hat).mean()) == pytest.approx(0.01, rel=0.05)
+    assert float(metrics.cosine(x, x_hat).mean()) == pytest.approx(1, abs=1e-5)

@@ -23,6 +23,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import itda
 from itda import disk, folder, tables
 from itda.codes import Codes
 from itda.errors import InputError
@@ -837,3 +838,25 @@ def test_a_local_model_is_no_base_model(tmp_path, hub, monkeypatch):
         model.cfg["model"] = {"id": name}
         model.push_to_hub("org/tiny", token="hf_x")
         assert "base_model" not in hub.files["README.md"].decode()
+
+
+def test_what_arrays_a_dictionary_takes():
+    x = torch.randn(100, 8)
+    model = itda.build(x, k=3, threshold=0.2)
+    want = model.encode(x)
+    for array in (x.flip(0).numpy()[::-1], x.numpy().astype(">f4")):
+        assert torch.equal(model.encode(array).values, want.values)
+    atoms = model.atoms.numpy()
+    assert torch.equal(want.decode(atoms), want.decode(model.atoms))
+    assert torch.equal(itda.normalize(atoms), itda.normalize(model.atoms))
+    assert [len(model.labels[i]) for i in (3, -1, np.int64(2))] == [1, 1, 1]
+    assert model.labels[3].token(0) == model.labels.token(3)
+    for function, *arguments in (
+        (ITDA.encode, model, "text"),
+        (Codes.decode, want, [1.0]),
+        (itda.normalize, torch.ones(2, 2).int()),
+    ):
+        while hasattr(function, "__wrapped__"):  # past the type checker of the tests
+            function = function.__wrapped__
+        with pytest.raises(itda.InputError, match="was wanted"):
+            function(*arguments)

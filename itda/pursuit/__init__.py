@@ -81,7 +81,7 @@ def pursue(
     Raises `InputError` for arguments of the wrong shape, type or range, non-finite x, atoms that are not unit-norm, and
     a backend that cannot compute this.
     """
-    given = atoms
+    given, k = atoms, int(k) if isinstance(k, np.integer) else k
     x, atoms = _checked(x, atoms)
     _check_settings(k, method, nonneg, tol, backend, max_gram_bytes)
     if x.device.type == "mps":  # which has no float64
@@ -200,11 +200,15 @@ def _prepared(given: Tensor | ndarray, atoms: Tensor, max_bytes: int | float | N
     return gram
 
 
-def normalize(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def normalize(atoms: Float[Tensor, "n d"] | ndarray) -> Float[Tensor, "n d"]:
     """`atoms` with unit rows, (n, d), normalised in float64. Zero rows stay zero."""
-    exact = atoms.double()
+    rows = as_tensor(atoms)
+    if rows is None:
+        kind = getattr(atoms, "dtype", type(atoms).__name__)
+        raise InputError(f"`atoms` are {kind}; a dense floating-point tensor (n, d) was wanted.")
+    exact = rows.double()
     norm = exact.square().sum(-1, keepdim=True).sqrt()
-    return torch.where(norm > 0, exact / norm.clamp_min(1e-300), 0.0).to(atoms.dtype)
+    return torch.where(norm > 0, exact / norm.clamp_min(1e-300), 0.0).to(rows.dtype)
 
 
 def _pack(steps: dense.Steps, n_atoms: int, dtype: torch.dtype) -> Codes:
