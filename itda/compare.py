@@ -18,11 +18,9 @@ from itda import aligned, drawing, layers, saved, stored
 from itda.aligned import Reading, check_names
 from itda.builder import Builder
 from itda.caches import is_stored
-from itda.errors import InputError, shortened
+from itda.errors import InputError, shortened, whole
 from itda.layers import Pairs, Settings, Similarity
-from itda.model import ITDA
 from itda.progress import Step, reporter
-from itda.reading import HookedModel
 from itda.report import Report, finite
 from itda.similarity.matching import Matching, match_layers, model_similarity
 from itda.similarity.sets import expected_jaccard, expected_jaccard_by_token
@@ -151,7 +149,7 @@ def compare(
     Raises `InputError` for different texts, for rows that differ where there is no text to align them by, and for
     models without a token in common.
     """
-    if isinstance(models, str | os.PathLike | ITDA | HookedModel):
+    if isinstance(models, str) or not isinstance(models, Sequence):
         raise InputError(f"`models` is {shortened(models)}: pass a list of two or more, as in `compare([a, b], data)`.")
     if len(models) < 2:
         came = f"One model came ({models[0]})" if models else "No model came"
@@ -160,8 +158,7 @@ def compare(
     measures = [measures] if isinstance(measures, str) else list(dict.fromkeys(measures or ()))
     if unknown := [name for name in measures if name not in layers.FAMILIES]:
         raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.FAMILIES)}.")
-    if draw < 0:
-        raise InputError(f"`draw` is {draw}: pass a whole number, 0 or more.")
+    draw = whole("draw", draw, 0)
     if _all_are(saved.is_dictionary, models, "{!r} is a dictionary and {!r} is not: compare dictionaries"):
         return _of_dictionaries(saved.read(models, data, align, names), measures, draw)
     on_disk = _all_are(is_stored, models, "{!r} holds activations and {!r} does not: compare activations")
@@ -214,8 +211,8 @@ def _all_are(of_kind: Callable[[Any], bool], models: Sequence[Any], sentence: st
 
 def _check(n_atoms: int | None, threshold: float | None, k: int, atoms: int | None) -> None:
     """What can be wrong with the settings, before any model is read."""
-    if atoms is not None and atoms < 1:
-        raise InputError(f"`atoms` is {atoms!r}: pass a whole number, 1 or more.")
+    if atoms is not None:
+        whole("atoms", atoms, 1)
     Builder(k=k, n_atoms=n_atoms, threshold=threshold, total=1 << 60)  # which checks the rest
 
 

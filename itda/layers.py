@@ -179,8 +179,10 @@ def _mean_over_tokens(readings: Sequence[Reading], name: str, settings: Settings
     code = name == "shared_atoms"
     as_atoms = settings.atoms if code else settings.anchors
     rows = np.setdiff1d(settings.scored if code else np.arange(len(readings[0])), as_atoms)  # not their own codes
-    if not len(rows):
-        raise InputError(f"All {len(as_atoms)} tokens are anchors: give more text, or choose fewer anchors.")
+    if not len(rows) or not len(as_atoms):
+        raise InputError(
+            f"{len(as_atoms)} of {len(readings[0])} tokens are anchors, which leaves none: give more text."
+        )
     kind: Any = _Coded if code else _Cosines
     how = settings.k if code else name == "relative_centred"
     layers = {

@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def read(models: Sequence[Any], data: Any, align: bool | None, names: Sequence[s
     names = named(names, [_name(model, side) for model, side in zip(models, sides, strict=True)])
     every = [dictionary for side in sides for dictionary in side]
     if data is None:
-        for dictionary in every[1:]:
-            check_same_stream(every[0], dictionary)
+        for one, other in combinations(every, 2):  # all of them: one that says nothing fits any
+            check_same_stream(one, other)
         return _without_text(names, sides)
     hashes = dict.fromkeys(map(_hash, every))
     streams = {stream: _tokens_of([d for d in every if _hash(d) == stream], data) for stream in hashes}
@@ -89,7 +89,7 @@ def _layers(model: Any) -> list[ITDA]:
         raise InputError(
             f"A model is {shortened(model)}: pass its folder, or a list of loaded dictionaries, one for each layer."
         )
-    for first, other in pairwise(found):
+    for first, other in combinations(found, 2):
         check_same_stream(first, other)
     return sorted(
         found, key=lambda dictionary: (_model(dictionary).get("layer") is None, _model(dictionary).get("layer"))

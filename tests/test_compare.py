@@ -1,5 +1,6 @@
 """Comparing models and their dictionaries: one set of readings against plain functions, alignment, refusals."""
 
+import inspect
 import json
 import math
 import shutil
@@ -695,6 +696,18 @@ def test_what_is_wrong_is_said_before_any_model_is_read(home, monkeypatch, words
     refused(words, models, settings.pop("data"), **settings)
 
 
+def test_what_is_of_another_kind_is_refused_where_no_types_are_checked(home):
+    plain = inspect.unwrap(compare)
+    for wrong, settings, words in (
+        (["a", "b"], {"draw": 1.5}, "`draw` is 1.5; a whole number"),
+        (iter(["a", "b"]), {}, "a list of two or more was wanted"),
+        ({"a", "b"}, {}, "a list of two or more was wanted"),
+        (None, {}, "a list of two or more was wanted"),
+    ):
+        with pytest.raises(InputError, match=words):
+            plain(wrong, DOCUMENTS, **settings)
+
+
 def test_one_layer_is_matched_with_nothing(home):
     """Of one layer the most similar one is always right, so nothing is said of it."""
     path = sorted((home / "a-itda").iterdir())[0].name
@@ -732,6 +745,7 @@ def test_what_is_shown_stands_beside_what_it_compares_with(home, both):
 def test_what_shows_while_reading_is_refused_too(home):
     refused("401 tokens are in common: choose fewer", ["a", "b"], DOCUMENTS, context_length=32, atoms=401)
     refused("64 positions: pass 64 or fewer", ["a", "b"], DOCUMENTS, context_length=65)
+    refused("0 of 1 tokens are anchors", ["a", "b"], DOCUMENTS, context_length=32, tokens=1, measures=["relative"])
     refused("have no token in common", ["a", "bert"], ["surprised"], context_length=32, tokens=1)
     refused("holds no valid token", ["a", "b"], [{"text": "<s>"}], context_length=32)
     refused("No hook point is given", ["a", "b"], DOCUMENTS, layer=[], context_length=32)
@@ -762,6 +776,9 @@ def test_dictionaries_of_different_text_are_refused(home, tmp_path):
     refused("of different text", ["a-itda", mixed], "text.jsonl")
     for data in (str(tmp_path / "other.txt"), DOCUMENTS[1:], DOCUMENTS[:-1]):
         refused("`data` is not the text that this dictionary was built on", ["a-itda", "b-itda"], data)
+    nothing = replace(mixed[0], cfg={})
+    refused("of different text", [nothing, *mixed])
+    refused("of different text", [nothing, [mixed[0], nothing, mixed[1]]])
     bare = [replace(d, cfg={}) for d in (mixed[0], trained(home, "a")["transformer.h.0"])]
     refused("the same prompt and position is another token: build them on the same text", bare)
 
