@@ -256,7 +256,7 @@ def _batches(item, position: int) -> dict[str, Batch]:
             "their labels, or a dict of these by hook point."
         )
     if pair and len(item[1]) != shape[0]:  # before both are cut to the tokens that are wanted
-        raise InputError(f"A batch has {shape[0]} activations but {len(item[1])} labels: one for each was wanted.")
+        raise InputError(f"A batch has {shape[0]} activations but {len(item[1])} labels: pass one for each.")
     return {"": Batch(*item) if pair else Batch(item, Labels.counted(position, shape[0]))}
 
 

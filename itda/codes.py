@@ -27,8 +27,9 @@ class Codes:
     n_atoms: int
 
     def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.indices.shape[:-1])) or "one"
-        return f"Codes({shape} activation(s), k={self.indices.shape[-1]}, {self.n_atoms} atoms)"
+        shape = " x ".join(map(str, self.indices.shape[:-1]))
+        many = f"{shape} activations" if shape else "one activation"
+        return f"Codes({many}, k={self.indices.shape[-1]}, {self.n_atoms} atoms)"
 
     def dense(self) -> Float[Tensor, "*batch n_atoms"]:
         """The codes with their zeros, (..., n_atoms). Costs the memory that the sparse form saves."""

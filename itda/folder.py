@@ -223,6 +223,12 @@ def read_manifest(path: str | os.PathLike) -> dict:
         if not (folder / MANIFEST).is_file():
             if (folder / CHECKPOINT).is_file():
                 raise InputError(f"The training of {folder} has not finished: the same `itda train` command goes on.")
+            if inside := sorted(path.parent.name for path in folder.glob(f"[!.]*/{MANIFEST}")):
+                raise InputError(
+                    f"{folder} holds the ITDAs {', '.join(inside)}: give the folder of one, {folder / inside[0]}."
+                )
+            if (folder / "config.json").is_file():
+                raise InputError(f"{folder} is a model: give the folder of a dictionary that was built on one.")
             raise InputError(
                 f"{folder} has no {MANIFEST}: it is not an ITDA, or one whose training did not finish; give the "
                 "folder of a saved ITDA, or train it again."

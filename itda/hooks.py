@@ -218,7 +218,7 @@ def activations(
         if near := difflib.get_close_matches(name, own, 1, 0.8):
             raise InputError(f"There is no setting `{name}`: perhaps `{near[0]}` was meant.")
     if (layer is None) == (hook is None):
-        raise InputError("Give either `layer` or `hook`: a layer's number, or the path of a module.")
+        raise InputError("Pass one of `layer` (`--layer`), a number, and `hook` (`--hook`), the path of a module.")
     given: Any = hook if layer is None else layer
     if isinstance(layer, str):
         raise InputError(

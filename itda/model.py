@@ -114,6 +114,8 @@ class ITDA:
 
     def decode(self, codes: Codes) -> Float[Tensor, "*batch d"]:
         """The activations (..., d) that `codes` stand for, with the mean added back; dtype of the codes."""
+        if not isinstance(codes, Codes):
+            raise InputError(f"`codes` is of type {type(codes).__name__}: pass what `encode` or `pursue` gave.")
         x_hat = codes.decode(self.atoms)
         return x_hat if self.mean is None else x_hat + self.mean.to(x_hat.dtype)
 

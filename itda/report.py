@@ -11,14 +11,13 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy import ndarray
 
-from itda import drawing, folder
+from itda import drawing
 from itda.drawing import SHOWN, short
 from itda.errors import InputError, shortened
 from itda.folder import is_number, section
@@ -290,14 +289,7 @@ def _listed(dictionary: ITDA, uses: ndarray | None, i: int) -> dict[str, Any]:
 
 def load(dictionary: ITDA | str | os.PathLike) -> ITDA:
     """The dictionary itself, or that of a folder or a hub repository; on the CPU, where reports are made."""
-    if isinstance(dictionary, ITDA):
-        return dictionary.to("cpu")
-    path = Path(dictionary)
-    children = sorted(path.glob("*")) if os.path.isdir(path) else []
-    inside = [child.name for child in children if (child / folder.MANIFEST).is_file()]
-    if inside and not (path / folder.MANIFEST).exists():
-        raise InputError(f"{path} holds the ITDAs {', '.join(inside)}: give the folder of one, {path / inside[0]}.")
-    return ITDA.from_pretrained(dictionary)
+    return dictionary.to("cpu") if isinstance(dictionary, ITDA) else ITDA.from_pretrained(dictionary)
 
 
 def finite(value: Any) -> Any:

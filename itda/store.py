@@ -129,7 +129,7 @@ def is_store(path: Any) -> bool:
 def chosen(names: Sequence[str], layer: Any, hook: Any, n_layers: int | None, path: Any) -> tuple[list[str], bool]:
     """Those of the hook points `names` that are asked for (all if none is), and whether that is one by itself."""
     if layer is not None and hook is not None:
-        raise InputError("Give either `layer` or `hook`: a layer's number, or the path of a module.")
+        raise InputError("Pass one of `layer` (`--layer`), a number, and `hook` (`--hook`), the path of a module.")
     given = hook if layer is None else layer
     if given is None:
         return list(names), len(names) == 1

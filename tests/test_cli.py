@@ -195,6 +195,16 @@ def test_show(capfd, trained):
     assert f"{len(built)} atoms" in capfd.readouterr().out
     assert cli.main(["show", trained, "--atom", "1"]) == 0
     assert "⟦" in capfd.readouterr().out
+    word = atom["label"]["token"].strip()
+    named = document(capfd, "show", trained, "--find", word)
+    assert 1 in [row["atom"] for row in named["atoms"]] and named["n_atoms"] == found["n_atoms"]
+    assert "choose one of them" in fails(capfd, "show", trained, "--atom", "1", "--find", word)
+
+
+def test_the_command_line_is_a_module_too():
+    for module in ("itda", "itda.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("itda ")
 
 
 def test_piped_output_is_plain_and_not_cut(capfd, tmp_path, monkeypatch):

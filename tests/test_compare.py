@@ -699,10 +699,10 @@ def test_what_is_wrong_is_said_before_any_model_is_read(home, monkeypatch, words
 def test_what_is_of_another_kind_is_refused_where_no_types_are_checked(home):
     plain = inspect.unwrap(compare)
     for wrong, settings, words in (
-        (["a", "b"], {"draw": 1.5}, "`draw` is 1.5; a whole number"),
-        (iter(["a", "b"]), {}, "a list of two or more was wanted"),
-        ({"a", "b"}, {}, "a list of two or more was wanted"),
-        (None, {}, "a list of two or more was wanted"),
+        (["a", "b"], {"draw": 1.5}, "`draw` is 1.5: pass a whole number, 0 or more"),
+        (iter(["a", "b"]), {}, "pass a list of two or more"),
+        ({"a", "b"}, {}, "pass a list of two or more"),
+        (None, {}, "pass a list of two or more"),
     ):
         with pytest.raises(InputError, match=words):
             plain(wrong, DOCUMENTS, **settings)
@@ -795,7 +795,7 @@ def test_a_long_wrong_text_is_not_read_to_its_end(home):
     rows._documents = lambda: (iter([text]) for text in texts())
     from itda.saved import _same_rows
 
-    with pytest.raises(InputError, match="not the one"):
+    with pytest.raises(InputError, match="`data` is not the text that this dictionary was built on"):
         list(_same_rows(rows, "0" * 64, 32, 400))
     assert len(read) < 2000
 

@@ -229,6 +229,9 @@ def test_one_long_document_is_measured_after_what_was_read(home):
     itda.train(home / "model", home / "book.txt", home / "d-book", **settings)
     result = evaluate(home / "d-book", home / "book.txt", tokens=200, ce_tokens=0, controls=False)
     assert result.held_out["by"] == "rows after those read, of one document" and result.tokens == 200
+    itda.train(home / "model", home / "book.txt", home / "d-mixed", **settings, seed=1)
+    mixed = evaluate(home / "d-mixed", home / "book.txt", tokens=200, ce_tokens=0, controls=False)
+    assert mixed.held_out["by"].endswith("one document, shuffled: they stand between rows that were read")
     (home / "new.txt").write_text(" ".join(text.upper() for text in TEXTS), encoding="utf-8")
     d = itda.ITDA.load(home / "d-book")
     gone = replace(d, cfg=d.cfg | {"stream": d.cfg["stream"] | {"data": "gone.txt"}})
@@ -440,6 +443,21 @@ def test_one_table_one_file(home, capfd):
     )
     printed = json.loads(capfd.readouterr().out)
     assert {**printed, "seconds": 0} == {**written, "seconds": 0}
+    threshold = itda.ITDA.load(home / "d").cfg["threshold"]
+    assert printed["settings"]["dictionary"]["threshold"] == threshold and f"above {threshold:.4g}" in out
+
+
+def test_a_result_goes_to_the_file_named(home, tmp_path, capfd):
+    words = ["eval", str(home / "d"), str(home / "new.jsonl"), "--tokens", "100", "--ce-tokens", "0", "--no-controls"]
+    assert cli.main(words) == 0
+    before = (home / "d" / "eval.json").read_bytes()
+    assert cli.main([*words, "--k", "2", "--out", str(tmp_path / "two.json")]) == 0
+    assert f"{tmp_path / 'two.json'} written" in capfd.readouterr().err
+    assert json.loads((tmp_path / "two.json").read_text())["systems"]["itda"]["k"] == 2
+    assert (home / "d" / "eval.json").read_bytes() == before
+    for place, why in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x.json", "there is no folder")):
+        assert cli.main([*words, "--model", "nothing", "--out", str(place)]) == 2
+        assert why in capfd.readouterr().err  # before the model is looked for
     d = itda.ITDA.load(home / "d")  # eval.json is no part of it
     d.save(home / "d")
     assert not (home / "d" / "eval.json").exists()  # it was another dictionary's

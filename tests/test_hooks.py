@@ -537,6 +537,14 @@ def test_loading_is_silent_and_leaves_logging_alone(gpt2, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_stream_says_what_it_is_of(gpt2, tmp_path):
+    stream = activations(gpt2, DOCUMENTS, layer=[0, 1], tokens=5000, context_length=LENGTH)
+    assert repr(stream) == f"Activations({gpt2!r} at transformer.h.0, transformer.h.1, 5,000 tokens of texts in memory)"
+    (tmp_path / "book.txt").write_text("Some words.", "utf-8")
+    stream = activations(gpt2, tmp_path / "book.txt", layer=1, context_length=LENGTH)
+    assert repr(stream) == f"Activations({gpt2!r} at transformer.h.1, all tokens of {tmp_path / 'book.txt'})"
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -544,8 +552,8 @@ def test_loading_is_silent_and_leaves_logging_alone(gpt2, capfd):
         ({"layer": -5}, r"has no layer -5: it has 4 layers"),
         ({"layer": True}, r"A layer is a whole number, not True"),
         ({"layer": []}, r"No hook point is given"),
-        ({}, r"Give either `layer` or `hook`"),
-        ({"layer": 1, "hook": "transformer.h.1"}, r"Give either `layer` or `hook`"),
+        ({}, r"Pass one of `layer` \(`--layer`\), a number, and `hook`"),
+        ({"layer": 1, "hook": "transformer.h.1"}, r"Pass one of `layer` \(`--layer`\), a number, and `hook`"),
         (
             {"hook": "transformer.h.1.mpl"},
             r"no module `transformer.h.1.mpl`: name a layer \(0 to 3\).*`transformer.h.1.mlp`",

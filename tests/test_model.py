@@ -3,6 +3,7 @@
 import base64
 import errno
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -230,6 +231,15 @@ def test_cfg_is_saved_as_json(tmp_path):
 # -- the object -------------------------------------------------------------------------------------------------------
 
 
+def test_decode_wants_codes():
+    model = itda.build(torch.randn(50, 6), k=3)
+    codes = model.encode(torch.randn(4, 6))
+    with pytest.raises(InputError, match="`codes` is of type Tensor: pass what `encode` or `pursue` gave"):
+        inspect.unwrap(itda.ITDA.decode)(model, codes.dense())
+    assert repr(codes) == f"Codes(4 activations, k=3, {len(model)} atoms)"
+    assert repr(model.encode(torch.randn(6))) == f"Codes(one activation, k=3, {len(model)} atoms)"
+
+
 def test_encode_and_decode():
     model = random_itda(6, 4, 1)
     x = model.atoms * model.norms.abs()[:, None] + model.mean  # the activations that the atoms were made from
@@ -359,11 +369,19 @@ def only_a_checkpoint(path):
     (path / folder.CHECKPOINT).touch()
 
 
+def several(path):
+    for name in ("layer.1", "layer.2"):
+        shutil.copytree(path, path / name)
+    (path / "cfg.json").unlink()
+
+
 A, L, S, E = folder.ATOMS, folder.LABELS, folder.SAMPLE, {"size": 1, "sha256": "0" * 64}
 BAD = {
     "no folder": (shutil.rmtree, "There is no folder .*: give the folder of a saved ITDA"),
     "a file": (lambda p: (shutil.rmtree(p), p.touch()), "is not a folder, and an ITDA is one"),
     "no manifest": (lambda p: (p / "cfg.json").unlink(), "has no cfg.json: .* or one whose training did not finish"),
+    "of models": (lambda p: (p / "cfg.json").rename(p / "config.json"), "is a model: give the folder of a dictionary"),
+    "of several": (several, r"holds the ITDAs layer\.1, layer\.2: give the folder of one, .*layer\.1"),
     "unfinished": (only_a_checkpoint, "training of .* has not finished: the same `itda train` command goes on"),
     "not JSON": (data("cfg.json", lambda b: b[:-9], False), "cfg.json is not JSON: copy the whole folder"),
     "deep JSON": (data("cfg.json", lambda b: b"[" * 10**6, False), "cfg.json is not JSON"),

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import itda
 from itda import drawing, report
 from itda.hooks import load
 from itda.labels import Batch, Labels
-from itda.progress import Step, bar
+from itda.progress import Progress, Step, bar
 from tests import models
 
 HOSTILE = [
@@ -135,7 +136,10 @@ def test_a_centred_dictionary_decomposes_what_is_left_of_the_mean(tiny):
     error = (rest - codes.decode(built.atoms)).square().sum() / rest.square().sum()
     assert found.relative_error == pytest.approx(float(error), rel=1e-3)
     assert found.from_mean == pytest.approx(float(rest.norm())) and found.norm != found.from_mean
-    assert f"{found.norm:.4g}, {found.from_mean:.4g} from the mean" in drawn(found, width=300)
+    shown = drawn(found, width=300)
+    assert f"{found.norm:.4g}, {found.from_mean:.4g} from the mean" in shown
+    assert f"error {found.relative_error:.3f} of |x - mean|²" in shown
+    assert f"error {found.relative_error:.3f} of |x|²" in drawn(replace(found, from_mean=found.norm), width=300)
 
 
 @pytest.mark.parametrize("token", ["mouse", " mouse", "at", 3, -1])
@@ -154,6 +158,18 @@ def test_a_text_of_its_own_wins_over_one_with_a_blank():
 def test_a_token_that_is_not_there_is_refused_with_those_that_are(token):
     with pytest.raises(itda.InputError, match=r"0 'The', 1 ' mouse'"):
         report._which(["The", " mouse", " s", "at", " on", " mouse", "."], token)
+
+
+@pytest.mark.parametrize("token", ["sat", " sat", "sat "])
+def test_a_word_of_several_tokens_is_refused_with_these(token):
+    with pytest.raises(itda.InputError, match="it is spelt by those from 5 to 6"):
+        report._which([" s", "at", " mouse", " s", "ate", " s", "at", "."], token)
+
+
+def test_tokens_that_are_alike_are_told(decomposition):
+    alike = replace(decomposition, tokens=["The", " mouse", " the", "mouse", " mouse"], token=4)
+    assert "token 4 (one of 1, 3, 4) of 0 to 4" in drawn(alike, width=300)
+    assert "one of" not in drawn(replace(alike, token=0), width=300)
 
 
 def test_another_model_tokenizer_and_width_are_refused(tiny, tmp_path):
@@ -223,6 +239,29 @@ def test_the_threshold_is_a_range_where_it_was_moved_to_meet_a_size():
     assert summary.threshold is None and "loss above" not in str(summary)
 
 
+def test_atoms_are_found_by_their_token():
+    built, _ = dictionary(texts=["a the b", "athena", " lathe", "THE", "other", "a cat"])
+    spans = {"a the b": " the ", "athena": "athena", " lathe": " lathe", "THE": "THE", "other": "other", "a cat": "cat"}
+    starts = np.array([text.index(spans[text]) for text in built.labels.texts])[built.labels.row]
+    ends = starts + np.array([len(spans[text]) for text in built.labels.texts])[built.labels.row]
+    built = replace(built, labels=replace(built.labels, start=starts, end=ends))
+    own = [built.labels.token(i) for i in range(len(built))]
+    found = report.find(built, "the")
+    atoms = [row["atom"] for row in found.atoms]
+    assert sorted(atoms) == [i for i, token in enumerate(own) if "the" in token.lower()] and atoms
+    alone = [own[i].strip().lower() == "the" for i in atoms]
+    assert alone == sorted(alone, reverse=True) and {True, False} == set(alone)
+    uses = [row["uses"] for row, first in zip(found.atoms, alone, strict=True) if first]
+    assert uses == sorted(uses, reverse=True) and len(set(uses)) > 1
+    assert report.find(built, "zebra").atoms == [] and "0 atoms of" in drawn(report.find(built, "zebra"))
+    many, _ = dictionary(n=300, d=300, texts=["token"], threshold=0.0)
+    text = drawn(report.find(many, "k"))
+    assert text.count("⟦k⟧") == drawing.FOUND and f"{len(many) - drawing.FOUND} more are in --json" in text
+    for nothing in ("", " "):
+        with pytest.raises(itda.InputError, match="pass some characters"):
+            report.find(built, nothing)
+
+
 def test_atom_report_has_both_signs():
     built, x = dictionary()
     dense = built.encode(x).dense()
@@ -274,6 +313,7 @@ def hostile_reports(tiny):
         "stream": {"data": HOSTILE[2], "hash": HOSTILE[0]},
     }
     yield from (report.summary(built), *(report.atom_report(built, i) for i in range(7)))
+    yield from (report.find(built, text[len(text) // 2]) for text in HOSTILE if text[len(text) // 2].strip())
     spoiled = itda.ITDA(**{name: getattr(tiny[1], name) for name in ("atoms", "k", "mean", "norms", "losses", "cfg")},
                         labels=labels([HOSTILE[i % len(HOSTILE)] for i in range(len(tiny[1]))]))  # fmt: skip
     for text in HOSTILE:
@@ -311,7 +351,7 @@ def test_names_in_the_progress_do_not_command_the_terminal(monkeypatch):
 def test_no_line_is_wider_than_the_terminal(decomposition):
     built, _ = dictionary(texts=["wide 東京 東京 東京 東京 東京 東京 東京 東京" * 4, "long " * 60])
     for width in (60, 80, 120, 400):
-        for thing in (report.summary(built), report.atom_report(built, 1), decomposition):
+        for thing in (report.summary(built), report.atom_report(built, 1), report.find(built, "o"), decomposition):
             from rich.cells import cell_len
 
             assert max(map(cell_len, drawn(thing, width).splitlines())) <= width
@@ -326,6 +366,12 @@ def test_the_token_stays_in_sight_in_a_narrow_terminal():
         assert text[0] == text[-1] == "…"
     whole = drawing._in_context({"before": "a ", "token": "b", "after": " c"}, 24).plain
     assert whole == "a ⟦b⟧ c"
+
+
+def test_before_the_first_atom_progress_says_what_is_read():
+    assert "0 atoms" not in (before := str(Progress(4064, 40_000, 0, 0.0, 2.0)))
+    assert "what the mean and the threshold are chosen on" in before
+    assert "7 atoms · 10.0% admitted" in str(Progress(4064, 40_000, 7, 0.1, 2.0))
 
 
 def test_rows_that_are_not_shown_are_counted(tiny):

@@ -287,9 +287,13 @@ def test_the_command_line_measures_saes_and_exports(home, tmp_path, capfd):
     words = ["export", str(home / "d"), "--to", "saelens", "--out", str(out)]
     assert cli.main([*words, "--json"]) == 0
     said = {"path": str(out), "architecture": "matching_pursuit", "n_atoms": n, "latents": 2 * n}
-    assert json.loads(capfd.readouterr().out) == said and load(out).W_dec.shape == (2 * n, 32)
+    shown = capfd.readouterr()
+    assert json.loads(shown.out) == said and load(out).W_dec.shape == (2 * n, 32)
+    assert f"load it with: sae_lens.SAE.load_from_disk({str(out)!r})" in shown.err
     assert cli.main([*words, "--architecture", "itda"]) == 0
-    assert f"{n} latents of {n} atoms" in capfd.readouterr().out and load(out).W_dec.shape == (n, 32)
+    shown = capfd.readouterr()
+    assert f"{n} latents of {n} atoms" in shown.out and load(out).W_dec.shape == (n, 32)
+    assert "load it after `itda.interop.saelens.register()` with" in shown.err
 
 
 def refusal(function, *args, **settings):

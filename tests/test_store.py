@@ -911,8 +911,11 @@ def test_the_command(capfd, folder, tmp_path):
     code, out, err = run(capfd, *words, "--seed", 1)
     assert code == 2 and err.count("\n") == 1 and "stream.seed = None, and now it is 1" in err
     train = ["train", folder, tmp_path / "acts", "--layer", 1, "--k", 4, "--out", tmp_path / "d", "--json"]
-    code, out, _ = run(capfd, *train)
+    code, out, err = run(capfd, *train)
     assert code == 0 and json.loads(out)["tokens"] == said["tokens"]
+    assert f"{tmp_path / 'acts'} holds no more tokens: itda collect with more --tokens adds to it" in err
+    _, _, err = run(capfd, *train, "--tokens", said["tokens"], "--overwrite")
+    assert "holds no more tokens" not in err
 
 
 STREAMED = CHILD.replace("layer=[1, 3]", "stream_layers=True, state_gb=1e-4, layer=[1, 3]")
