@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from itda.errors import InputError
 
+CHUNK = 16_384  # tokens whose float64 copies are held at a time
+
 
 def _exact(x):
     """`x` in float64; from a device that has none, on the CPU."""
@@ -65,9 +67,11 @@ def fvu(x, x_hat) -> float:
     """
     if x.shape != x_hat.shape:
         raise InputError(f"`x_hat` has shape {tuple(x_hat.shape)}: pass one of the shape of `x`, {tuple(x.shape)}.")
-    x = _exact(x)
-    variance = float(squared_error(x, x.mean(0)).sum())
-    return float(squared_error(x, x_hat).sum()) / variance if variance > 0 else float("nan")
+    parts = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
+    mean = sum(_exact(x[part]).sum(0) for part in parts) / max(1, len(x))
+    variance = sum(float(squared_error(x[part], mean).sum()) for part in parts)
+    error = sum(float(squared_error(x[part], x_hat[part]).sum()) for part in parts)
+    return error / variance if variance > 0 else float("nan")
 
 
 def cosine(x, x_hat):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import itda
-from itda import admission, builder, folder
+from itda import admission, builder, folder, metrics
 from itda.labels import Labels
 from itda.metrics import LOSSES
 from itda.progress import Progress, Step
@@ -710,10 +710,19 @@ def test_settings_of_another_type(settings):
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 300), (torch.float32, 1e-25), (torch.float32, 1e25)])
 def test_measures_do_not_depend_on_the_scale_or_the_dtype(dtype, scale):
-    from itda import metrics
-
     x = (torch.randn(100, 32).double() * scale).to(dtype)
     x_hat = (x.double() * 0.9).to(dtype)
     assert metrics.fvu(x, x_hat) == pytest.approx(0.01, rel=0.05)
     assert float(metrics.relative_error(x, x_hat).mean()) == pytest.approx(0.01, rel=0.05)
     assert float(metrics.cosine(x, x_hat).mean()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 20])
+def test_fvu_is_of_all_tokens_however_many_are_held(tokens, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 7)
+    x, x_hat = torch.randn(2, tokens, 5).double() + 3
+    spread = (x - x.mean(0)).square().sum()
+    whole = float((x - x_hat).square().sum() / spread) if spread > 1e-20 else math.nan
+    assert metrics.fvu(x, x_hat) == pytest.approx(whole, rel=1e-12, nan_ok=True)
+    assert metrics.fvu(x.numpy(), x_hat.numpy()) == pytest.approx(whole, rel=1e-12, nan_ok=True)
+    assert math.isnan(metrics.fvu(x[:0], x_hat[:0]))
