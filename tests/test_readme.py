@@ -28,6 +28,28 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
     assert "⟦" in printed
 
 
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """As printed, with the packaged model in the place of both models, at two of its layers, and a shorter text."""
+    text = (ROOT / "docs" / "notebook.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("\n".join(demo.corpus()[:30])[:6_000], "utf-8")
+    code = re.sub(
+        '"(distil)?gpt2"', repr(str(demo.model_path())), "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    )
+    code = code.replace("layer=8", "layer=2").replace("layer=4", "layer=1").replace("threshold=0.2", "threshold=0.05")
+    names = {}
+    exec(code, names)  # the page's own text
+    model, codes, x = (names[name] for name in ("model", "codes", "x"))
+    assert names["dense"].shape == (len(codes.values), len(model)) and 0 < names["taken"] <= model.k
+    assert {"the"} <= {row["label"]["token"].strip().lower() for row in names["every"]}
+    assert len(names["table"]) == len(names["found"].atoms) and len(names["some"]) == 3 and len(names["both"]) > 0
+    again = itda.pursue(x - model.mean, model.atoms, k=model.k)
+    assert (again.indices == model.encode(x).indices).all()
+    errors = [itda.metrics.fvu(x, names[name].reconstruct(x)) for name in ("best", "moved")]
+    assert errors[1] < errors[0] and len(names["best"]) == len(model) // 2
+    assert "⟦" in capsys.readouterr().out
+
+
 def test_the_commands_exist():
     named = set(re.findall(r"`itda (\w+)", TEXT))
     assert named == set(COMMANDS)
