@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from itda import aligned, drawing, layers, saved, stored
+from itda import aligned, drawing_models, layers, saved, stored
 from itda.aligned import Reading, check_names
 from itda.builder import Builder
 from itda.caches import is_stored
@@ -102,7 +102,7 @@ class Comparison(Report):
         plots.heatmap(self, path, measure)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        return drawing.comparison(self, options)
+        return drawing_models.comparison(self, options)
 
 
 def compare(

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from itda import drawing, page
+from itda import drawing_models, page
 from itda.aligned import TOKENS, Reading, check_names, read
 from itda.changes import NAMES, at_places, compare_atoms, draw_anchors, label, measure
 from itda.disk import write_file
@@ -66,7 +66,7 @@ class Diff(Report):
     rows: list[dict[str, Any]]  # prompt, document, score, pieces: text, score, layers
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        return drawing.diff(self, options)
+        return drawing_models.diff(self, options)
 
     def html(self) -> str:
         """One self-contained page: the texts with the changed tokens marked, and all tables."""

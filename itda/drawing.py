@@ -6,7 +6,6 @@ The reports are of type Any here: they know how they are drawn, and imports go o
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from itda.errors import one_line
@@ -19,12 +18,6 @@ if TYPE_CHECKING:
 
 SHOWN, FOUND = 12, 40  # rows of a table in the terminal
 CONTEXT = 100  # columns of a token in its context at most
-CONTROLS = {
-    "shuffled": "unrelated tokens",
-    "untrained": "models with random weights",
-    "random": "random sets of the same sizes",
-    "random by token": "random sets of the same token ids",
-}
 ATOMS = "uses: sampled tokens that use it; norm: of its activation, from the mean; loss: when it was admitted"
 PLAIN_WIDTH = 120  # columns where there is no terminal
 
@@ -59,8 +52,8 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
         style="dim",
     )
     yield Text()
-    table, shown = _table("coefficient", "atom", "share", "cumulative"), report.atoms[:SHOWN]
-    width = _room(options, 58)
+    table, shown = columns("coefficient", "atom", "share", "cumulative"), report.atoms[:SHOWN]
+    width = room(options, 58)
     for part in shown:
         bar = _bar(part["cumulative"], 10)
         table.add_row(
@@ -68,7 +61,7 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
             f"{part['atom']}",
             f"{part['share']:.1%}",
             f"{bar} {part['cumulative']:6.1%}",
-            _in_context(part["label"], width),
+            in_context(part["label"], width),
         )
     yield table
     if rest := report.atoms[SHOWN:]:
@@ -85,9 +78,9 @@ def summary(report: Any, options: ConsoleOptions) -> RenderResult:
     for name, value in _facts(report):
         facts.add_row(Text(name, style="dim"), Text(one_line(value), overflow="fold"))
     yield facts
-    table = _table(*report.norms, label="", first="quantiles")
+    table = columns(*report.norms, label="", first="quantiles")
     for name, quantiles in (("norm", report.norms), ("admission loss", report.losses)):
-        table.add_row(name, *(_number(value) for value in quantiles.values()))
+        table.add_row(name, *(digits(value) for value in quantiles.values()))
     yield Text()
     yield table
     for title, rows in (("most used in the sample", report.most_used), ("first atoms", report.first)):
@@ -101,7 +94,7 @@ def found(report: Any, options: ConsoleOptions) -> RenderResult:
     """The atoms of a token."""
     from rich.text import Text
 
-    said = f"{_counted(len(report.atoms), 'atom')} of {report.n_atoms:,} with {report.text!r} in their token"
+    said = f"{counted(len(report.atoms), 'atom')} of {report.n_atoms:,} with {report.text!r} in their token"
     yield Text(one_line(said), style="bold", overflow="fold")
     if report.atoms:
         yield _atoms("label in context", report.atoms[:FOUND], options)
@@ -111,11 +104,11 @@ def found(report: Any, options: ConsoleOptions) -> RenderResult:
 
 def _atoms(title: str, rows: list[dict[str, Any]], options: ConsoleOptions) -> Table:
     """A list of atoms."""
-    table, width = _table("atom", "uses", "norm", "loss", label=title), _room(options, 36)
+    table, width = columns("atom", "uses", "norm", "loss", label=title), room(options, 36)
     for row in rows:
         uses = "" if row["uses"] is None else f"{row['uses']:,}"
-        numbers = (f"{row['atom']}", uses, _number(row["norm"]), _number(row["loss"]))
-        table.add_row(*numbers, _in_context(row["label"], width))
+        numbers = (f"{row['atom']}", uses, digits(row["norm"]), digits(row["loss"]))
+        table.add_row(*numbers, in_context(row["label"], width))
     return table
 
 
@@ -125,16 +118,16 @@ def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
 
     where = ", ".join(f"{name} {report.label[name]}" for name in ("prompt", "position", "token_id"))
     yield Text(f"atom {report.atom} of 0 to {report.n_atoms - 1}: {where}", style="bold")
-    yield _in_context(report.label, _room(options, 0, 2 * CONTEXT))
+    yield in_context(report.label, room(options, 0, 2 * CONTEXT))
     if report.moved is not None:
-        yield Text(f"refined: cosine {_number(report.moved)} with the activation of this label", style="bold")
+        yield Text(f"refined: cosine {digits(report.moved)} with the activation of this label", style="bold")
     share = report.uses / max(1, report.sample_tokens)
     yield Text(
-        f"norm {_number(report.norm)} · admission loss {_number(report.loss)} · used for {report.uses:,} of "
+        f"norm {digits(report.norm)} · admission loss {digits(report.loss)} · used for {report.uses:,} of "
         f"{report.sample_tokens:,} sampled tokens ({share:.1%}), for {report.negative:,} with a negative coefficient",
         style="dim",
     )
-    table, edges = _table("from", "to", "tokens", label="coefficients"), report.histogram["edges"]
+    table, edges = columns("from", "to", "tokens", label="coefficients"), report.histogram["edges"]
     for low, high, count in zip(edges, edges[1:], report.histogram["counts"], strict=False):
         bar = _bar(count / max(report.histogram["counts"]), 30, "")
         table.add_row(f"{low:+.4g}", f"{high:+.4g}", f"{count:,}", bar)
@@ -142,115 +135,12 @@ def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
         yield Text()
         yield table
     for title, rows in (("largest", report.positive_tokens), ("most negative", report.negative_tokens)):
-        table = _table("coefficient", label=f"{title}, in context")
+        table = columns("coefficient", label=f"{title}, in context")
         for row in rows:
-            table.add_row(f"{row['coefficient']:+.4g}", _in_context(row["label"], _room(options, 14)))
+            table.add_row(f"{row['coefficient']:+.4g}", in_context(row["label"], room(options, 14)))
         if rows:
             yield Text()
             yield table
-
-
-def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
-    """Who was compared on what, a row for each measure with its controls, and the first one layer by layer."""
-    from rich.text import Text
-
-    for model in report.models:
-        shared = "" if model["share"] == 1 else f", {model['share']:.1%} of them in common"
-        sizes = sorted({end(model["n_atoms"]) for end in (min, max) if model["n_atoms"]})
-        atoms = f", {' to '.join(f'{size:,}' for size in sizes)} atoms" if sizes else ""
-        depth = _counted(len(model["hook_points"]), "layer")
-        line = f"{model['name']}: {depth}, {model['tokens']:,} tokens{shared}{atoms}"
-        yield Text(one_line(line), overflow="fold")
-    where = f"at the same {'character' if report.aligned else 'row and position'}"
-    most = "up to " * any(model["tokens"] < report.tokens for model in report.models)  # as dictionaries have read
-    yield Text(f"{most}{report.tokens:,} tokens compared, {where}", style="dim")
-    yield Text()
-    # One layer matches one whatever they are, and of models of different depth no layer is the right one.
-    if len(report.models[0]["hook_points"]) > 1 and all(measure.matching for measure in report.measures.values()):
-        yield from _matched(report.measures)
-    kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
-    table = _table("alike", *kinds, "seconds", first="measure", label="")
-    for name, measure in report.measures.items():
-        levels = [_level(measure.alike), *(_level(measure.controls.get(kind)) for kind in kinds)]
-        table.add_row(name, *levels, f"{measure.seconds:.1f}")
-    yield table
-    which = "all layers" if measure.alike["diagonal"] is None else "layers of equal number"
-    same = "".join(f"; {kind}: the same of {CONTROLS[kind]}" for kind in kinds if kind in CONTROLS)
-    yield Text(f"alike: mean similarity of {which}{same}", style="dim")
-    if "jaccard" in report.measures:
-        unions = report.measures["jaccard"].models.values()
-        union = _number(sum(unions) / len(unions))
-        yield Text(f"jaccard of the atoms of all layers together (eq. 10): {union}", style="dim")
-    if report.sizes:
-        cuts = (f"{_level(cut)} at {cut['n_atoms']:,} atoms ({_number(cut['random'])})" for cut in report.sizes)
-        yield Text(f"jaccard of dictionaries cut to one size (and of random sets): {', '.join(cuts)}", style="dim")
-    yield from _layer_by_layer(report)
-
-
-def _matched(measures: dict[str, Any]) -> RenderResult:
-    """How well every measure matches layers."""
-    from rich.text import Text
-
-    table = _table("matched", "95 %", "ties", "with self", "rank", "margin", first="measure", label="")
-    for name, measure in measures.items():
-        score, both = measure.matching.without_self, measure.matching.with_self
-        margin = f"{score.margin_sd:.2f}" if math.isfinite(score.margin_sd) else "-"
-        numbers = (_number(score.accuracy), _interval(measure), str(score.ties), _number(both.accuracy))
-        table.add_row(name, *numbers, f"{score.reciprocal_rank:.2f}", margin)
-    yield table
-    said = (
-        "matched: share of layers whose most similar layer in another model is the one of equal number (eq. 9), its "
-        "interval, and the same counting a model as another of itself; rank: mean of 1 / rank of that layer; margin: "
-        "its lead on the best other one, in standard deviations of the row"
-    )
-    yield Text(said, style="dim")
-    yield Text()
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
-
-
-def _interval(measure: Any) -> str:
-    """Of the accuracy, the wider of the intervals over models and over documents."""
-    found = [i for i in (measure.documents, measure.matching.interval) if i]
-    low, high = max(found, key=lambda interval: interval[1] - interval[0], default=(math.nan, math.nan))
-    return f"{low:.2f}-{high:.2f}" if found else "-"
-
-
-def _level(control: dict[str, Any] | None) -> str:
-    """What a control gives: between layers of equal number, or where depths differ between all."""
-    control = control or {"all": math.nan}
-    return _number(control["all"] if control.get("diagonal") is None else control["diagonal"])
-
-
-def _layer_by_layer(report: Any) -> RenderResult:
-    """The first measure between the first model and each other one, while there is room for it."""
-    from rich.text import Text
-
-    name, first = next(iter(report.measures)), report.models[0]["name"]
-    for other in [model["name"] for model in report.models[1:3]]:
-        matrix = report.measures[name].pairs[first, other]
-        if len(matrix.T) > SHOWN:
-            continue
-        label = f"{name}: layer of {one_line(first)} in rows, of {one_line(other)} in columns"
-        yield Text()
-        yield Text(label, style="bold")
-        numbers = {model["name"]: layer_numbers(model["hook_points"]) for model in report.models}
-        table = _table(*numbers[other], first=" ", label="")
-        for i, row in enumerate(matrix):
-            best = row.argmax() if not any(map(math.isnan, row)) else -1
-            table.add_row(
-                numbers[first][i], *(Text(f"{v:.3f}", style="bold" if j == best else "") for j, v in enumerate(row))
-            )
-        yield table
-
-
-def layer_numbers(hook_points: list[str]) -> list[str]:
-    """The numbers of the layers at these hook points, or where these do not tell them apart, of the hook points."""
-    found = [re.findall(r"(?<=\.)\d+(?=\.|$)", hook)[-1:] for hook in hook_points]
-    numbers = [number for part in found for number in part]
-    return numbers if len(set(numbers)) == len(hook_points) else [str(i) for i in range(len(hook_points))]
 
 
 def short(value: Any) -> str:
@@ -279,7 +169,7 @@ def _facts(report: Any) -> list[tuple[str, str]]:
         facts += [("selected", f"those of most use of {_whole(selected.get('from'))} atoms, {how}")]
     if report.moved is not None:
         how = f"{_whole(refined.get('passes'))} passes over {_whole(refined.get('tokens'))} tokens"
-        median, least = (_number(report.moved[name]) for name in ("median", "min"))
+        median, least = (digits(report.moved[name]) for name in ("median", "min"))
         facts += [("refined", f"{how}; cosine of atoms with their labels' activations: median {median}, least {least}")]
     if report.sample is not None:
         fvu = cfg.get("fvu")
@@ -289,7 +179,11 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     return facts
 
 
-def _table(*numbers: str, label: str = "label in context", first: str = "") -> Table:
+def counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def columns(*numbers: str, label: str = "label in context", first: str = "") -> Table:
     """A table of right-aligned columns, after one of names if `first` and before one of text if `label`."""
     from rich import box
     from rich.table import Table
@@ -302,7 +196,7 @@ def _table(*numbers: str, label: str = "label in context", first: str = "") -> T
     return table
 
 
-def _room(options: ConsoleOptions, used: int, most: int = CONTEXT) -> int:
+def room(options: ConsoleOptions, used: int, most: int = CONTEXT) -> int:
     """Columns for text beside `used` others."""
     return max(24, min(most, options.max_width - used))
 
@@ -312,7 +206,7 @@ def _bar(share: float, width: int, empty: str = "░") -> str:
     return "█" * full + empty * (width - full)
 
 
-def _number(value: float) -> str:
+def digits(value: float) -> str:
     """Four digits; what is below 1e-12 is what rounding leaves of a zero."""
     return f"{value if abs(value) > 1e-12 else 0:.4g}" if math.isfinite(value) else "-"
 
@@ -326,7 +220,7 @@ def _marked(token: str) -> list[tuple[str, str]]:
     return [("⟦", "dim"), (token, "bold"), ("⟧", "dim")]
 
 
-def _in_context(label: dict[str, Any], width: int) -> Text:
+def in_context(label: dict[str, Any], width: int) -> Text:
     """A token, marked, on one line with as much of its context as `width` columns hold."""
     from rich.cells import cell_len, set_cell_size
     from rich.text import Text
@@ -344,88 +238,31 @@ def _in_context(label: dict[str, Any], width: int) -> Text:
     return Text.assemble(before, *_marked(token), after, no_wrap=True)
 
 
-def diff(report: Any, options: ConsoleOptions) -> RenderResult:
-    """What fine-tuning changed: layers, transfer, the tokens that changed most, and the atoms of only one model."""
-    from rich.text import Text
-
-    null, held = report.null, "what is usual at its position"
-    if null["kind"] == "model":
-        held = f"what {one_line(null['name'])} changed there"
-    yield Text(one_line(f"{report.base} → {report.tuned}"), style="bold")
-    where = f"{report.tokens:,} tokens at {_counted(len(report.hook_points), 'hook point')}"
-    limit = "the null's 99 %" if null["kind"] == "model" else "measurement error"
-    beyond = f"{report.pooled['above']:.1%} of tokens beyond {limit} ({_number(null['99 %'])})"
-    yield Text(f"{where} · score: a token's change beyond {held} · {beyond}", style="dim")
-    fvus = {"own": "own", "reread": "re-read", "as_is": "as is", "random": "random"}
-    nulls = ["of null"] if null["kind"] == "model" else []
-    only = "only tuned", "only base"
-    table = _table("change", *nulls, "beyond", *fvus.values(), *only, label="", first="layer")
-    for layer in report.layers:
-        moved = [_number(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
-        errors = ["-" if layer["transfer"][name] is None else _number(layer["transfer"][name]) for name in fvus]
-        atoms = [f"{layer[name]['tokens']:,}" for name in ("only_tuned", "only_base")]
-        table.add_row(Text(one_line(layer["hook_point"])), *moved, f"{layer['above']:.1%}", *errors, *atoms)
-    yield Text()
-    yield table
-    said = (
-        "change: mean distance of a token's two unit codes, 0 to 2; beyond: share of tokens that changed more; own, "
-        "re-read, as is, random: FVU of the tuned model with its own dictionary, with the base's atoms as the tuned "
-        "model has them, as the base has them, and with random ones; only tuned, only base: tokens that would need an "
-        "atom more in that model alone"
-    )
-    yield Text(said, style="dim")
-    table, width = _table("score", label="tokens that changed most", first="strongest at"), _room(options, 34)
-    for token in report.top[:SHOWN]:
-        table.add_row(Text(one_line(token["strongest"])), _number(token["score"]), _in_context(token["label"], width))
-    yield Text()
-    yield table
-    for key, who in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
-        found = [(layer, atom) for layer in report.layers for atom in layer[key]["atoms"]]
-        found.sort(key=lambda pair: _ratio(pair[1]["loss"], key, pair[0]["threshold"]))
-        table = _table("in tuned", "in base", label=f"atoms that {who} needs", first="losses at")
-        width = _room(options, 44)
-        for layer, atom in found[:SHOWN]:
-            losses = (_number(atom["loss"][name]) for name in ("tuned", "base"))
-            table.add_row(Text(one_line(layer["hook_point"])), *losses, _in_context(atom["label"], width))
-        if found:
-            yield Text()
-            yield table
-
-
-def _ratio(loss: dict[str, float], key: str, threshold: float) -> float:
-    """The largest loss of an atom in a model that does not need it, over that in the only one that does.
-
-    Below a hundredth of the threshold, losses differ by rounding.
-    """
-    need = loss[key.removeprefix("only_")]
-    return max(threshold / 100, *(other for name, other in loss.items() if key != f"only_{name}")) / need
-
-
 def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     """A row for the dictionary and for each control, and what they were measured on."""
     from rich.text import Text
 
     yield Text(one_line(f"{report.dictionary} at {report.hook_point} of {report.model}"), style="bold", overflow="fold")
     held = report.held_out
-    documents = _counted(held["documents"], "document")
+    documents = counted(held["documents"], "document")
     where = f"{report.tokens:,} tokens of {documents}, held out by {held['by']}"
     drawn = f"; random tokens are from {held['random_tokens_from']}" if "random tokens" in report.systems else ""
     yield Text(f"{where}{drawn}", style="dim")
     scores = any(row["ce"] for row in report.systems.values())
     ce = ("CE score", "95 %", "KL") if scores else ()
-    table = _table("atoms", "FVU", "95 %", "error", "L0", *ce, "alive", first="system", label="")
+    table = columns("atoms", "FVU", "95 %", "error", "L0", *ce, "alive", first="system", label="")
     tails = ("90 %", "99 %", "99.9 %")
     threshold = section(report.settings, "dictionary").get("threshold")
-    above = "above" if threshold is None else f"above {_number(threshold)}"
+    above = "above" if threshold is None else f"above {digits(threshold)}"
     rest = (above, "cosine", *(("CE from mean",) if scores else ()), "negative", "coherence")
-    more = _table(*tails, *rest, first="errors at", label="")
+    more = columns(*tails, *rest, first="errors at", label="")
     for name, row in report.systems.items():
         parts = [f"{row['n_atoms']:,}", f"{row['fvu']:.4f}", _span(row["fvu_interval"]), f"{row['relative_error']:.4f}"]
         parts += [f"{row['l0']:.1f}", *(_scores(row["ce"]) if scores else ()), _share(row["alive"])]
         table.add_row(Text(one_line(name)), *parts)
         parts = [*(f"{row['tails'][tail]:.3f}" for tail in tails), _share(row["above"]), f"{row['cosine']:.4f}"]
         parts += [f"{row['ce']['score_mean']:.4f}" if row["ce"] else "-"] if scores else []
-        more.add_row(Text(one_line(name)), *parts, _share(row["negative"]), _number(row["coherence"]["max"]))
+        more.add_row(Text(one_line(name)), *parts, _share(row["negative"]), digits(row["coherence"]["max"]))
     yield Text()
     yield table
     yield Text()
@@ -452,13 +289,13 @@ def _probes(probing: dict[str, Any]) -> RenderResult:
     from rich.text import Text
 
     tops = list(next(iter(probing["systems"].values())))
-    table = _table(*tops, first="probe on", label="")
+    table = columns(*tops, first="probe on", label="")
     for name, scores in probing["systems"].items():
         table.add_row(Text(one_line(name)), *(f"{scores[top]:.3f}" for top in tops))
     yield table
     said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, "
     said += "each against the rest: 0.5 is chance"
-    said += f"; {_counted(probing['repeated'], 'repeated text')} left out" if probing["repeated"] else ""
+    said += f"; {counted(probing['repeated'], 'repeated text')} left out" if probing["repeated"] else ""
     yield Text(said, style="dim")
 
 

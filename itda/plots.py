@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from itda.disk import write_file
-from itda.drawing import layer_numbers
+from itda.drawing_models import layer_numbers
 from itda.errors import InputError, one_line
 
 ENDINGS = (".png", ".svg", ".pdf")

@@ -51,6 +51,7 @@ FLOORS = {
             "stored",
             "report",
             "drawing",
+            "drawing_models",
             "aligned",
             "layers",
             "saved",

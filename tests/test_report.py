@@ -360,11 +360,11 @@ def test_no_line_is_wider_than_the_terminal(decomposition):
 def test_the_token_stays_in_sight_in_a_narrow_terminal():
     label = {"before": "before " * 40, "token": " mouse", "after": " after" * 40}
     for width in (24, 40, 100):
-        text = drawing._in_context(label, width).plain
+        text = drawing.in_context(label, width).plain
         assert "⟦ mouse⟧" in text
         assert len(text) <= width
         assert text[0] == text[-1] == "…"
-    whole = drawing._in_context({"before": "a ", "token": "b", "after": " c"}, 24).plain
+    whole = drawing.in_context({"before": "a ", "token": "b", "after": " c"}, 24).plain
     assert whole == "a ⟦b⟧ c"
 
 
