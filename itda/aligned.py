@@ -139,6 +139,21 @@ def check_names(given: Iterable[str], function: Callable) -> None:
             raise InputError(f"`{function.__name__}` has no setting `{name}`: {advice}.")
 
 
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """The last part of every path or id; of paths that end alike, as many parts as tell them apart: s0/mlp, s1/mlp."""
+    parts = [[part for part in path.split("/") if part] or [path] for path in paths]
+
+    def end(i: int, length: int) -> tuple[str, ...]:
+        return tuple(parts[i][-length:])
+
+    out = []
+    for i, own in enumerate(parts):
+        others = [j for j, other in enumerate(parts) if other != own]
+        length = next((n for n in range(1, len(own)) if all(end(i, n) != end(j, n) for j in others)), len(own))
+        out.append("/".join(end(i, length)))
+    return out
+
+
 def named(names: Sequence[str] | None, found: Sequence[str]) -> list[str]:
     """`names`, one for each model; or those `found`, with a number behind any that came before: a, b, b#2."""
     if names is None:
@@ -169,13 +184,8 @@ def _checked(models: Sequence[Any], layer: Any, hook: Any, tokens: int, names: S
         raise InputError("Both `layer` and `hook` were given: choose one of them.")
     if not isinstance(tokens, int | np.integer) or tokens < 1:
         raise InputError(f"`tokens` is {shortened(tokens)}: pass a whole number, 1 or more.")
-    return named(names, [_name(model) for model in models])
-
-
-def _name(model: str | Path | HookedModel) -> str:
-    """What tables call a model: the last part of its id or path."""
-    said = model._layout.model if isinstance(model, HookedModel) else str(model)
-    return said.rstrip("/").split("/")[-1] or said
+    said = [model._layout.model if isinstance(model, HookedModel) else str(model) for model in models]
+    return named(names, told_apart(said))
 
 
 def _lists(where: dict[str, Any]) -> dict[str, Any]:

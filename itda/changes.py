@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from itda.pursuit import normalize, pursue
 NAMES = ("base", "tuned", "null")
 SAMPLE = 4096  # tokens that the transfer is measured on
 MOST_ATOMS = 20  # that only one model needs, per layer
+TELLING = 1.5  # times the usual rise of a loss from which on a token counts for one model alone
+TRIES = 8  # thresholds, for a size
 ALIKE = 0.7  # cosine of residuals from which on two tokens would be one new atom
 CHUNK = 4096  # tokens whose codes are held at a time
 ROUNDING = 1e-5  # a change that float32 makes by itself
@@ -96,20 +98,61 @@ def draw_anchors(tokens: int, n: int, seed: int) -> Int[ndarray, "2 half"]:
 def compare_atoms(
     readings: Sequence[Reading], names: tuple[str, ...], n_atoms: int, k: int, seed: int
 ) -> dict[str, Any]:
-    """What dictionaries say at one hook point: their sizes, the atoms only one model needs, and the transfer."""
+    """What dictionaries say at one hook point: their sizes, the tokens that only one model needs, and the transfer.
+
+    Foreign atoms are worse on most tokens, the more so the farther two models are apart: `rise` says by which factor.
+    """
     x, labels = at_places(readings, names), [reading.labels for reading in readings]
-    threshold = _built(x[0], k, n_atoms=n_atoms).cfg["threshold"]
-    base, tuned = (_built(a, k, threshold=threshold).labels.position for a in x[:2])
-    losses = [_losses(a, _placed(x[0], a, base), k) for a in x]
-    rest = x[1] - _reconstructed(x[1], _placed(x[0], x[1], base), k)
-    found = {"only_tuned": _only(dict(zip(NAMES, losses, strict=False)), "tuned", rest, labels[1], threshold)}
-    named = {"tuned": _losses(x[1], x[1][tuned], k)}  # which its own atoms explain
-    named |= {who: _losses(x[0], _placed(a, x[0], tuned), k) for who, a in zip(("base", "null"), x[1:], strict=False)}
-    rest = x[0] - _reconstructed(x[0], _placed(x[1], x[0], tuned), k)
-    found |= {"only_base": _only(named, "base", rest, labels[0], threshold)}
-    sizes = {"threshold": threshold, "n_base": len(base), "n_tuned": len(tuned)}
-    sizes |= {"common": len(np.intersect1d(base, tuned))}
-    return sizes | {"transfer": _transfer(x[0], x[1], base, tuned, k, seed)} | found
+    threshold, base = _sized(x[0], k, n_atoms)
+    rows = base, _built(x[1], k, threshold=threshold).labels.position
+    common = np.setdiff1d(np.arange(len(x[0])), np.concatenate(rows))
+    rests, losses, rises, gains = {}, {}, {}, {}
+    for i, j in ((1, 0), (0, 1)):  # the atoms of j, in i and in j itself
+        rests[i] = x[i] - _reconstructed(x[i], _placed(x[j], x[i], rows[j]), k)
+        found = {i: relative_error(x[i], x[i] - rests[i]).double().numpy(), j: _losses(x[j], x[j][rows[j]], k)}
+        if len(x) == 3:  # the base's atoms in the null; for those of the tuned model, the null's in the base
+            found[2] = (
+                _losses(x[2], _placed(x[0], x[2], base), k) if i else _losses(x[0], _placed(x[2], x[0], rows[1]), k)
+            )
+        losses[i] = {NAMES[m]: found[m] for m in sorted(found)}
+        rises[NAMES[i]], gains[i] = _gain(found[i], found[j], common, threshold)
+    only = {}
+    for i, j in ((1, 0), (0, 1)):
+        more = (gains[i] > TELLING) & (gains[i] > gains[j])
+        only[f"only_{NAMES[i]}"] = _only(losses[i], NAMES[i], more, rests[i], labels[i], threshold)
+    sizes = {"threshold": threshold, "rise": rises, "n_base": len(base), "n_tuned": len(rows[1])}
+    sizes |= {"common": len(np.intersect1d(*rows))}
+    return sizes | {"transfer": _transfer(x[0], x[1], *rows, k, seed)} | only
+
+
+def _gain(
+    there: Float[ndarray, " tokens"], own: Float[ndarray, " tokens"], common: Int[ndarray, " n"], threshold: float
+) -> tuple[float, Float[ndarray, " tokens"]]:
+    """By which factor the losses of atoms usually rise from their `own` model to another, and every token's over it.
+
+    What is usual are the medians over the tokens in `common`, which are an atom of neither model, or over all if all
+    are. A loss below the usual one counts as that, since factors of small losses say little.
+    """
+    common = common if len(common) else np.arange(len(own))
+    least = max(float(np.median(own[common])), threshold / 100)
+    rise = max(1.0, float(np.median(there[common])) / least)
+    return rise, there / np.maximum(own, least) / rise
+
+
+def _sized(x: Tensor, k: int, n_atoms: int) -> tuple[float, Int[ndarray, " n"]]:
+    """A threshold, and the atoms it gives from the first token on: `n_atoms` to a tenth, or as near as was found."""
+    threshold, low, high = min(_built(x, k, n_atoms=n_atoms).cfg["threshold"], 0.999), 0.0, 1.0
+    found: list[tuple[float, float, ndarray]] = []
+    for _ in range(TRIES):
+        rows = _built(x, k, threshold=threshold).labels.position
+        found.append((abs(len(rows) - n_atoms), threshold, rows))
+        if found[-1][0] <= n_atoms / 10:
+            break
+        low, high = (threshold, high) if len(rows) > n_atoms else (low, threshold)
+        step = threshold * min(max(len(rows) / n_atoms, 0.25), 4)  # sizes go about as 1 / threshold
+        threshold = step if low < step < high else (low * high) ** 0.5
+    _, threshold, rows = min(found, key=lambda each: each[0])
+    return threshold, rows
 
 
 def _built(x: Tensor, k: int, **size: Any) -> ITDA:
@@ -125,15 +168,21 @@ def _placed(own: Tensor, other: Tensor, rows: ndarray) -> Tensor:
 
 
 def _only(
-    losses: dict[str, ndarray], who: str, rest: Float[Tensor, "tokens d"], labels: Labels, threshold: float
+    losses: dict[str, ndarray],
+    who: str,
+    more: Bool[ndarray, " tokens"],
+    rest: Float[Tensor, "tokens d"],
+    labels: Labels,
+    threshold: float,
 ) -> dict[str, Any]:
     """Tokens that the model `who` needs as new atoms and no other does: how many, and the most telling of them.
 
-    A model needs a token if its loss exceeds the threshold. Those whose loss exceeds the others' by the largest factor
-    come first; one whose residual (`rest`) is much like that of a token before it says nothing new, and is left out.
+    A model needs a token if its loss exceeds the threshold, and alone if the others' do not and it has risen by `more`
+    than is usual. Those whose loss exceeds the others' by the largest factor come first; one whose residual (`rest`) is
+    much like that of a token before it says nothing new, and is left out.
     """
     others = np.max([loss for name, loss in losses.items() if name != who], axis=0)
-    found = np.flatnonzero((losses[who] > threshold) & (others <= threshold))
+    found = np.flatnonzero((losses[who] > threshold) & (others <= threshold) & more)
     # Below a hundredth of the threshold, losses differ by rounding: then the largest come first.
     explained = np.maximum(others[found], threshold / 100)
     found = found[np.argsort(explained / losses[who][found], kind="stable")]

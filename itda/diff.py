@@ -45,9 +45,10 @@ class Diff(Report):
     `null` says what scores are held against: kind ("model" or "halves"), name, what it shows, and the 95 and 99 %
     quantiles of what scores would be by chance. `layers` are dicts: hook_point; change (mean and quantiles over tokens,
     between 0 and 2), null_change (of the null model), above (share of tokens beyond the null's 99 %), score, positions
-    (mean change by bucket), transfer, threshold and sizes of the dictionaries, only_tuned and only_base. `pooled` has
-    the quantiles of scores averaged over layers, `positions` the mean change over layers. `top` are the tokens of
-    highest score, `rows` the prompts with most of it.
+    (mean change by bucket), transfer, threshold and sizes of the dictionaries, rise (by which factor the loss of a
+    usual token in base or tuned is larger with the other's atoms), only_tuned and only_base (`page.ONLY` says of
+    which tokens). `pooled` has the quantiles of scores averaged over layers, `positions` the mean change over layers.
+    `top` are the tokens of highest score, `rows` the prompts with most of it.
     """
 
     base: str
@@ -105,8 +106,8 @@ def diff(
                  change less that of the null at the same token, and the null's quantiles are those of its own changes.
                  Without one, both halves of the data measure every token, each with its own shared atoms; this shows
                  which differences are accidents of these, and not which ones any fine-tune would have made
-    n_atoms      size of the dictionaries, which may be up to twice that: the threshold at which one of the base
-                 met it at the end of the text is then used for base and tuned from its beginning
+    n_atoms      size of the base's dictionary, met to a tenth by a threshold at each hook point; the tuned model's is
+                 built at the same threshold, to whatever size comes
     n_anchors    shared atoms of the codes, drawn at random with `seed`; None for 4,096, or half of the tokens. If they
                  are fewer than the models are wide, only directions that they span are compared
     k            pursuit steps of dictionaries

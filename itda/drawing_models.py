@@ -9,6 +9,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from itda import page
 from itda.drawing import SHOWN, columns, counted, digits, in_context, room
 from itda.errors import one_line
 
@@ -56,7 +57,9 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
         yield Text(f"jaccard of the atoms of all layers together (eq. 10): {union}", style="dim")
     if report.sizes:
         cuts = (f"{_level(cut)} at {cut['n_atoms']:,} atoms ({digits(cut['random'])})" for cut in report.sizes)
-        yield Text(f"jaccard of dictionaries cut to one size (and of random sets): {', '.join(cuts)}", style="dim")
+        said = f"jaccard, mean of {which}, of dictionaries cut to their first atoms (and of random sets): "
+        hint = "; the first atoms are mostly the first tokens of the text"
+        yield Text(said + ", ".join(cuts) + hint, style="dim")
     yield from _layer_by_layer(report)
 
 
@@ -73,7 +76,8 @@ def _matched(measures: dict[str, Any]) -> RenderResult:
     yield table
     said = (
         "matched: share of layers whose most similar layer in another model is the one of equal number (eq. 9), its "
-        "interval, and the same counting a model as another of itself; rank: mean of 1 / rank of that layer; margin: "
+        "interval, and the same counting a model as another of itself; ties: layers with several most similar ones, of "
+        "which the lowest counts; rank: mean of 1 / rank of that layer; margin: "
         "its lead on the best other one, in standard deviations of the row"
     )
     yield Text(said, style="dim")
@@ -116,9 +120,8 @@ def _layer_by_layer(report: Any) -> RenderResult:
 
 
 def layer_numbers(hook_points: list[str]) -> list[str]:
-    """The numbers of the layers at these hook points, or where these do not tell them apart, of the hook points."""
-    found = [re.findall(r"(?<=\.)\d+(?=\.|$)", hook)[-1:] for hook in hook_points]
-    numbers = [number for part in found for number in part]
+    """What tells these hook points apart: the number of the layer and what follows it (2, 2.mlp), or the place."""
+    numbers = [found[1] for hook in hook_points if (found := re.search(r"(?:^|\.)(\d+(\..*)?)$", hook))]
     return numbers if len(set(numbers)) == len(hook_points) else [str(i) for i in range(len(hook_points))]
 
 
@@ -131,32 +134,21 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
         held = f"what {one_line(null['name'])} changed there"
     yield Text(one_line(f"{report.base} → {report.tuned}"), style="bold")
     where = f"{report.tokens:,} tokens at {counted(len(report.hook_points), 'hook point')}"
-    limit = "the null's 99 %" if null["kind"] == "model" else "measurement error"
+    limit = page.LIMITS[null["kind"]][0]
     beyond = f"{report.pooled['above']:.1%} of tokens beyond {limit} ({digits(null['99 %'])})"
     yield Text(f"{where} · score: a token's change beyond {held} · {beyond}", style="dim")
-    fvus = {"own": "own", "reread": "re-read", "as_is": "as is", "random": "random"}
-    nulls = ["of null"] if null["kind"] == "model" else []
-    only = "only tuned", "only base"
-    table = columns("change", *nulls, "beyond", *fvus.values(), *only, label="", first="layer")
-    for layer in report.layers:
-        moved = [digits(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
-        errors = ["-" if layer["transfer"][name] is None else digits(layer["transfer"][name]) for name in fvus]
-        atoms = [f"{layer[name]['tokens']:,}" for name in ("only_tuned", "only_base")]
-        table.add_row(Text(one_line(layer["hook_point"])), *moved, f"{layer['above']:.1%}", *errors, *atoms)
-    yield Text()
-    yield table
-    said = (
-        "change: mean distance of a token's two unit codes, 0 to 2; beyond: share of tokens that changed more; own, "
-        "re-read, as is, random: FVU of the tuned model with its own dictionary, with the base's atoms as the tuned "
-        "model has them, as the base has them, and with random ones; only tuned, only base: tokens that would need an "
-        "atom more in that model alone"
-    )
-    yield Text(said, style="dim")
+    yield Text(one_line(f"{limit}: {page.LIMITS[null['kind']][1]}"), style="dim")
+    if null["kind"] != "model":
+        yield Text(
+            "with --null MODEL, another fine-tune of the base, tokens that any tuning moves rank lower", style="dim"
+        )
+    yield from _layers(report)
     table, width = columns("score", label="tokens that changed most", first="strongest at"), room(options, 34)
     for token in report.top[:SHOWN]:
         table.add_row(Text(one_line(token["strongest"])), digits(token["score"]), in_context(token["label"], width))
     yield Text()
     yield table
+    yield from _rest(report.top)
     for key, who in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
         found = [(layer, atom) for layer in report.layers for atom in layer[key]["atoms"]]
         found.sort(key=lambda pair: _ratio(pair[1]["loss"], key, pair[0]["threshold"]))
@@ -168,6 +160,40 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
         if found:
             yield Text()
             yield table
+            yield from _rest(found)
+
+
+def _rest(rows: list[Any]) -> RenderResult:
+    """How many of `rows` are not shown, and what shows them."""
+    from rich.text import Text
+
+    if len(rows) > SHOWN:
+        yield Text(f"and {len(rows) - SHOWN:,} more (--json, --html)", style="dim")
+
+
+def _layers(report: Any) -> RenderResult:
+    """How much changed at every hook point, and how well the base's atoms transfer."""
+    from rich.text import Text
+
+    nulls = ["of null"] if report.null["kind"] == "model" else []
+    changes = columns("change", *nulls, "beyond", "only tuned", "only base", label="", first="layer")
+    fvus = {"own": "own", "reread": "re-read", "as_is": "as is", "random": "random"}
+    transfers = columns("base atoms", "tuned atoms", "common", *fvus.values(), label="", first="transfer")
+    for layer in report.layers:
+        place = Text(one_line(layer["hook_point"]))
+        moved = [digits(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
+        only = [f"{layer[name]['tokens']:,}" for name in ("only_tuned", "only_base")]
+        changes.add_row(place, *moved, f"{layer['above']:.1%}", *only)
+        sizes = [f"{layer[name]:,}" for name in ("n_base", "n_tuned", "common")]
+        errors = ["-" if layer["transfer"][name] is None else digits(layer["transfer"][name]) for name in fvus]
+        transfers.add_row(place, *sizes, *errors)
+    yield Text()
+    yield changes
+    beyond = f"beyond: share of tokens that changed more than {page.LIMITS[report.null['kind']][0]} there"
+    yield Text(f"change: mean over tokens; {page.CHANGE}; {beyond}; only tuned, only base: {page.ONLY}", style="dim")
+    yield Text()
+    yield transfers
+    yield Text(f"own, re-read, as is, random: {page.TRANSFER}", style="dim")
 
 
 def _ratio(loss: dict[str, float], key: str, threshold: float) -> float:

@@ -22,10 +22,29 @@ from itda.errors import InputError, one_line
 from itda.labels import Labels
 
 TELLING = 8  # tokens that a prompt is ranked by
-SHOWN = 50  # top tokens in the table
 SHOWN_ATOMS = 12  # per layer and model
 FAINT = 0.08  # strength below which a token is not marked
 TEXTS = ("hook point", "position", "strongest at", "token", "atom", "resembles in base", "in tuned", "")
+
+# What figures are, for the terminal too.
+CHANGE = "a token's change is the distance of its two unit codes (directions, the models rotated together), 0 to 2"
+LIMITS = {
+    "model": ("the null's 99 %", "99 % of tokens score less when the tuned and the null model are exchanged"),
+    "halves": (
+        "measurement error",
+        "in 99 % of tokens the two halves of the data, each with its own shared atoms, differ by less in a score",
+    ),
+}
+ONLY = (
+    "tokens that the atoms of the other model explain there and, taken as they are, not in this one: the loss exceeds "
+    "the threshold and is raised over 1.5 times as much as the usual token's, and more than the other way round; no "
+    "token is in both lists (a loss of 0: the token is an atom there)"
+)
+TRANSFER = (
+    "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the base's tokens, "
+    "re-read in it; the base's vectors as they are; random tokens. Greedy dictionaries are near random tokens in the "
+    "mean, since they are chosen for the tokens that others explain badly: what tells is own beside re-read and as is"
+)
 
 # Controls, but for those of lines, and what turns the direction of the text after it.
 _COMMANDS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -132,7 +151,9 @@ def _head(report: dict[str, Any]) -> str:
     null, pooled = report["null"], report["pooled"]
     usual = "what is usual at the token's position"
     held = f"what {_code(null['name'])} changed at the same token" if null["kind"] == "model" else usual
-    limit = "the null's 99 %" if null["kind"] == "model" else "the error of measurement"
+    limit, means = LIMITS[null["kind"]]
+    advice = "" if null["kind"] == "model" else " With a null model, another fine-tune of the base, tokens that any "
+    advice += "tuning moves rank lower." if advice else ""
     shares = ", ".join(f"{name} {share:.0%}" for name, share in report["shares"].items())
     named = (("texts", "Texts"), ("tokens", "Tokens"), ("atoms", "Atoms"), ("positions", "Positions"))
     links = " · ".join(f'<a href="#{name}">{text}</a>' for name, text in named)
@@ -140,7 +161,7 @@ def _head(report: dict[str, Any]) -> str:
         f"<h1>{_safe(report['base'])} → {_safe(report['tuned'])}</h1>"
         f"<p>What fine-tuning changed in {report['tokens']:,} tokens at {len(report['hook_points'])} hook points. A "
         f"token's score is its change, in units of the usual one, beyond {held}. {_percent(pooled['above'])} of the "
-        f"tokens are beyond {limit} ({_number(null['99 %'])}).</p>"
+        f"tokens are beyond {limit} ({_number(null['99 %'])}): {means}.{advice}</p>"
         f'<p class="dim">The null is {_safe(null["shows"])}. Tokens compared, of those each model has: {shares}.</p>'
         f"<p>{links}</p>"
     )
@@ -206,10 +227,8 @@ def _layers(report: dict[str, Any]) -> str:
     names = ["median", "mean", "99 %"] + (["null mean", "null 99 %"] if report["layers"][0]["null_change"] else [])
     head = ["hook point", *names, "beyond", "", "base atoms", "tuned atoms", "common"]
     return (
-        "<h2>Layers</h2><p class='dim'>Change of a token: how far its direction moved, the models aligned; 0 to 2."
-        f"</p>{_table(head, rows)}"
-        "<h2>Transfer</h2><p class='dim'>Fraction of the tuned model's variance that dictionaries of one size leave "
-        "unexplained: its own; the base's tokens, re-read in it; the base's vectors as they are; random tokens.</p>"
+        f"<h2>Layers</h2><p class='dim'>{_sentence(CHANGE)}</p>{_table(head, rows)}"
+        f"<h2>Transfer</h2><p class='dim'>{_sentence(TRANSFER)}</p>"
         + _table(["hook point", "atoms", "own", "base re-read", "base as is", "random"], transfers)
     )
 
@@ -230,7 +249,7 @@ def _positions(report: dict[str, Any]) -> str:
 def _top(report: dict[str, Any]) -> str:
     """The tokens of highest score, in context, with the shared atoms they are nearest to in both models."""
     rows: list[list[str]] = []
-    for token in report["top"][:SHOWN]:
+    for token in report["top"]:
         near = [_Html("<br>".join(_in_context(label) for label in token[model][:2])) for model in ("base", "tuned")]
         rows.append([_number(token["score"]), token["strongest"], _in_context(token["label"]), *near])
     head = ["score", "strongest at", "token", "resembles in base", "in tuned"]
@@ -250,9 +269,8 @@ def _atoms(report: dict[str, Any]) -> str:
                 f"tokens that {text} needs</summary>{_table(head, rows) if rows else ''}</details>"
             )
     return (
-        '<h2 id="atoms">Atoms that only one model needs</h2><p class="dim">Tokens that the atoms of the other model '
-        "explain there, but not here: the loss here exceeds the threshold of the dictionaries. Of tokens "
-        f"with much the same residual the first is shown.</p>{''.join(parts)}"
+        f'<h2 id="atoms">Atoms that only one model needs</h2><p class="dim">{_sentence(ONLY)} Of tokens with much the '
+        f"same residual the first is shown.</p>{''.join(parts)}"
     )
 
 
@@ -282,6 +300,10 @@ def _in_context(label: dict[str, Any]) -> _Html:
 def _bar(value: float | None, most: float) -> _Html:
     share = max(0.0, min(1.0, value / most)) if value is not None and most > 0 else 0.0
     return _Html(f'<span class="bar" style="width:{7 * share:.2f}rem"></span>')
+
+
+def _sentence(text: str) -> str:
+    return _safe(f"{text[0].upper()}{text[1:]}.")
 
 
 def _code(text: str) -> _Html:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 
 from itda.disk import write_file
 from itda.drawing_models import layer_numbers
 from itda.errors import InputError, one_line
 
 ENDINGS = (".png", ".svg", ".pdf")
+FEW = 8  # layers of which the values are written into their squares
 
 
 def check(path: str | os.PathLike) -> Path:
@@ -43,7 +47,8 @@ def heatmap(comparison: Any, path: str | os.PathLike, measure: str | None = None
     """One square of similarities for each pair of models, the most similar layer of each row framed.
 
     `measure` is the first of the comparison unless given. Colours span the values between different models, so that a
-    model compared with itself does not wash out the rest. Raises `InputError` as `check` does, for a measure that is
+    model compared with itself does not wash out the rest: what is beyond them has the colour of the end. Squares of few
+    layers have their values in them. Raises `InputError` as `check` does, for a measure that is
     not there, and where the picture cannot be written.
     """
     path = check(path)
@@ -84,6 +89,8 @@ def _drawn(comparison: Any, name: str) -> Any:
                     best = int(np.nanargmax(values))
                     corner = (best - 0.5, i - 0.5)
                     axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.2))
+            if max(matrix.shape) <= FEW:
+                _write_values(axis, matrix, (low + high) / 2)
             for set_ticks, model in ((axis.set_xticks, models[column]), (axis.set_yticks, models[row])):
                 numbers = layer_numbers(model["hook_points"])
                 set_ticks(_ticks(len(numbers)), numbers[:: max(1, len(numbers) // 6)])
@@ -92,9 +99,23 @@ def _drawn(comparison: Any, name: str) -> Any:
                 axis.set_xlabel(f"layer of {_plain(b)}", fontsize=8)
             if column == 0:
                 axis.set_ylabel(f"layer of {_plain(a)}", fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.6)
+    every = np.concatenate([matrix.ravel() for matrix in pairs.values()])
+    below, above = bool((every < low).any()), bool((every > high).any())
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
+    figure.colorbar(image, ax=axes, shrink=0.6, extend=extend)
     figure.suptitle(f"{name.replace('_', ' ')}, {comparison.tokens:,} tokens", fontsize=10)
+    said = "Framed: the most similar layer of each row. Colours span the values between different models."
+    figure.supxlabel("\n".join(textwrap.wrap(said, 32 * len(names))), fontsize=7)
     return figure
+
+
+def _write_values(axis: Any, matrix: Float[ndarray, "layers others"], middle: float) -> None:
+    """The similarities in their cells, dark on the light half of the colours."""
+    size = 7 - 0.4 * max(0, len(matrix.T) - 4)
+    for (i, j), value in np.ndenumerate(matrix):
+        if np.isfinite(value):
+            colour = "black" if value > middle else "white"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=size)
 
 
 def _ticks(layers: int) -> list[int]:

@@ -76,7 +76,7 @@ def show(
 
 
 def compare(
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL MODEL [MODEL ...]")],
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL MODEL [MODEL ...]", help_behavior_hint="")],
     *,
     data: flags.MaybeText = None,
     measure: flags.Words = (),
@@ -198,9 +198,9 @@ def diff(
         layer: compare after these blocks; after all by default
         hook: compare at these modules instead
         null: another fine-tune of the base, on neutral text, for what any tuning changes
-        n_atoms: aim at so many atoms in each dictionary
+        n_atoms: give the base's dictionaries so many atoms, to a tenth; the tuned model's have their threshold
         k: pursuit steps
-        top: how many tokens to report
+        top: how many tokens to report; the terminal shows the first twelve
         rows: how many prompts to show on the page
         html: write a page with the texts and the changed tokens marked
         dtype: of the models: auto, float32, bfloat16 or float16

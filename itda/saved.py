@@ -15,7 +15,7 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from itda import folder
-from itda.aligned import named, places, valid_tokens
+from itda.aligned import named, places, told_apart, valid_tokens
 from itda.errors import InputError, shortened
 from itda.hub import load_tokenizer
 from itda.labels import Labels
@@ -69,7 +69,7 @@ def read(models: Sequence[Any], data: Any, align: bool | None, names: Sequence[s
     Raises `InputError` where their streams differ and there is no text to align them by, or it is not theirs.
     """
     sides = [_layers(model) for model in models]
-    names = named(names, [_name(model, side) for model, side in zip(models, sides, strict=True)])
+    names = named(names, told_apart([_name(model, side) for model, side in zip(models, sides, strict=True)]))
     every = [dictionary for side in sides for dictionary in side]
     if data is None:
         for one, other in combinations(every, 2):  # all of them: one that says nothing fits any
@@ -106,8 +106,8 @@ def _hash(dictionary: ITDA) -> str:
 
 def _name(model: Any, side: Sequence[ITDA]) -> str:
     if isinstance(model, str | os.PathLike):
-        return Path(model).name or str(model)
-    return str(_model(side[0]).get("id") or "dictionary").rstrip("/").split("/")[-1]
+        return str(Path(model))
+    return str(_model(side[0]).get("id") or "dictionary")
 
 
 def _without_text(names: list[str], sides: Sequence[Sequence[ITDA]]) -> Sides:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from numpy import ndarray
 
-from itda.aligned import Reading, ends, gather, named, places
+from itda.aligned import Reading, ends, gather, named, places, told_apart
 from itda.errors import InputError
 from itda.folder import section
 from itda.heldout import OWN, Held, own_rows
@@ -197,7 +197,7 @@ def readings(
     texts are the same there. Raises `InputError` for different texts.
     """
     report = reporter(progress)
-    names = named(names, [Path(getattr(model, "path", model)).name for model in models])
+    names = named(names, told_apart([str(Path(getattr(model, "path", model))) for model in models]))
     streams: list[Any] = []
     for model in models:
         listed: Any = {key: [v] if isinstance(v, int | str) else v for key, v in (("layer", layer), ("hook", hook))}

@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,6 +18,7 @@ import itda
 from itda import InputError, aligned, cli, hooks, layers, plots, similarity
 from itda.aligned import valid_tokens
 from itda.compare import compare
+from itda.drawing_models import layer_numbers
 from itda.labels import Labels
 from itda.prompts import TokenStream
 from itda.similarity import expected_jaccard, expected_jaccard_by_token, jaccard, match_layers, model_similarity
@@ -622,9 +624,42 @@ def test_hostile_names_are_shown_and_do_no_harm(home, tmp_path):
 def test_names_are_told_apart():
     assert aligned.named(None, ["a", "a", "a#2", "a"]) == ["a", "a#2", "a#2#2", "a#3"]
     assert aligned.named(("x", "y"), ["a", "a"]) == ["x", "y"]
+    told = {
+        ("org/a", "b"): ["a", "b"],
+        ("s0/h.2", "s1/h.2"): ["s0/h.2", "s1/h.2"],
+        ("x/s0/h.2", "y/s0/h.2/", "/y/s0/h.2"): ["x/s0/h.2", "y/s0/h.2", "y/s0/h.2"],
+        ("a/m", "b/m", "other"): ["a/m", "b/m", "other"],
+        ("a/m", "a/m"): ["m", "m"],
+        ("m", "a/m"): ["m", "a/m"],
+        ("/", ""): ["/", ""],
+    }
+    for paths, names in told.items():
+        assert aligned.told_apart(paths) == names
     for wrong in (["x", "x"], ["x"], [], "xy"):
         with pytest.raises(InputError, match="pass a list of 2 different ones, one for each model"):
             aligned.named(wrong, ["a", "b"])
+
+
+def test_a_heatmap_says_what_is_framed_and_beyond_its_colours(home, both):
+    figure = plots._drawn(both, "cka")
+    squares = [axis for axis in figure.axes if axis.images]
+    assert len(squares) == 4 and squares[-1].images[0].colorbar.extend == "max"  # a model is most like itself
+    assert "Framed: the most similar layer of each row" in figure.get_supxlabel().replace("\n", " ")
+    for axis, matrix in zip(squares, both.measures["cka"].pairs.values(), strict=True):
+        assert [text.get_text() for text in axis.texts] == [f"{value:.2f}" for value in matrix.ravel()]
+    zeros = np.zeros((plots.FEW + 1, plots.FEW + 1))
+    many = [{"name": name, "hook_points": [f"h.{i}" for i in range(len(zeros))]} for name in "ab"]
+    pairs = {(a, b): zeros for a in "ab" for b in "ab"}
+    large = SimpleNamespace(models=many, tokens=1, measures={"cka": SimpleNamespace(pairs=pairs)})
+    squares = [axis for axis in plots._drawn(large, "cka").axes if axis.images]
+    assert not any(axis.texts for axis in squares) and squares[-1].images[0].colorbar.extend == "neither"
+
+
+def test_layers_are_numbered_with_what_is_read_there():
+    assert layer_numbers(["transformer.h.2", "transformer.h.10"]) == ["2", "10"]
+    assert layer_numbers(["transformer.h.2.mlp"]) == ["2.mlp"]
+    assert layer_numbers(["model.layers.3", "model.layers.3.self_attn.o_proj"]) == ["3", "3.self_attn.o_proj"]
+    assert layer_numbers(["one", "two"]) == layer_numbers(["layer 7", "layer 7"]) == ["0", "1"]
 
 
 def test_a_heatmap_of_nothing_known_can_be_drawn(home, tmp_path):
@@ -716,7 +751,9 @@ def test_one_layer_is_matched_with_nothing(home):
     assert "1 layer, " in shown and "1 layers" not in shown
     assert "matched" not in shown and "margin" not in shown
     row = next(line for line in shown.splitlines() if line.startswith("jaccard ")).split()
-    assert float(row[1]) == pytest.approx(found.measures["jaccard"].models[path, f"{path}#2"], abs=1e-3)
+    assert float(row[1]) == pytest.approx(
+        found.measures["jaccard"].models[f"a-itda/{path}", f"b-itda/{path}"], abs=1e-3
+    )
 
 
 def test_what_is_shown_stands_beside_what_it_compares_with(home, both):

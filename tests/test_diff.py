@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import itda
-from itda import page
+from itda import changes, page
 from itda.aligned import Reading
 from itda.changes import code_change
 from itda.diff import diff, of_readings, token_scores
@@ -192,6 +192,85 @@ def test_an_atom_is_found_that_only_one_model_needs():
     assert layer["only_tuned"]["tokens"] == 0 and layer["only_base"]["tokens"] == 20
 
 
+def kept_apart(readings, monkeypatch, **settings):
+    """The layers of a diff, and of each the tokens that count for the tuned model alone, and for the base."""
+    found, only = [], changes._only
+
+    def noted(losses, who, more, rest, labels, threshold):
+        others = np.max([loss for name, loss in losses.items() if name != who], axis=0)
+        tokens = np.flatnonzero((losses[who] > threshold) & (others <= threshold) & more)
+        found.append((who, set(tokens.tolist())))
+        out = only(losses, who, more, rest, labels, threshold)
+        assert out["tokens"] == len(tokens)
+        return out
+
+    monkeypatch.setattr(changes, "_only", noted)
+    layers = of_readings(readings, **{"n_atoms": 60, "k": 4} | settings).layers
+    sides = {who: [tokens for name, tokens in found if name == who] for who in ("tuned", "base")}
+    return list(zip(layers, sides["tuned"], sides["base"], strict=True))
+
+
+def test_no_token_is_needed_by_each_model_alone(monkeypatch):
+    x = noise(800) * torch.linspace(2, 0.1, 16)
+    one, other = x.clone(), drifted(x, 1)
+    one[3::40, 15] += 9
+    other[5::40, 14] += 9
+    one[7::40, 13] += 9
+    other[7::40, 12] += 9  # what was there is gone, and what is there is new
+    for pair in ((one, other), (other, one)):
+        readings = [reading(name, z) for name, z in zip("ab", pair, strict=True)]
+        ((_, tuned, base),) = kept_apart(readings, monkeypatch)
+        assert tuned and base and not tuned & base, (len(tuned), len(base))
+        gone, new = (set(range(3, 800, 40)), set(range(5, 800, 40)))
+        for found, wanted in ((tuned, new), (base, gone)) if pair[0] is one else ((tuned, gone), (base, new)):
+            assert len(found & wanted) >= 18
+
+
+def test_models_far_apart_need_few_tokens_alone(monkeypatch):
+    """Where the vectors of one say little of the other, that is no token's own."""
+    x = noise(800) * torch.linspace(2, 0.1, 16)
+    for far in (x @ orthogonal(16), drifted(x, 1, 1.0), noise(800, seed=2)):
+        readings = [reading("a", x), reading("b", far)]
+        ((layer, tuned, base),) = kept_apart(readings, monkeypatch)
+        assert max(layer["rise"].values()) > 1.5
+        assert len(tuned) <= 160 and len(base) <= 160, (len(tuned), len(base))
+
+
+def test_planted_tokens_are_found_in_a_model_that_drifted(monkeypatch):
+    x = noise(800) * torch.linspace(2, 0.1, 16)
+    y = drifted(x, 1, 0.2)
+    planted = np.arange(5, 800, 40)
+    y[planted] += 6 * torch.nn.functional.normalize(noise(1, seed=4) - 1)
+    ((layer, tuned, _),) = kept_apart([reading("a", x), reading("b", y)], monkeypatch)
+    assert len(tuned & set(planted.tolist())) >= 14 and len(tuned) <= 24, len(tuned)
+    shown = [atom["label"] for atom in layer["only_tuned"]["atoms"]]
+    assert (shown[0]["prompt"] * 10 + shown[0]["position"]) % 40 == 5
+
+
+def test_a_model_of_another_width_needs_what_is_new_in_it(monkeypatch):
+    x = noise(800) * torch.cat([torch.ones(8), torch.zeros(8)])
+    y = torch.cat([x @ orthogonal(16), torch.zeros(800, 8)], dim=1)
+    same = kept_apart([reading("a", x), reading("b", y)], monkeypatch)
+    assert [(tuned, base) for _, tuned, base in same] == [(set(), set())]
+    y[405::40, 20] += 9  # at no token that is an atom of the base, which is read again in the wider model
+    ((layer, tuned, base),) = kept_apart([reading("a", x), reading("b", y)], monkeypatch, n_atoms=30)
+    assert layer["transfer"]["as_is"] is None and len(tuned & set(range(405, 800, 40))) >= 8 and not base
+
+
+@pytest.mark.parametrize("n_atoms", [20, 60, 200])
+def test_dictionaries_of_the_base_have_the_size_asked_for_to_a_tenth(n_atoms):
+    x = noise(2000) * torch.linspace(2, 0.1, 16)
+    x[:500] *= torch.linspace(1, 0, 16)  # the text begins with what is easy
+    (layer,) = of_readings([reading("a", x), reading("b", drifted(x, 1))], n_atoms=n_atoms, k=4).layers
+    assert abs(layer["n_base"] - n_atoms) <= n_atoms / 10
+
+
+def test_a_size_that_no_threshold_gives_is_met_as_nearly_as_can_be():
+    x = noise(2).repeat(200, 1)
+    (layer,) = of_readings([reading("a", x), reading("b", x)], n_atoms=20, k=4).layers
+    assert layer["n_base"] == 2
+
+
 def test_rows_that_begin_alike_are_one_token_counted():
     x = noise(800)
     y = drifted(x, 1)
@@ -272,6 +351,32 @@ def test_terminal_shows_layers_tokens_and_names(changed, same):
     text = str(changed)
     assert "a → b" in text and "transformer.h.3" in text and "tokens that changed most" in text
     assert "usual at its position" in text and "a → b" in str(same)
+
+
+def flat(text):
+    return " ".join(re.sub(r"<[^>]*>", "", text).split())
+
+
+def test_terminal_and_page_say_what_is_measured_in_the_same_words():
+    import html
+
+    x, names = noise(800), "abc"
+    y = drifted(x, 1)
+    y[::20] += 3 * noise(40, seed=9)
+    for given in ((x, y), (x, y, drifted(x, 2))):
+        report = of_readings([reading(*each) for each in zip(names, given, strict=False)], n_atoms=20, k=4, top=15)
+        shown, written = flat(str(report)), flat(html.unescape(report.html())).lower()
+        assert len(report.top) == 15 and "and 3 more (--json, --html)" in shown
+        for said in (page.CHANGE, page.ONLY, page.TRANSFER, *page.LIMITS[report.null["kind"]]):
+            assert said in shown and said.lower() in written, said
+        assert ("--null MODEL" in shown) == ("with a null model" in written) == (len(given) == 2)
+        (layer,) = report.layers
+        row = [line for line in str(report).splitlines() if line.startswith("layer ")][2].split()
+        assert row[1:4] == [str(layer[name]) for name in ("n_base", "n_tuned", "common")]
+        table = report.html().partition("Tokens that changed most</h2>")[2].partition("</table>")[0]
+        assert table.count("<tr>") == 1 + 15
+    assert "more (" not in str(of_readings([reading("a", x), reading("b", y)], n_atoms=20, k=4, top=12))
+    assert f"{changes.TELLING} times" in page.ONLY
 
 
 def test_what_rounding_leaves_of_a_loss_is_shown_as_0_and_ranks_nothing():
