@@ -11,10 +11,11 @@ from itda import terminal
 from itda._version import __version__
 from itda.commands import collect, demo, export, sweep, train
 from itda.errors import InputError
-from itda.queries import compare, decompose, diff, eval, show
+from itda.queries import compare, decompose, diff, eval, hooks, show
 
 COMMANDS = {
-    command.__name__: command for command in (train, sweep, collect, decompose, show, eval, compare, diff, export, demo)
+    command.__name__: command
+    for command in (train, sweep, collect, hooks, decompose, show, eval, compare, diff, export, demo)
 }
 HELP = """\
 usage: itda COMMAND ... [--json] [--debug]

@@ -78,7 +78,8 @@ class Layout:
         known = {self.name(path): path for path in self.paths}
         near = difflib.get_close_matches(self.name(hook.removeprefix(self.prefix + ".")), sorted(known), 3, 0.5)
         raise InputError(
-            f"`{self.model}` has no module `{hook}`: name a layer (0 to {self.n_layers - 1}) or one of its modules"
+            f"`{self.model}` has no module `{hook}`: name a layer (0 to {self.n_layers - 1}) or one of its modules "
+            "(`itda hooks` lists them)"
             + (f", such as {', '.join(f'`{name}`' for name in near)}." if near else f", such as `{self._example()}`.")
         )
 

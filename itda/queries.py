@@ -75,6 +75,23 @@ def show(
     terminal.output(result.to_json(), None if json else result)
 
 
+def hooks(
+    model: flags.Model,
+    *,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.TrustRemoteCode = False,
+    json: flags.Json = False,
+) -> None:
+    """List where a model can be read: the names that --hook takes.
+
+    itda hooks gpt2
+    """
+    from itda.places import hook_points
+
+    result = hook_points(model, revision=revision, trust_remote_code=trust_remote_code)
+    terminal.output(result.to_json(), None if json else result)
+
+
 def compare(
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL MODEL [MODEL ...]", help_behavior_hint="")],
     *,

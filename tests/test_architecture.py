@@ -51,6 +51,7 @@ FLOORS = {
             "stored",
             "report",
             "drawing",
+            "places",
             "drawing_models",
             "aligned",
             "layers",

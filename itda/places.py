@@ -1,0 +1,93 @@
+"""Where a model can be read: the names of its hook points, before any of its weights is."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from itda.drawing import columns, counted
+from itda.errors import InputError, one_line
+from itda.layout import Layout
+from itda.loading import checked_device, survey
+from itda.report import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+LENS = ("resid_post", "attn_out", "mlp_out")  # of TransformerLens' names, those that modules have
+
+
+@dataclass(frozen=True, repr=False)
+class HookPoints(Report):
+    """The modules of a model whose output can be read; made by `hook_points`."""
+
+    model: str
+    model_type: str
+    n_layers: int
+    d: int  # width of the residual stream
+    hook_points: list[dict[str, Any]]  # name, layer (None outside of the blocks), kind (its class), alias or None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        head = f"{self.model} · {self.model_type} · {counted(self.n_layers, 'layer')} of width {self.d}"
+        yield Text(one_line(head), style="bold", overflow="fold")
+        table = columns(first="hook point", label="what it is")
+        table.add_column("the same as", overflow="fold")
+        for name, (layers, kinds, alias) in self._alike().items():
+            which = "" if len(layers) in (0, self.n_layers) else f" (N: {', '.join(map(str, layers))})"
+            table.add_row(Text(one_line(name + which)), Text(one_line(", ".join(kinds))), alias)
+        yield table
+        yield Text(f"N is 0 to {self.n_layers - 1}; a hook point is the output of its module", style="dim")
+
+    def _alike(self) -> dict[str, tuple[list[int], list[str], str]]:
+        """What all blocks have at one place, by its name with N for the number of the block: layers, kinds, alias."""
+        found: dict[str, tuple[list[int], list[str], str]] = {}
+        for point in self.hook_points:
+            name, layer, alias = point["name"], point["layer"], point["alias"] or ""
+            if layer is not None:
+                name, alias = (re.sub(rf"\.{layer}(?=\.|$)", ".N", one, count=1) for one in (name, alias))
+                alias += ", --layer N" * alias.endswith("resid_post")
+            layers, kinds, _ = found.setdefault(name, ([], [], alias))
+            layers += [] if layer is None else [layer]
+            kinds += [] if point["kind"] in kinds else [point["kind"]]
+        return found
+
+
+def hook_points(
+    model: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> HookPoints:
+    """Where the model of a hub id or folder can be read; from its config alone, without its weights.
+
+    Raises `InputError` for what is no such model, and for one that says what it is made of only in its weights.
+    """
+    found = survey(str(model), checked_device("cpu"), revision=revision, trust_remote_code=trust_remote_code)
+    if found.skeleton is None:
+        raise InputError(f"What `{model}` is made of cannot be told without its weights: load it and list its modules.")
+    layout, config = found.layout, found.config.get_text_config()
+    aliases = {}
+    for alias in (f"blocks.{layer}.hook_{what}" for layer in range(layout.n_layers) for what in LENS):
+        with suppress(InputError):
+            aliases[layout.path(alias)] = alias
+    return HookPoints(
+        model=layout.model,
+        model_type=layout.model_type,
+        n_layers=layout.n_layers,
+        d=config.hidden_size,
+        hook_points=[_point(layout, path, module, aliases) for path, module in _run(found.skeleton)],
+    )
+
+
+def _run(base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that are more than a list of others, by their paths."""
+    return [(path, m) for path, m in base.named_modules() if path and not isinstance(m, nn.ModuleList | nn.ModuleDict)]
+
+
+def _point(layout: Layout, path: str, module: nn.Module, aliases: dict[str, str]) -> dict[str, Any]:
+    kind = type(module).__name__
+    return {"name": layout.name(path), "layer": layout.layer(path), "kind": kind, "alias": aliases.get(path)}
