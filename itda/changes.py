@@ -22,7 +22,7 @@ NAMES = ("base", "tuned", "null")
 SAMPLE = 4096  # tokens that the transfer is measured on
 MOST_ATOMS = 20  # that only one model needs, per layer
 TELLING = 1.5  # times the usual rise of a loss from which on a token counts for one model alone
-TRIES = 8  # thresholds, for a size
+TRIES = 12  # thresholds, for a size
 ALIKE = 0.7  # cosine of residuals from which on two tokens would be one new atom
 CHUNK = 4096  # tokens whose codes are held at a time
 ROUNDING = 1e-5  # a change that float32 makes by itself
@@ -150,7 +150,7 @@ def _sized(x: Tensor, k: int, n_atoms: int) -> tuple[float, Int[ndarray, " n"]]:
             break
         low, high = (threshold, high) if len(rows) > n_atoms else (low, threshold)
         step = threshold * min(max(len(rows) / n_atoms, 0.25), 4)  # sizes go about as 1 / threshold
-        threshold = step if low < step < high else (low * high) ** 0.5
+        threshold = step if low == 0 or (high == 1 and step < 1) else (low * high) ** 0.5
     _, threshold, rows = min(found, key=lambda each: each[0])
     return threshold, rows
 

@@ -43,8 +43,8 @@ ONLY = (
 TRANSFER = (
     "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the base's tokens, "
     "re-read in it; the base's vectors as they are; random tokens. Greedy dictionaries are no better than random "
-    "tokens in the mean, and worse on few tokens: they are chosen for what others explain badly. What tells is own beside "
-    "re-read and as is"
+    "tokens in the mean, and worse on few tokens: they are chosen for what others explain badly. What tells is own "
+    "beside re-read and as is"
 )
 
 # Controls, but for those of lines, and what turns the direction of the text after it.

@@ -259,8 +259,8 @@ def test_a_model_of_another_width_needs_what_is_new_in_it(monkeypatch):
 
 @pytest.mark.parametrize("n_atoms", [20, 60, 200])
 def test_dictionaries_of_the_base_have_the_size_asked_for_to_a_tenth(n_atoms):
-    x = noise(2000) * torch.linspace(2, 0.1, 16)
-    x[:500] *= torch.linspace(1, 0, 16)  # the text begins with what is easy
+    x = noise(3000) * torch.linspace(2, 0.1, 16)
+    x[:2400] *= torch.linspace(1, 0, 16) ** 3  # the text begins with what is easy
     (layer,) = of_readings([reading("a", x), reading("b", drifted(x, 1))], n_atoms=n_atoms, k=4).layers
     assert abs(layer["n_base"] - n_atoms) <= n_atoms / 10
 
