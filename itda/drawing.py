@@ -294,7 +294,7 @@ def _probes(probing: dict[str, Any]) -> RenderResult:
         table.add_row(Text(one_line(name)), *(f"{scores[top]:.3f}" for top in tops))
     yield table
     said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, "
-    said += "each against the rest: 0.5 is chance"
+    said += f"each against as many of the rest: 0.5 is chance, one text is {1 / probing['test']:.3f}"
     said += f"; {counted(probing['repeated'], 'repeated text')} left out" if probing["repeated"] else ""
     yield Text(said, style="dim")
 

@@ -125,7 +125,7 @@ def probe(
     stream, repeated = _rows(model, texts, context_length)
     dense, codes, there = _means(model, hook, systems, stream, len(texts), special_tokens)
     classes, y = np.unique(np.array(names)[there], return_inverse=True)
-    tasks = _tasks(y, len(classes), test, seed)
+    tasks = _tasks(y, classes.tolist(), test, seed)
     found = {}
     for name, features in {**codes, "activations": dense}.items():
         scores = [_accuracies(features[rows], y[rows] == c, train, tops) for c, rows, train in tasks]
@@ -175,18 +175,18 @@ def _means(
     return total[there] / count[there, None], found, there
 
 
-def _tasks(y: Int[ndarray, " texts"], classes: int, test: float, seed: int) -> list[tuple[int, ndarray, ndarray]]:
+def _tasks(y: Int[ndarray, " texts"], classes: list, test: float, seed: int) -> list[tuple[int, ndarray, ndarray]]:
     """For each class its number, the rows of as many texts of it as of others, and which of these train the probe."""
     generator, tasks = np.random.default_rng([seed, 6]), []
-    for c in range(classes if classes > 2 else classes - 1):
+    for c in range(len(classes) if len(classes) > 2 else len(classes) - 1):
         inside = generator.permutation(np.flatnonzero(y == c))
         outside = generator.permutation(np.flatnonzero(y != c))
         n = min(len(inside), len(outside))
         held = round(test * n)
         if held < LEAST or n - held < LEAST:
             raise InputError(
-                f"A class has {n} different texts to compare, and at least {LEAST} of each were wanted on either side "
-                "of the split: give more labelled texts."
+                f"The label {shortened(classes[c])} has {len(inside)} different texts, and all others have "
+                f"{len(outside)}: give more, so that {LEAST} of each are on either side of the split."
             )
         rows = np.concatenate([inside[:n], outside[:n]])
         train = np.concatenate([np.arange(n) >= held] * 2)

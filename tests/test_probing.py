@@ -92,7 +92,7 @@ def test_one_latent_is_the_one_whose_means_differ_most():
 
 def test_classes_are_balanced_and_split(read):
     y = np.array([0] * 90 + [1] * 30)
-    ((c, rows, train),) = probing._tasks(y, 2, 0.2, 0)
+    ((c, rows, train),) = probing._tasks(y, ["a", "b"], 0.2, 0)
     assert c == 0 and len(rows) == 60 and len(set(rows.tolist())) == 60
     for part in (train, ~train):
         assert (y[rows[part]] == 0).sum() == (y[rows[part]] == 1).sum()
@@ -129,7 +129,8 @@ def test_it_stands_in_the_evaluation(tmp_path):
     result = evaluate(tmp_path / "d", models.DOCUMENTS, probe=path, probe_column="body", probe_label="kind", **settings)
     assert set(result.probing["systems"]) == {"itda", "random tokens", "activations"}
     assert "probe on" in str(result) and result.to_json()["probing"]["texts"] == 80
-    assert "0.5 is chance; 2 repeated texts left out" in str(result)
+    shown = " ".join(str(result).split())
+    assert f"0.5 is chance, one text is {1 / result.probing['test']:.3f}; 2 repeated texts left out" in shown
 
 
 def test_records_come_from_files_too(tmp_path):
@@ -162,8 +163,8 @@ def test_what_cannot_be_probed_is_refused_in_one_sentence(read, tmp_path, monkey
             [{"text": "x", "label": 1}, {"text": "y", "label": "1"}],
             "has the label '1', of another type than the first, 1",
         ),
-        (labelled(3), "A class has 3 different texts to compare"),
-        ([*labelled(3)] * 9, "A class has 3 different texts to compare"),
+        (labelled(3), "The label 'code' has 3 different texts, and all others have 3"),
+        ([*labelled(3)] * 9, "The label 'code' has 3 different texts, and all others have 3"),
         (labelled(kinds=("code",)), "All texts have one label"),
     ]
     for data, says in cases:
