@@ -292,7 +292,13 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
         )
     if len(labels) != len(x):
         raise InputError(f"A batch has {len(x)} activations but {len(labels)} labels: pass one for each.")
-    where = too_large(x) or too_large(x.float())
+    check_entries(x, labels)
+    return x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has no float64
+
+
+def check_entries(x: Tensor, labels: Labels) -> None:
+    """Raise `InputError` for the first entry of `x` (tokens, d) that is not finite, or too large to be squared."""
+    where = too_large(x.float())
     if where is not None:
         t, i = where
         kind, advice = "not finite", "read the model in a wider dtype (`dtype='float32'`)"
@@ -302,7 +308,6 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
             f"The activation at prompt {labels.prompt[t]}, position {labels.position[t]} is {kind} (entry {i} is "
             f"{x[where].item()}): {advice}, or leave that text out."
         )
-    return x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has no float64
 
 
 def _check_settings(k, threshold, n_atoms, loss, admission, max_atoms, chunk_size) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from itda import shards, store
 from itda.build import checked_rest, identity
+from itda.builder import check_entries
 from itda.caches import is_stored
 from itda.checkpoint import FINGERPRINT
 from itda.disk import DTYPES, LEFTOVER, as_input_error, checked_path, locked, write_file
@@ -239,7 +240,9 @@ class Writer:
         return f"choose another place; the same command goes on after {tokens:,} tokens"
 
     def add(self, item: Mapping[str, Batch], read: str) -> None:
-        """Take a batch, and the stream's hash as of it."""
+        """Take a batch, and the stream's hash as of it; `InputError` for activations that no dictionary can take."""
+        for batch in item.values():
+            check_entries(batch.activations, batch.labels)
         item = {hook: Batch(batch.activations.cpu(), batch.labels) for hook, batch in item.items()}
         self._held.append((item, read))
         self._bytes += sum(batch.activations.nbytes for batch in item.values())

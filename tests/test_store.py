@@ -66,6 +66,17 @@ def same_batches(a, b):
     assert a.hash == b.hash and a.provenance == b.provenance
 
 
+def test_what_no_dictionary_can_take_is_not_kept(folder, tmp_path):
+    spoiled = hooks.load(folder, hooks=-1)
+    token = spoiled.tokenizer("Ahab")["input_ids"][0]
+    text = [models.DOCUMENTS[0], "Ahab"]
+    spoiled._base.get_input_embeddings().weight.data[token] = torch.inf
+    with pytest.raises(InputError, match=r"activation at prompt \d+, position \d+ is not finite"):
+        itda.collect(spoiled, text, tmp_path / "acts", layer=1, **CUT)
+    with pytest.raises(InputError, match="has not finished"):
+        Store(tmp_path / "acts")
+
+
 def same_labels(a, b):
     for name in (*store.shards.LABEL_ARRAYS, "text_start"):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name

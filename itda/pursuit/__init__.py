@@ -258,7 +258,10 @@ def as_tensor(a) -> Tensor | None:
 
 def too_large(x: Tensor) -> tuple[int, ...] | None:
     """Where the first entry of `x` is that is not finite or beyond `LARGEST`, or None."""
-    if not x.numel() or bool((x.abs().amax() <= LARGEST[x.dtype]).all()):  # NaN compares false
+    if not x.numel():
+        return None
+    low, high = x.detach().aminmax()
+    if bool((low >= -LARGEST[x.dtype]) & (high <= LARGEST[x.dtype])):  # NaN compares false
         return None
     return tuple((~(x.abs() <= LARGEST[x.dtype])).nonzero()[0].tolist())
 
