@@ -266,8 +266,8 @@ USAGE = {
     "not a choice": (["train", "model", "text.txt", "--out", "x", "--loss", "l2"], "cosine or relative or squared"),
 }
 INPUT = {
-    "neither layer nor hook": (["model", "text.txt"], "either `layer` or `hook`"),
-    "layer and hook": (["model", "text.txt", "--layer", "1", "--hook", "transformer.h.1"], "either `layer` or `hook`"),
+    "neither layer nor hook": (["model", "text.txt"], "Pass one of `layer`"),
+    "layer and hook": (["model", "text.txt", "--layer", "1", "--hook", "transformer.h.1"], "Pass one of `layer`"),
     "model that is not there": (["no-one/no-model", "text.txt", "--layer", "1"], "no-one/no-model"),
     "model folder that is not there": (["./nowhere", "text.txt", "--layer", "1"], "nowhere"),
     "layer beyond the model": (["model", "text.txt", "--layer", "4"], "it has 4 layers"),
