@@ -54,7 +54,10 @@ def _sentence(model: str, revision: str | None, error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     if "trust_remote_code" in str(error):
-        return f"`{model}` runs code of its own: read that code, and if you trust it pass `trust_remote_code=True`."
+        return (
+            f"`{model}` runs code of its own: read that code, and if you trust it pass `trust_remote_code=True` "
+            "(`--trust-remote-code`)."
+        )
     if "GatedRepoError" in kinds:
         return f"`{model}` is gated: ask for access on its hub page, log in with `hf auth login`, and run this again."
     if "RevisionNotFoundError" in kinds:

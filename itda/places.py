@@ -24,18 +24,22 @@ LENS = ("resid_post", "attn_out", "mlp_out")  # of TransformerLens' names, those
 
 @dataclass(frozen=True, repr=False)
 class HookPoints(Report):
-    """The modules of a model whose output can be read; made by `hook_points`."""
+    """The modules of a model, by the names that `hook` takes; made by `hook_points`.
+
+    Those that a text does not pass through, or that give no vector for each token, are refused when they are read.
+    """
 
     model: str
     model_type: str
     n_layers: int
-    d: int  # width of the residual stream
+    d: int | None  # width of the residual stream, as the config says it
     hook_points: list[dict[str, Any]]  # name, layer (None outside of the blocks), kind (its class), alias or None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        head = f"{self.model} · {self.model_type} · {counted(self.n_layers, 'layer')} of width {self.d}"
+        width = "" if self.d is None else f" of width {self.d}"
+        head = f"{self.model} · {self.model_type} · {counted(self.n_layers, 'layer')}{width}"
         yield Text(one_line(head), style="bold", overflow="fold")
         table = columns(first="hook point", label="what it is")
         table.add_column("the same as", overflow="fold")
@@ -43,7 +47,11 @@ class HookPoints(Report):
             which = "" if len(layers) in (0, self.n_layers) else f" (N: {', '.join(map(str, layers))})"
             table.add_row(Text(one_line(name + which)), Text(one_line(", ".join(kinds))), alias)
         yield table
-        yield Text(f"N is 0 to {self.n_layers - 1}; a hook point is the output of its module", style="dim")
+        number = f"N is 0 to {self.n_layers - 1}" if self.n_layers > 1 else "N is 0"
+        said = (
+            "a hook point is the output of its module, and can be read if that is one vector for each token"
+        )
+        yield Text(f"{number}; {said}", style="dim")
 
     def _alike(self) -> dict[str, tuple[list[int], list[str], str]]:
         """What all blocks have at one place, by its name with N for the number of the block: layers, kinds, alias."""
@@ -68,8 +76,11 @@ def hook_points(
     """
     found = survey(str(model), checked_device("cpu"), revision=revision, trust_remote_code=trust_remote_code)
     if found.skeleton is None:
-        raise InputError(f"What `{model}` is made of cannot be told without its weights: load it and list its modules.")
-    layout, config = found.layout, found.config.get_text_config()
+        raise InputError(
+            f"What `{model}` is made of cannot be told without its weights: load it in Python, and list its "
+            "`named_modules()`."
+        )
+    layout, width = found.layout, getattr(found.config.get_text_config(), "hidden_size", None)
     aliases = {}
     for alias in (f"blocks.{layer}.hook_{what}" for layer in range(layout.n_layers) for what in LENS):
         with suppress(InputError):
@@ -78,12 +89,12 @@ def hook_points(
         model=layout.model,
         model_type=layout.model_type,
         n_layers=layout.n_layers,
-        d=config.hidden_size,
-        hook_points=[_point(layout, path, module, aliases) for path, module in _run(found.skeleton)],
+        d=width if isinstance(width, int) else None,  # vision models have one for each stage
+        hook_points=[_point(layout, path, module, aliases) for path, module in _modules(found.skeleton)],
     )
 
 
-def _run(base: nn.Module) -> list[tuple[str, nn.Module]]:
+def _modules(base: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that are more than a list of others, by their paths."""
     return [(path, m) for path, m in base.named_modules() if path and not isinstance(m, nn.ModuleList | nn.ModuleDict)]
 

@@ -1,9 +1,13 @@
 """Where a model can be read: every name that is listed is one, of all families, and no weights are read."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from transformers import dynamic_module_utils
 
 from itda import cli
 from itda.errors import InputError
@@ -55,6 +59,59 @@ def test_blocks_that_differ_are_told_apart(tmp_path):
     odd = [point for point in found.hook_points if point["layer"] == 1]
     found.hook_points.append(odd[0] | {"name": odd[0]["name"] + ".extra", "alias": None})
     assert "layers.N.extra (N: 1)" in str(found) and "layers.N.mlp " in str(found)
+
+
+CODE = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class Config(PreTrainedConfig):
+    model_type = "odd"
+    def __init__(self, num_hidden_layers=2, stubborn=False, **rest):
+        self.num_hidden_layers, self.stubborn = num_hidden_layers, stubborn
+        super().__init__(**rest)
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ("[bold]one[/x]", "two\\x1b[31m"):
+            setattr(self, name, torch.nn.Linear(4, 4))
+
+class Model(PreTrainedModel):
+    config_class, base_model_prefix = Config, "model"
+    def __init__(self, config):
+        super().__init__(config)
+        if config.stubborn:
+            raise RuntimeError("no")
+        self.layers = torch.nn.ModuleList([Block() for _ in range(config.num_hidden_layers)])
+        self.post_init()
+"""
+
+
+ODD = {"model_type": "odd", "auto_map": {"AutoConfig": "code_of_odd.Config", "AutoModel": "code_of_odd.Model"}}
+
+
+def test_a_model_with_code_of_its_own(tmp_path, monkeypatch, capfd):
+    """Its config says no width, and its names are no markup."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    odd = tmp_path / "[bold]m"
+    odd.mkdir()
+    (odd / "code_of_odd.py").write_text(CODE, "utf-8")
+    (odd / "config.json").write_text(json.dumps(ODD), "utf-8")
+    (odd / "model.safetensors").touch()
+    assert cli.main(["hooks", str(odd)]) == 2
+    assert "runs code of its own" in (said := capfd.readouterr().err) and "`--trust-remote-code`" in said
+    found = hook_points(odd, trust_remote_code=True)
+    assert found.d is None and found.n_layers == 2 and len(found.hook_points) == 6
+    assert "2 layers\n" in str(found) and "None" not in str(found)
+    stream = io.StringIO()
+    Console(file=stream, width=200, force_terminal=False).print(found)  # which reads markup
+    shown = stream.getvalue()
+    assert "[bold]m" in shown and "model.layers.N.[bold]one[/x]" in shown and "\x1b" not in shown
+    (odd / "config.json").write_text(json.dumps(ODD | {"stubborn": True}), "utf-8")
+    with pytest.raises(InputError, match="cannot be told without its weights"):
+        hook_points(odd, trust_remote_code=True)
 
 
 def test_the_command(tmp_path, bare, capfd):
