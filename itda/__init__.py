@@ -32,7 +32,7 @@ _HOMES = {
 
 __all__ = [*_HOMES, "__version__"]
 
-_MODULES = ("interop", "metrics", "refine", "report", "similarity")
+_MODULES = ("interop", "metrics", "places", "refine", "report", "similarity")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """The README is true: its Python runs, its commands exist, its file map is the package."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import itda
@@ -54,6 +56,13 @@ def test_the_commands_exist():
     named = set(re.findall(r"`itda (\w+)", TEXT))
     assert named == set(COMMANDS)
     assert set(re.findall(r"itda\.(train|decompose|build|pursue|activations|ITDA)\b", TEXT)) <= set(itda.__all__)
+
+
+def test_what_is_named_is_there_once_itda_is_imported():
+    """In a process of its own, where no test has imported a module yet."""
+    named = sorted(set(re.findall(r"\b(itda(?:\.\w+)+)\(", TEXT)))
+    assert {"itda.train", "itda.places.hook_points", "itda.interop.saelens.export"} <= set(named)
+    subprocess.run([sys.executable, "-c", "\n".join(["import itda", *named])], check=True)
 
 
 def test_the_file_map_is_the_package():
