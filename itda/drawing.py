@@ -187,12 +187,13 @@ def columns(*numbers: str, label: str = "label in context", first: str = "") -> 
     """A table of right-aligned columns, after one of names if `first` and before one of text if `label`."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in (first, *numbers, label):
         if name:
             justify: Literal["left", "right"] = "right" if name in numbers else "left"
-            table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")
+            table.add_column(Text(one_line(name)), justify=justify, no_wrap=True, overflow="ellipsis")
     return table
 
 

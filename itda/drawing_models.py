@@ -113,9 +113,8 @@ def _layer_by_layer(report: Any) -> RenderResult:
         table = columns(*numbers[other], first=" ", label="")
         for i, row in enumerate(matrix):
             best = row.argmax() if not any(map(math.isnan, row)) else -1
-            table.add_row(
-                numbers[first][i], *(Text(f"{v:.3f}", style="bold" if j == best else "") for j, v in enumerate(row))
-            )
+            cells = (Text(f"{v:.3f}", style="bold" if j == best else "") for j, v in enumerate(row))
+            table.add_row(Text(one_line(numbers[first][i])), *cells)
         yield table
 
 

@@ -48,9 +48,7 @@ class HookPoints(Report):
             table.add_row(Text(one_line(name + which)), Text(one_line(", ".join(kinds))), alias)
         yield table
         number = f"N is 0 to {self.n_layers - 1}" if self.n_layers > 1 else "N is 0"
-        said = (
-            "a hook point is the output of its module, and can be read if that is one vector for each token"
-        )
+        said = "a hook point is the output of its module, and can be read if that is one vector for each token"
         yield Text(f"{number}; {said}", style="dim")
 
     def _alike(self) -> dict[str, tuple[list[int], list[str], str]]:

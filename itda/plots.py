@@ -92,7 +92,7 @@ def _drawn(comparison: Any, name: str) -> Any:
             if max(matrix.shape) <= FEW:
                 _write_values(axis, matrix, (low + high) / 2)
             for set_ticks, model in ((axis.set_xticks, models[column]), (axis.set_yticks, models[row])):
-                numbers = layer_numbers(model["hook_points"])
+                numbers = list(map(_plain, layer_numbers(model["hook_points"])))
                 set_ticks(_ticks(len(numbers)), numbers[:: max(1, len(numbers) // 6)])
             axis.tick_params(labelsize=7)
             if row == len(names) - 1:
@@ -123,7 +123,7 @@ def _ticks(layers: int) -> list[int]:
 
 
 def _plain(text: str) -> str:
-    """Names of models are no mathematics, and one line of text that XML can hold."""
+    """Names of models and modules are no mathematics, and one line of text that XML can hold."""
     text = one_line(text)
     shown = text if len(text) <= 24 else text[:21] + "..."
     return shown.replace("$", r"\$")

@@ -1,6 +1,7 @@
 """Comparing models and their dictionaries: one set of readings against plain functions, alignment, refusals."""
 
 import inspect
+import io
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import itda
 from itda import InputError, aligned, cli, hooks, layers, plots, similarity
@@ -619,6 +621,18 @@ def test_hostile_names_are_shown_and_do_no_harm(home, tmp_path):
     assert json.loads(json.dumps(found.to_json()))["models"][1]["name"] == "line\nbreak"
     found.heatmap(tmp_path / "x.svg")
     ElementTree.parse(tmp_path / "x.svg")
+
+
+def test_hostile_hook_points_are_shown_and_do_no_harm(home, both, tmp_path):
+    hostile = ["h.0.[/x]", r"h.1.$\frac$"]
+    found = replace(both, models=[model | {"hook_points": hostile} for model in both.models])
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(found)  # which reads markup
+    assert stream.getvalue().count("0.[/x]") == 2
+    found.heatmap(tmp_path / "x.svg")
+    ElementTree.parse(tmp_path / "x.svg")
+    found = replace(both, models=[model | {"hook_points": ["h.0.\x1b[31m", "h.1"]} for model in both.models])
+    assert all(line.isprintable() for line in str(found).splitlines())
 
 
 def test_names_are_told_apart():
