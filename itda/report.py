@@ -227,14 +227,21 @@ def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
 def find(dictionary: ITDA | str | os.PathLike, text: str) -> Found:
     """The atoms whose token has `text` in it, upper and lower case alike; those that are this token alone come first.
 
-    Of these, and of the others, the most used in the sample come first.
+    Of these, and of the others, the most used in the sample come first. A token without text (`<token 17>`) is found by
+    its whole name only. Raises `InputError` for a dictionary whose labels have no text at all.
     """
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"`text` is {text!r}: pass some characters of the token to find.")
+        raise InputError(f"`text` (`--find`) is {shortened(text)}: pass some characters of the token to find.")
     dictionary = load(dictionary)
-    uses, wanted = _uses(dictionary), text.strip().casefold()
-    tokens = [dictionary.labels.token(i).casefold() for i in range(len(dictionary))]
-    found = [i for i, token in enumerate(tokens) if text.casefold() in token or wanted == token.strip()]
+    uses, wanted, labels = _uses(dictionary), text.strip().casefold(), dictionary.labels
+    tokens = [labels.token(i).casefold() for i in range(len(labels))]
+    spelt = (labels.row >= 0) & (labels.end > labels.start)
+    found = [i for i, t in enumerate(tokens) if wanted == t.strip() or (spelt[i] and text.casefold() in t)]
+    if not found and len(labels) and not spelt.any():
+        raise InputError(
+            f"The labels of {dictionary!r} have no text, as it was built on plain activations: name an atom by its "
+            "number, with `atom_report` (`--atom`)."
+        )
     found.sort(key=lambda i: (tokens[i].strip() != wanted, 0 if uses is None else -uses[i]))
     return Found(text, dictionary.n_atoms, [_listed(dictionary, uses, i) for i in found])
 

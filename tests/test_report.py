@@ -262,6 +262,25 @@ def test_atoms_are_found_by_their_token():
             report.find(built, nothing)
 
 
+def test_a_token_without_text_is_found_by_its_whole_name_only():
+    built, _ = dictionary(texts=["a token b"])
+    some = np.arange(len(built)) % 2 == 1
+    row = np.where(some, -1, built.labels.row)
+    mixed = replace(built, labels=replace(built.labels, row=row))
+    name = mixed.labels.token(1)
+    assert name == f"<token {mixed.labels.token_id[1]}>"
+    assert [row["atom"] for row in report.find(mixed, name.upper()).atoms] == [1]
+    middle = built.labels.token(0)
+    assert middle in name and sorted(row["atom"] for row in report.find(mixed, middle).atoms) == [
+        *np.flatnonzero(~some)
+    ]
+    plain = itda.build(torch.randn(40, 8), k=2)
+    with pytest.raises(itda.InputError, match="have no text, as it was built on plain activations: name an atom by"):
+        report.find(plain, "token")
+    none = replace(plain, **{name: getattr(plain, name)[:0] for name in ("atoms", "labels", "norms", "losses")})
+    assert report.find(none, "token").atoms == [] and "0 atoms of 0" in str(report.find(none, "token"))
+
+
 def test_atom_report_has_both_signs():
     built, x = dictionary()
     dense = built.encode(x).dense()
@@ -314,6 +333,7 @@ def hostile_reports(tiny):
     }
     yield from (report.summary(built), *(report.atom_report(built, i) for i in range(7)))
     yield from (report.find(built, text[len(text) // 2]) for text in HOSTILE if text[len(text) // 2].strip())
+    yield from (report.find(built, text) for text in HOSTILE)
     spoiled = itda.ITDA(**{name: getattr(tiny[1], name) for name in ("atoms", "k", "mean", "norms", "losses", "cfg")},
                         labels=labels([HOSTILE[i % len(HOSTILE)] for i in range(len(tiny[1]))]))  # fmt: skip
     for text in HOSTILE:
