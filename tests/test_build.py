@@ -690,10 +690,7 @@ def test_labels_must_be_as_many_as_activations():
 def test_settings_from_numpy():
     x = torch.randn(60, 4)
     want = itda.build(x, k=2, threshold=0.2, max_atoms=9)
-    build = itda.build
-    while hasattr(build, "__wrapped__"):  # past the type checker of the tests
-        build = build.__wrapped__
-    found = build(x, k=np.int64(2), threshold=np.float64(0.2), max_atoms=np.int32(9), chunk_size=np.int64(7))
+    found = untyped_build(x, k=np.int64(2), threshold=np.float64(0.2), max_atoms=np.int32(9), chunk_size=np.int64(7))
     assert torch.equal(want.atoms, found.atoms) and type(found.k) is int
 
 
@@ -701,11 +698,8 @@ def test_settings_from_numpy():
     "settings", [{"k": None}, {"chunk_size": None}, {"center": "no"}, {"checkpoint_seconds": float("nan")}], ids=str
 )
 def test_settings_of_another_type(settings):
-    build = itda.build
-    while hasattr(build, "__wrapped__"):  # past the type checker of the tests
-        build = build.__wrapped__
     with pytest.raises(itda.InputError, match=f"`{next(iter(settings))}` is"):
-        build(torch.randn(60, 4), **settings)
+        untyped_build(torch.randn(60, 4), **settings)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 300), (torch.float32, 1e-25), (torch.float32, 1e25)])

@@ -445,6 +445,9 @@ def test_one_table_one_file(home, capfd):
     assert {**printed, "seconds": 0} == {**written, "seconds": 0}
     threshold = itda.ITDA.load(home / "d").cfg["threshold"]
     assert printed["settings"]["dictionary"]["threshold"] == threshold and f"above {threshold:.4g}" in out
+    d = itda.ITDA.load(home / "d")  # eval.json is no part of it
+    d.save(home / "d")
+    assert not (home / "d" / "eval.json").exists()  # it was another dictionary's
 
 
 def test_a_result_goes_to_the_file_named(home, tmp_path, capfd):
@@ -458,9 +461,6 @@ def test_a_result_goes_to_the_file_named(home, tmp_path, capfd):
     for place, why in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x.json", "there is no folder")):
         assert cli.main([*words, "--model", "nothing", "--out", str(place)]) == 2
         assert why in capfd.readouterr().err  # before the model is looked for
-    d = itda.ITDA.load(home / "d")  # eval.json is no part of it
-    d.save(home / "d")
-    assert not (home / "d" / "eval.json").exists()  # it was another dictionary's
 
 
 @pytest.mark.parametrize(
