@@ -109,11 +109,10 @@ def compare_atoms(
     rests, losses, rises, gains = {}, {}, {}, {}
     for i, j in ((1, 0), (0, 1)):  # the atoms of j, in i and in j itself
         rests[i] = x[i] - _reconstructed(x[i], _placed(x[j], x[i], rows[j]), k)
-        found = {i: relative_error(x[i], x[i] - rests[i]).double().numpy(), j: _losses(x[j], x[j][rows[j]], k)}
+        found = {i: relative_error(x[i], x[i] - rests[i]).numpy(), j: _losses(x[j], x[j][rows[j]], k)}
         if len(x) == 3:  # the base's atoms in the null; for those of the tuned model, the null's in the base
-            found[2] = (
-                _losses(x[2], _placed(x[0], x[2], base), k) if i else _losses(x[0], _placed(x[2], x[0], rows[1]), k)
-            )
+            there, own = (2, 0) if i else (0, 2)
+            found[2] = _losses(x[there], _placed(x[own], x[there], rows[j]), k)
         losses[i] = {NAMES[m]: found[m] for m in sorted(found)}
         rises[NAMES[i]], gains[i] = _gain(found[i], found[j], common, threshold)
     only = {}
@@ -177,9 +176,9 @@ def _only(
 ) -> dict[str, Any]:
     """Tokens that the model `who` needs as new atoms and no other does: how many, and the most telling of them.
 
-    A model needs a token if its loss exceeds the threshold, and alone if the others' do not and it has risen by `more`
-    than is usual. Those whose loss exceeds the others' by the largest factor come first; one whose residual (`rest`) is
-    much like that of a token before it says nothing new, and is left out.
+    A model needs a token if its loss exceeds the threshold, and alone if the others' do not, and `more` says that it is
+    raised more than usual. Those whose loss exceeds the others' by the largest factor come first; one whose residual
+    (`rest`) is much like that of a token before it says nothing new, and is left out.
     """
     others = np.max([loss for name, loss in losses.items() if name != who], axis=0)
     found = np.flatnonzero((losses[who] > threshold) & (others <= threshold) & more)
@@ -199,7 +198,7 @@ def _only(
 
 def _losses(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"], k: int) -> Float[ndarray, " tokens"]:
     """Relative errors of `x` under the activations `atoms`, which need not be normalised."""
-    return relative_error(x, _reconstructed(x, atoms, k)).double().numpy()
+    return relative_error(x, _reconstructed(x, atoms, k)).numpy()
 
 
 def _reconstructed(x: Tensor, atoms: Tensor, k: int) -> Tensor:

@@ -91,10 +91,10 @@ def _interval(measure: Any) -> str:
     return f"{low:.2f}-{high:.2f}" if found else "-"
 
 
-def _level(control: dict[str, Any] | None) -> str:
-    """What a control gives: between layers of equal number, or where depths differ between all."""
-    control = control or {"all": math.nan}
-    return digits(control["all"] if control.get("diagonal") is None else control["diagonal"])
+def _level(of: dict[str, Any] | None) -> str:
+    """The similarity that a measure or a control gives: of layers of equal number, or where depths differ of all."""
+    of = of or {"all": math.nan}
+    return digits(of["all"] if of.get("diagonal") is None else of["diagonal"])
 
 
 def _layer_by_layer(report: Any) -> RenderResult:
@@ -138,9 +138,7 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text(f"{where} · score: a token's change beyond {held} · {beyond}", style="dim")
     yield Text(one_line(f"{limit}: {page.LIMITS[null['kind']][1]}"), style="dim")
     if null["kind"] != "model":
-        yield Text(
-            "with --null MODEL, another fine-tune of the base, tokens that any tuning moves rank lower", style="dim"
-        )
+        yield Text(f"with --null MODEL, {page.ADVICE}", style="dim")
     yield from _layers(report)
     table, width = columns("score", label="tokens that changed most", first="strongest at"), room(options, 34)
     for token in report.top[:SHOWN]:

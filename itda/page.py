@@ -35,6 +35,7 @@ LIMITS = {
         "in 99 % of tokens the two halves of the data, each with its own shared atoms, differ by less in a score",
     ),
 }
+ADVICE = "another fine-tune of the base, tokens that any tuning moves rank lower"
 ONLY = (
     "tokens that the atoms of the other model explain there and, taken as they are, not in this one: the loss exceeds "
     "the threshold and is raised over 1.5 times as much as the usual token's, and more than the other way round; no "
@@ -153,8 +154,7 @@ def _head(report: dict[str, Any]) -> str:
     usual = "what is usual at the token's position"
     held = f"what {_code(null['name'])} changed at the same token" if null["kind"] == "model" else usual
     limit, means = LIMITS[null["kind"]]
-    advice = "" if null["kind"] == "model" else " With a null model, another fine-tune of the base, tokens that any "
-    advice += "tuning moves rank lower." if advice else ""
+    advice = "" if null["kind"] == "model" else f" With a null model, {ADVICE}."
     shares = ", ".join(f"{name} {share:.0%}" for name, share in report["shares"].items())
     named = (("texts", "Texts"), ("tokens", "Tokens"), ("atoms", "Atoms"), ("positions", "Positions"))
     links = " · ".join(f'<a href="#{name}">{text}</a>' for name, text in named)
