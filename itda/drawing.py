@@ -43,7 +43,8 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     mean = f", {report.from_mean:.4g} from the mean" if centred else ""
     error = f"error {report.relative_error:.3f} of {'|x - mean|²' if centred else '|x|²'}"
     same = [i for i, other in enumerate(report.tokens) if other.strip() == report.tokens[report.token].strip()]
-    alike = f" (one of {', '.join(map(str, same))})" if len(same) > 1 else ""
+    more = ", ..." if len(same) > SHOWN else ""
+    alike = f" (one of {', '.join(map(str, same[:SHOWN]))}{more})" if len(same) > 1 else ""
     yield Text(
         one_line(
             f"token {report.token}{alike} of 0 to {len(report.tokens) - 1} · {report.model} · {report.hook_point} · "

@@ -170,6 +170,10 @@ def test_tokens_that_are_alike_are_told(decomposition):
     alike = replace(decomposition, tokens=["The", " mouse", " the", "mouse", " mouse"], token=4)
     assert "token 4 (one of 1, 3, 4) of 0 to 4" in drawn(alike, width=300)
     assert "one of" not in drawn(replace(alike, token=0), width=300)
+    many = replace(alike, tokens=[" the"] * (drawing.SHOWN + 1))
+    assert f", {drawing.SHOWN - 1}, ...)" in drawn(many, width=300)
+    few = replace(alike, tokens=[" the"] * drawing.SHOWN)
+    assert f", {drawing.SHOWN - 1}) of" in drawn(few, width=300)
 
 
 def test_another_model_tokenizer_and_width_are_refused(tiny, tmp_path):
