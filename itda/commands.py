@@ -131,7 +131,8 @@ def train(
         terminal.say(
             "rows came in the text's own order, and a dictionary grows fastest at first: --seed 0 shuffles them"
         )
-    if is_stored(data) and results[0].tokens < tokens:
+    full = all(result.n_atoms == max_atoms for result in results)  # so that reading stopped before the end
+    if is_stored(data) and results[0].tokens < tokens and not full:
         terminal.say(f"{data} holds no more tokens: itda collect with more --tokens adds to it")
     terminal.say(f"look at it with: itda show {shlex.quote(results[0].path)}")
 

@@ -925,8 +925,9 @@ def test_the_command(capfd, folder, tmp_path):
     code, out, err = run(capfd, *train)
     assert code == 0 and json.loads(out)["tokens"] == said["tokens"]
     assert f"{tmp_path / 'acts'} holds no more tokens: itda collect with more --tokens adds to it" in err
-    _, _, err = run(capfd, *train, "--tokens", said["tokens"], "--overwrite")
-    assert "holds no more tokens" not in err
+    for enough in (("--tokens", said["tokens"]), ("--max-atoms", 3)):
+        code, _, err = run(capfd, *train, *enough, "--overwrite")
+        assert code == 0 and "holds no more tokens" not in err
 
 
 STREAMED = CHILD.replace("layer=[1, 3]", "stream_layers=True, state_gb=1e-4, layer=[1, 3]")
