@@ -298,7 +298,7 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
 
 def check_entries(x: Tensor, labels: Labels) -> None:
     """Raise `InputError` for the first entry of `x` (tokens, d) that is not finite, or too large to be squared."""
-    where = too_large(x.float())
+    where = too_large(x.float() if x.dtype == torch.float64 else x)  # judged in float32
     if where is not None:
         t, i = where
         kind, advice = "not finite", "read the model in a wider dtype (`dtype='float32'`)"

@@ -181,6 +181,7 @@ def _facts(report: Any) -> list[tuple[str, str]]:
 
 
 def counted(n: int, what: str) -> str:
+    """So many of `what`, which is given in the singular."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 

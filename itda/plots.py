@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from itda.disk import write_file
+from itda.disk import check_file, write_file
 from itda.drawing_models import layer_numbers
 from itda.errors import InputError, one_line
 
@@ -32,10 +32,7 @@ def check(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
         raise InputError(f"`heatmap` is {str(path)!r}: name a file that ends with {' or '.join(ENDINGS)}.")
-    if not path.parent.is_dir():
-        raise InputError(f"There is no folder {path.parent} to write {path.name} to: make it first.")
-    if path.is_dir():
-        raise InputError(f"`heatmap` is {str(path)!r}, and that is a folder: choose another name.")
+    check_file("heatmap", path)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "Pictures need matplotlib, which is not installed: install it with `pip install 'itda[plot]'`."

@@ -853,7 +853,7 @@ def test_a_long_wrong_text_is_not_read_to_its_end(home):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("x.jpg", "ends with .png"), ("nowhere/x.png", "There is no folder nowhere"), ("folder.png", "is a folder")],
+    [("x.jpg", "ends with .png"), ("nowhere/x.png", "there is no folder nowhere"), ("folder.png", "is a folder")],
 )
 def test_a_picture_that_cannot_be_drawn_is_refused_first(home, capfd, monkeypatch, path, words):
     (home / "folder.png").mkdir(exist_ok=True)
