@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 import itda
-from itda import demo, hooks
-from itda.heldout import labels_of
+from itda import demo
+from itda.evaluation.heldout import labels_of
+from itda.evaluation.measures import cross_entropy, measure
+from itda.evaluation.systems import System
 from itda.interop import saebench, saelens
-from itda.prompts import TokenStream, valid
-from itda.scores import cross_entropy, measure
-from itda.splice import spliced
-from itda.systems import System
+from itda.models import loading
+from itda.models.splice import spliced
+from itda.text.prompts import TokenStream, valid
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYER, LENGTH, ROWS, BATCH = 2, 64, 32, 16  # SAEBench takes means over batches of BATCH rows, and then of these
@@ -66,7 +67,7 @@ class Bench:
         from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
         model = demo.model_path()
-        self.ours = hooks.language_model(model, hooks=LAYER, dtype="float32")
+        self.ours = loading.language_model(model, hooks=LAYER, dtype="float32")
         self.hook = self.ours.hook_points[0]
         self.theirs = SAETransformerBridge.boot_transformers(str(model), device="cpu", dtype=torch.float32)
         self.theirs.enable_compatibility_mode(no_processing=True)  # without it, it knows no "hook_resid_post"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from itda import Codes, normalize, pursue
-from itda.hooks import load
-from itda.loading import Layout
-from itda.reading import HookedModel
+from itda.models.hooked_model import HookedModel
+from itda.models.loading import load_model
+from itda.models.pretrained import Layout
 
 SEEDS = dict(world=0, atoms=1, tokens=2, mixture=3, checked=4, large=5, stream=1000, model=0)
 FEATURES = 1024  # directions that the synthetic activations are made of
@@ -108,7 +108,7 @@ def random_model(device, quick):
 
 def real_model(folder, device, quick):
     """A trained model, read after its fourth block, and rows of ids of the text beside it."""
-    model = load(folder, hooks=3, device=device, dtype=torch.float32)
+    model = load_model(folder, hooks=3, device=device, dtype=torch.float32)
     text = (folder.parents[1] / "wikitext2_valid.txt").read_text()[: rows_of(quick) * 128 * 8]
     ids = torch.tensor(model.tokenizer(text, verbose=False)["input_ids"])
     return model, ids[: len(ids) // 128 * 128].reshape(-1, 128)[: rows_of(quick)]

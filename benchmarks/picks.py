@@ -13,8 +13,8 @@ import torch
 from quality import Place, chosen, plain, timed
 from torch.nn.functional import normalize
 
+from itda.dictionary.refine import select
 from itda.metrics import fvu, relative_error
-from itda.refine import select
 
 TOKENS, ATOMS, K, MORE, ROUNDS = 60_000, 2_048, 20, 6, 8
 

@@ -217,7 +217,7 @@ def fine_tune(model: Path, texts: list[str], out: Path, steps: int = STEPS, seed
     """Fine-tune all weights of `model` on `texts` for `steps` steps, AdamW with linear decay; saved as `out`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from itda.prompts import TokenStream
+    from itda.text.prompts import TokenStream
 
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -243,7 +243,7 @@ def outputs(models: list[Path], texts: list[str]) -> tuple[np.ndarray, np.ndarra
     """KL(first || other) of the predictions at every valid token, (others, tokens), and losses, (models, tokens)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from itda.prompts import TokenStream, valid
+    from itda.text.prompts import TokenStream, valid
 
     loaded = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for model in models]
     stream = TokenStream(texts, AutoTokenizer.from_pretrained(models[0]), context_length=LENGTH)
@@ -268,7 +268,7 @@ def scores(readings: list, kl: np.ndarray) -> dict[str, np.ndarray]:
     The norm of the activation difference, raw and relative to the base's norm, each at the last layer and as the
     mean over layers of it in units of its median there: the better of both layouts is a row of its own.
     """
-    from itda.diff import token_scores
+    from itda.comparison.diff import token_scores
 
     out = {
         "diff, null model": token_scores(readings).mean(0),
@@ -302,7 +302,7 @@ def precisions(score: np.ndarray, planted: np.ndarray) -> dict[str, float]:
 
 def run(data: Path, task: Task, seed: int, null: Path, folder: Path, steps: int) -> list[dict[str, Any]]:
     """Plant one behaviour in one model and score it: a row per method."""
-    from itda.aligned import read
+    from itda.comparison.common_tokens import read
 
     base = data / "lms" / f"seed{seed}"
     made = plant(task, data, characters(steps), seed)

@@ -3,11 +3,11 @@
     make bench-quality DATA=... [QUICK=1] [ONLY="real refined"]
     python benchmarks/quality.py [--quick] [--only SECTION ...] [--at NAME ...] [--l0 10 20 40] [--sizes 2048 4096]
 
-Everything is measured by `itda.scores.measure` on the same held-out tokens, in 95 % intervals over stretches of the
-text. SAEs are trained with sae-lens on the same activations. Seconds are of the processor, for building or training
-from activations in memory. Small language models come from --data, MiniLM from the package that carries it, if it is
-installed. Rows are added to quality.json as they come, and those that it has are not measured again: delete it to begin
-anew.
+Everything is measured by `itda.evaluation.measures.measure` on the same held-out tokens, in 95 % intervals over
+stretches of the text. SAEs are trained with sae-lens on the same activations. Seconds are of the processor, for
+building or training from activations in memory. Small language models come from --data, MiniLM from the package that
+carries it, if it is installed. Rows are added to quality.json as they come, and those that it has are not measured
+again: delete it to begin anew.
 """
 
 import argparse
@@ -27,14 +27,14 @@ import torch
 from told import told
 
 import itda
-from itda import heldout, hooks, probing
-from itda.labels import Labels
-from itda.layers import groups_of
-from itda.prompts import TokenStream
-from itda.refine import refine, select
-from itda.scores import Bootstrap, cross_entropy, measure
-from itda.splice import spliced
-from itda.systems import System
+from itda.dictionary.refine import refine, select
+from itda.evaluation import heldout, probing
+from itda.evaluation.measures import Bootstrap, cross_entropy, measure
+from itda.evaluation.systems import System
+from itda.labels import Labels, groups_of
+from itda.models import loading
+from itda.models.splice import spliced
+from itda.text.prompts import TokenStream
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("moby_dick.txt", "pride_and_prejudice.txt", "wikitext2_valid.txt")
@@ -73,14 +73,14 @@ class Place:
             if found is None:
                 print("The package with MiniLM is not installed: its rows are left out.", flush=True)
                 return None, None
-            model = hooks.load(Path(found.origin).parent / "model", hooks=3)
+            model = loading.load_model(Path(found.origin).parent / "model", hooks=3)
         else:
             folder, layer = name.split(":")
-            model = hooks.language_model(args.data / "lms" / folder, hooks=int(layer))
+            model = loading.language_model(args.data / "lms" / folder, hooks=int(layer))
         return model, model.hook_points[0]
 
     def _read(self, stream, rows, into, labels):
-        for batch in itda.hooks.Activations(self.model, stream.of(rows), single=True):
+        for batch in itda.reading.activations.Activations(self.model, stream.of(rows), single=True):
             into.append(batch.activations.float())
             labels.append(batch.labels)
 

@@ -21,7 +21,7 @@ import torch
 from told import told
 
 import itda
-from itda.aligned import read
+from itda.comparison.common_tokens import read
 from itda.similarity import match_layers, paper
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,7 +32,7 @@ KINDS = {
     "collect": [],
 }
 # What the commands import when they are called, so that no attempt spends its time on it.
-IMPORTED = ["cli", "runs", "collect", "hooks", "refine", "streaming"]
+IMPORTED = ("cli.main", "training.train", "reading.collect", "comparison.compare")
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
 ENDED = {0, 130, 143, *(-number for number in SIGNALS)}
 PATIENCE = 3  # kills of one command before it is left alone, so that every one finishes
@@ -55,7 +55,7 @@ def start(words, log):
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        status = sys.modules["itda.cli"].main(words)
+        status = sys.modules["itda.cli.main"].main(words)
         sys.stdout.flush()
     except KeyboardInterrupt:  # before the command line had its hands on signals
         status = 130
@@ -235,7 +235,7 @@ def main():
         importlib.import_module(f"itda.{name}")
     for name in ("transformers.models.llama.modeling_llama", "pyarrow.parquet"):
         importlib.import_module(name)
-    sys.modules["itda.collect"].SHARD_BYTES = SHARD_BYTES
+    sys.modules["itda.reading.collect"].SHARD_BYTES = SHARD_BYTES
     from itda import demo
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

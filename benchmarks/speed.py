@@ -26,10 +26,10 @@ from peers import SEEDS, SYSTEMS, Case, Truth, algorithm2, mixture, random_model
 from plots import machine, plot, table
 
 from itda import InputError
-from itda.admission import Sequential
+from itda.dictionary.admission import Sequential
+from itda.dictionary.threshold import pilot, pilot_tokens
 from itda.pursuit import encode
 from itda.pursuit.gram import Gram
-from itda.threshold import pilot, pilot_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_NAME = {system.name: system for system in SYSTEMS}

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from itda.collect import Writer
 from itda.labels import Batch, Labels
-from itda.store import Contents, Store
+from itda.reading.collect import Writer
+from itda.reading.store import Contents, Store
 
 TOKENS = 4064  # of a batch: 32 rows of 127
 

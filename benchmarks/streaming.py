@@ -58,7 +58,7 @@ def write_model(folder, gb, d):
 
 
 def groups(tokens):
-    from itda.reading import Group
+    from itda.models.hooked_model import Group
 
     generator = torch.Generator().manual_seed(0)
     for i in range(max(1, tokens // (ROWS * LENGTH))):
@@ -113,7 +113,7 @@ def read(folder, layer, tokens, device):
     """In a process of its own: read, and say what it took."""
     from transformers.models.llama import modeling_llama  # noqa: F401 (imports are no part of it)
 
-    from itda import hooks
+    from itda.models import loading
 
     device = torch.device(device)
     peak, done = [0], threading.Event()
@@ -125,7 +125,7 @@ def read(folder, layer, tokens, device):
     began = time.perf_counter()
     thread = threading.Thread(target=watch)
     thread.start()
-    model = hooks.load(folder, object_tokenizer(), hooks=layer, stream_layers=True, device=device)
+    model = loading.load_model(folder, object_tokenizer(), hooks=layer, stream_layers=True, device=device)
     total, n = 0.0, 0
     for found in model.read_all(groups(tokens)):
         x = found[model.hook_points[0]]
@@ -149,9 +149,9 @@ def object_tokenizer():
 
 def whole(folder, layer, tokens, device):
     """The sum of the activations of the model read whole."""
-    from itda import hooks
+    from itda.models import loading
 
-    model = hooks.load(folder, object_tokenizer(), hooks=layer, stream_layers=False, device=device)
+    model = loading.load_model(folder, object_tokenizer(), hooks=layer, stream_layers=False, device=device)
     return sum(float(found[model.hook_points[0]].double().sum()) for found in model.read_all(groups(tokens)))
 
 

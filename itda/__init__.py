@@ -1,8 +1,6 @@
 """itda: dictionaries of real activations (Inference-Time Decomposition of Activations, arXiv 2505.17769)."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from itda._version import __version__
@@ -11,33 +9,41 @@ from itda._version import __version__
 _HOMES = {
     "Batch": "labels",
     "Codes": "codes",
-    "ITDA": "model",
+    "ITDA": "dictionary.itda",
     "InputError": "errors",
     "Labels": "labels",
-    "PAPER": "build",
-    "Store": "store",
-    "activations": "hooks",
-    "build": "build",
-    "collect": "collect",
-    "compare": "compare",
+    "PAPER": "dictionary.build",
+    "Store": "reading.store",
+    "activations": "reading.activations",
+    "build": "dictionary.build",
+    "collect": "reading.collect",
+    "compare": "comparison.compare",
     "decompose": "report",
-    "diff": "diff",
-    "evaluate": "evaluate",
+    "diff": "comparison.diff",
+    "evaluate": "evaluation.evaluate",
+    "hook_points": "report.hook_points",
+    "load_model": "models.loading",
     "match_layers": "similarity",
     "normalize": "pursuit",
     "pursue": "pursuit",
-    "sweep": "sweep",
-    "train": "runs",
+    "sweep": "training.sweep",
+    "train": "training.train",
+}
+_MODULES = {
+    "interop": "interop",
+    "metrics": "metrics",
+    "places": "report.hook_points",  # the name of before `itda.hook_points`
+    "refine": "dictionary.refine",
+    "report": "report",
+    "similarity": "similarity",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
-_MODULES = ("interop", "metrics", "places", "refine", "report", "similarity")
-
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"itda.{name}")
+        return import_module(f"itda.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'itda' has no attribute {name!r}")
     value = getattr(import_module(f"itda.{_HOMES[name]}"), name)
@@ -47,15 +53,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Keeps `itda.build` the function when the import system binds the module of that name to the package."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -2,7 +2,7 @@
 
 import sys
 
-from itda.cli import main
+from itda.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

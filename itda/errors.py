@@ -53,3 +53,11 @@ def whole(name: str, value: object, least: int) -> int:
     value = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
     check_whole(name, value, least)
     return value  # type: ignore[return-value]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A training that was stopped; `tokens` is how many are in the checkpoint from which the same call goes on."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"interrupted after {tokens} tokens")
+        self.tokens = tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -13,6 +13,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda.errors import one_line
+
+GROUPS = 20  # stretches of text that a bootstrap draws where there are fewer documents
+MOST_GROUPS = 200  # and where there are more: neighbouring documents are drawn together
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +102,12 @@ class Labels:
         start, end = self._span(i)
         return text[max(0, start - before) : start], self.token(i), text[end : end + after]
 
+    def describe(self, i: int) -> dict[str, Any]:
+        """Label `i` as results have it: prompt, position, token_id, document, and before, token, after of its text."""
+        before, token, after = self.context(i)
+        numbers = {name: int(getattr(self, name)[i]) for name in ("prompt", "position", "token_id", "document")}
+        return numbers | {"before": before, "token": token, "after": after}
+
     def text(self, i: int, before: int = 60, after: int = 30, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
         """Token `i` in its context on one line, marked: `The quick ⟦brown⟧ fox`."""
         left, token, right = self.context(i, before, after)
@@ -126,3 +135,21 @@ def _isin(a: Labels, b: Labels) -> ndarray:
     kind = [("prompt", np.int64), ("position", np.int64)]
     left, right = (np.ascontiguousarray(labels.pairs()).view(kind).reshape(-1) for labels in (a, b))
     return np.isin(left, right)
+
+
+def groups_of(labels: Labels) -> Int[ndarray, " tokens"]:
+    """The group of each token: its document, or where there are few, one of `GROUPS` equal stretches of the text.
+
+    Neighbouring tokens are alike, so a bootstrap that drew single ones would be too sure of itself.
+    """
+    if len(np.unique(labels.document)) >= GROUPS:
+        return grouped(labels.document)
+    group = np.empty(len(labels), np.int64)
+    group[np.lexsort((labels.start, labels.document))] = np.arange(len(labels)) * GROUPS // len(labels)
+    return group
+
+
+def grouped(documents: Int[ndarray, " tokens"]) -> Int[ndarray, " tokens"]:
+    """The group of tokens of each of the `documents`, by number: one for each, but no more than `MOST_GROUPS`."""
+    ids, number = np.unique(documents, return_inverse=True)
+    return number.reshape(-1).astype(np.int64) * min(MOST_GROUPS, len(ids)) // max(len(ids), 1)

@@ -98,19 +98,20 @@ def coherence(atoms, most: int = 4096) -> dict[str, float]:
     """
     import torch
 
-    from itda.pursuit.products import product
+    from itda.precision import full_float32
 
     n = len(atoms)
     if n < 2:
         return dict.fromkeys(("max", "99.9 %", "mean"), float("nan"))
     unit = atoms / torch.linalg.vector_norm(atoms, dim=1, keepdim=True).clamp_min(1e-30)
     largest, total = 0.0, 0.0
-    for start in range(0, n, 1024):
-        part = product(unit[start : start + 1024], unit).abs()
-        part.diagonal(start).fill_(0)
-        largest, total = max(largest, float(part.amax())), total + float(part.sum(dtype=torch.float64))
     some = unit[:: -(-n // most)]
-    pairs = product(some, some).abs()
+    with full_float32():
+        for start in range(0, n, 1024):
+            part = (unit[start : start + 1024] @ unit.T).abs()
+            part.diagonal(start).fill_(0)
+            largest, total = max(largest, float(part.amax())), total + float(part.sum(dtype=torch.float64))
+        pairs = (some @ some.T).abs()
     above = pairs[torch.ones_like(pairs, dtype=torch.bool).triu(1)]
     place = max(1, round(0.999 * len(above)))
     return {"max": largest, "99.9 %": float(above.kthvalue(place).values), "mean": total / (n * (n - 1))}

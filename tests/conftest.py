@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down whatever else runs; before torch
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; see pursuit/test_gpu.py
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,8 +1,13 @@
-"""Arrows point one way: cli -> work -> world -> objects -> kernels -> values; objects and world do not meet."""
+"""The house: one ordered list of folders, imports point down it, heavy libraries have one home each.
+
+README.md and CONTRIBUTING.md show the same list; `test_the_list_is_the_one_that_is_shown` holds them to it.
+"""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,146 +16,168 @@ import itda
 
 ROOT = Path(itda.__file__).parent
 
-# Each module's floor. A module imports modules of lower floors, or of its own. World and objects share a height but
-# not a floor: neither may import the other.
-FLOORS = {
-    "values": ["_version", "errors", "labels", "codes", "progress", "disk"],
-    "kernels": ["pursuit", "metrics", "similarity"],
-    "objects": ["folder", "tables", "model", "admission", "threshold", "builder", "checkpoint", "build", "refine"],
-    "world": [
-        "documents",
-        "prompts",
-        "layout",
-        "hub",
-        "loading",
-        "parameters",
-        "parallel",
-        "team",
-        "weights",
-        "states",
-        "streaming",
-        "reading",
-        "traced",
-        "hooks",
-        "splice",
-        "demo",
-        "shards",
-        "store",
-        "caches",
-    ],
-    "work": [
-        *(
-            "runs",
-            "cluster",
-            "workers",
-            "grid",
-            "trainer",
-            "improving",
-            "sweep",
-            "collect",
-            "stored",
-            "report",
-            "drawing",
-            "places",
-            "drawing_models",
-            "aligned",
-            "layers",
-            "saved",
-            "compare",
-            "plots",
-            "diff",
-            "changes",
-            "page",
-        ),
-        *("systems", "heldout", "controls", "scores", "evaluate", "probing", "interop"),
-    ],
-    "cli": ["cli", "commands", "queries", "flags", "terminal", "__main__", "__init__"],
-}
-BELOW = {
-    "values": {"values"},
-    "kernels": {"values", "kernels"},
-    "objects": {"values", "kernels", "objects"},
-    "world": {"values", "kernels", "world"},
-    "work": {"values", "kernels", "objects", "world", "work"},
-    "cli": {"values", "kernels", "objects", "world", "work", "cli"},
-}
-FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+# From the top down. A file imports from its own folder and from those below it. "itda" is the vocabulary: the files of
+# the package itself, and `settings`, which is part of it.
+FOLDERS = (
+    "cli",
+    "demo",
+    "interop",
+    "evaluation",
+    "training",
+    "comparison",
+    "report",
+    "reading",
+    "dictionary",
+    "models",
+    "text",
+    "similarity",
+    "pursuit",
+    "itda",
+)
+# The world yields activations and the dictionary is built from any iterator of them: neither knows the other.
+STRANGERS = (("dictionary", "models"), ("dictionary", "text"), ("reading", "dictionary"))
+LONGEST_CHAIN = 6  # of files that import each other within a folder
 
-# Heavy libraries and the only modules that may import them, and of those, the ones that may not do so on import.
+# Heavy libraries and the only folders (or files) that may import them.
 HOMES = {
-    "transformers": {"hub", "loading", "reading", "hooks", "parallel"},
-    "datasets": {"prompts", "documents"},
-    "accelerate": {"parameters"},
-    "nnsight": {"traced"},
-    "ray": {"cluster"},
-    "matplotlib": {"plots"},
-    "plotly": {"plots"},
+    "transformers": {"models/pretrained", "models/hooked_model", "models/loading", "models/shared_model", "models/hub",
+                     "reading/activations"},
+    "datasets": {"text/documents"},
+    "accelerate": {"models/parameters"},
+    "nnsight": {"models/nnsight_model"},
+    "ray": {"training/cluster"},
+    "matplotlib": {"report/plots"},
+    "plotly": {"report/plots"},
     "sae_lens": {"interop"},
     "sae_bench": {"interop"},
     "numba": {"pursuit"},
     "triton": {"pursuit"},
-    "sklearn": {"probing"},
-}
+    "sklearn": {"evaluation/probing"},
+    "tyro": {"cli"},
+}  # fmt: skip
+FILES = sorted(ROOT.rglob("*.py"))
 
 
-def modules() -> list[tuple[str, Path]]:
-    return [(path.relative_to(ROOT).parts[0].removesuffix(".py"), path) for path in sorted(ROOT.rglob("*.py"))]
+def folder(path: Path) -> str:
+    """The folder that a file belongs to."""
+    first = path.relative_to(ROOT).parts[0]
+    return "itda" if first.endswith(".py") or first == "settings" else first
 
 
+@cache
 def imports(path: Path) -> list[str]:
+    """What a file imports, wherever it does so: dotted names."""
     names = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import: write it from `itda`"
-            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "itda" else [node.module]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: x.name if isinstance(x, Path) else x)
-def test_arrows_point_down(module, path):
-    assert module in FLOOR_OF, f"{module} has no floor: put it into FLOORS"
+def target(name: str) -> Path | None:
+    """The file that a dotted name of ours is, or is in; `from itda import train` is the package's face, hence None."""
+    parts = name.split(".")[1:]
+    for end in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:end])
+        if path.with_suffix(".py").is_file():
+            return path.with_suffix(".py")
+        if (path / "__init__.py").is_file():
+            return path / "__init__.py"
+    return None
+
+
+def ours(path: Path) -> set[Path]:
+    """The files of the package that a file imports."""
+    found = {target(name) for name in imports(path) if name.split(".")[0] == "itda"}
+    return {file for file in found if file is not None and file != path}
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
+def test_imports_point_down(path):
+    if path in (ROOT / "__init__.py", ROOT / "__main__.py"):  # the faces of the package
+        return
+    here = FOLDERS.index(folder(path))
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "itda" and len(parts) > 1:
-            below = parts[1] if parts[1] in FLOOR_OF else "__init__"
-            floor, target = FLOOR_OF[module], FLOOR_OF[below]
-            assert target in BELOW[floor], f"{module} ({floor}) imports {name} ({target})"
-        elif parts[0] in HOMES:
-            assert module in HOMES[parts[0]], f"{module} imports {parts[0]}, whose home is {HOMES[parts[0]]}"
+        if name.split(".")[0] == "itda" and (file := target(name)) is not None:
+            there = folder(file)
+            assert FOLDERS.index(there) >= here, f"{short(path)} imports {name}, which stands above it"
+            for pair in STRANGERS:
+                assert {folder(path), there} != set(pair), f"{short(path)} imports {name}: they do not know each other"
+        elif name.split(".")[0] == "itda":
+            assert folder(path) == "cli" or name in ("itda._version", "itda"), (
+                f"{short(path)} imports {name} from the face"
+            )
+        elif (library := name.split(".")[0]) in HOMES:
+            place = short(path).removesuffix(".py")
+            assert any(place == home or place.startswith(f"{home}/") for home in HOMES[library]), (
+                f"{place} imports {library}, whose home is {HOMES[library]}"
+            )
 
 
-def test_no_cycles():
-    graph = {}
-    for module, path in modules():
-        edges = {name.split(".")[1] for name in imports(path) if name.startswith("itda.")}
-        graph.setdefault(module, set()).update(edges & set(FLOOR_OF) - {module})
-    done, path = set(), []
+def test_no_circles_and_no_long_chains():
+    depth: dict[Path, int] = {}
 
-    def visit(module):
-        assert module not in path, f"import cycle: {' -> '.join([*path[path.index(module) :], module])}"
-        if module not in done:
-            path.append(module)
-            for below in sorted(graph.get(module, ())):
-                visit(below)
-            done.add(path.pop())
+    def visit(path: Path, above: tuple[Path, ...]) -> int:
+        assert path not in above, f"import circle: {' -> '.join(map(short, [*above[above.index(path) :], path]))}"
+        if path not in depth:
+            below = [visit(other, (*above, path)) for other in ours(path) if folder(other) == folder(path)]
+            depth[path] = 1 + max(below, default=0)
+        return depth[path]
 
-    for module in graph:
-        visit(module)
+    faces = {ROOT / "__init__.py", ROOT / "__main__.py"}
+    for path in FILES:
+        if path not in faces:
+            assert visit(path, ()) <= LONGEST_CHAIN, f"{short(path)} begins a chain of {depth[path]} files"
+
+
+def test_every_folder_says_what_it_is_for():
+    assert {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "_"} == {*FOLDERS, "settings"} - {
+        "itda"
+    }
+    for name in FOLDERS[:-1]:
+        said = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text("utf-8"))) or ""
+        assert len(said.splitlines()) >= 3, f"itda/{name}/__init__.py: say what it is for, what may enter, what it uses"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_list_is_the_one_that_is_shown(page):
+    text = (ROOT.parent / page).read_text("utf-8")
+    shown = re.findall(r"^  (\w+)/ {2,}", re.search(r"```\nitda/\n(.*?)```", text, re.DOTALL)[1], re.MULTILINE)
+    assert tuple(shown) == FOLDERS[:-1]
 
 
 def test_importing_itda_is_light():
-    heavy = [*HOMES, "pyarrow", "tyro", "rich", "huggingface_hub", "sklearn", "scipy", "pandas"]
+    heavy = [*HOMES, "pyarrow", "rich", "huggingface_hub", "scipy", "pandas"]
     code = f"import sys, itda; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
-def test_no_function_runs_on_and_on():
-    for _, path in modules():
+def functions():
+    for path in FILES:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-                assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+                yield path, node
+
+
+def test_no_function_runs_on_and_on():
+    for path, node in functions():
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+        assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+
+
+def test_no_function_is_written_with_many_parameters():
+    for path, node in functions():
+        if any(ast.unparse(decorator) == "kernel" for decorator in node.decorator_list):
+            continue  # of Triton, which takes pointers and sizes one by one
+        a = node.args
+        count = sum(arg.arg not in ("self", "cls") for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs))
+        assert count <= 12, f"{path.name}: {node.name} has {count} parameters: declare a group in itda/settings"

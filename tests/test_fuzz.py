@@ -25,16 +25,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import itda
-from itda import checkpoint, folder, grid, probing, shards
-from itda.builder import Builder
-from itda.caches import Cache
+from itda.dictionary import checkpoint, folder
+from itda.dictionary.builder import Builder
 from itda.errors import InputError
+from itda.evaluation import probing
 from itda.labels import Labels
-from itda.prompts import TokenStream
-from itda.reading import Group
-from itda.states import States
-from itda.weights import Weights
-from tests import models
+from itda.models.hidden_states import States
+from itda.models.hooked_model import Group
+from itda.models.weights import Weights
+from itda.reading import shards
+from itda.reading.saelens_cache import Cache
+from itda.text.prompts import TokenStream
+from itda.training import grid
+from tests import tiny_models
 
 MEMORY = 1 << 30  # bytes beyond what is taken before: arenas and stacks of threads; no file here is over 100 kB
 DEEP = b"[" * 100_000
@@ -356,7 +359,7 @@ def vouched_dictionary(files):
 
 @pytest.fixture(scope="module")
 def dictionary():
-    golden = Path(__file__).parent / "golden" / "tiny"
+    golden = Path(__file__).parent / "dictionary" / "golden" / "tiny"
     return valid({name: (golden / name).read_bytes() for name in DICTIONARY}, read_dictionary, vouched_dictionary)
 
 
@@ -368,7 +371,7 @@ def test_dictionaries(dictionary, damage):
 
 
 def read_checkpoint(path):
-    builder = Builder(3, threshold=0.5, center=False)
+    builder = Builder(k=3, threshold=0.5, center=False)
     if checkpoint.restore(builder, path, {"data": "x"}):
         builder.update(torch.ones(5, 8), Labels.counted(builder.position, 5))
         assert builder.finish().d == 8
@@ -385,7 +388,7 @@ def vouched_checkpoint(files):
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
-    path, builder = tmp_path_factory.mktemp("checkpoint"), Builder(3, threshold=0.5, center=False)
+    path, builder = tmp_path_factory.mktemp("checkpoint"), Builder(k=3, threshold=0.5, center=False)
     x, text = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), "the cat sat on the mat"
     labels = Labels.counted(0, 40)
     labels = Labels(**{n: getattr(labels, n) for n in shards.LABEL_ARRAYS} | {"row": np.zeros(40, int)},
@@ -449,9 +452,9 @@ def vouched_store(files):
 def collected(tmp_path_factory):
     home = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("itda.collect"), "SHARD_BYTES", 30_000)
-        model = models.save("gpt2", home / "model")
-        itda.collect(str(model), models.DOCUMENTS * 2, home / "acts", layer=1, context_length=16, batch_rows=4)
+        patch.setattr(import_module("itda.reading.collect"), "SHARD_BYTES", 30_000)
+        model = tiny_models.save("gpt2", home / "model")
+        itda.collect(str(model), tiny_models.DOCUMENTS * 2, home / "acts", layer=1, context_length=16, batch_rows=4)
     assert len(contents(home / "acts")) > len(STORE)
     return valid(contents(home / "acts"), read_store, vouched_store)
 
@@ -603,15 +606,15 @@ def texts():
     import pyarrow as pa
     from pyarrow import parquet
 
-    records, out = [{"text": text, "label": f"{i % 2}"} for i, text in enumerate(models.DOCUMENTS)], io.BytesIO()
+    records, out = [{"text": text, "label": f"{i % 2}"} for i, text in enumerate(tiny_models.DOCUMENTS)], io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(records), out)
     lines = "\n".join(map(json.dumps, records)).encode()
-    return {"a.txt": "\n".join(models.DOCUMENTS).encode(), "a.jsonl": lines, "a.parquet": out.getvalue()}
+    return {"a.txt": "\n".join(tiny_models.DOCUMENTS).encode(), "a.jsonl": lines, "a.parquet": out.getvalue()}
 
 
 @pytest.fixture(scope="module")
 def read_text():
-    tokenizer = models.tokenizer()
+    tokenizer = tiny_models.tokenizer()
 
     def read(path):
         (file,) = path.iterdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import itda
 from itda import demo
-from itda.cli import COMMANDS
+from itda.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")

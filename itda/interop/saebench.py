@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from itda.dictionary.itda import ITDA
 from itda.errors import InputError
-from itda.folder import section
 from itda.interop.saelens import _metadata
-from itda.model import ITDA
+from itda.provenance import section
 
 if TYPE_CHECKING:
     from sae_bench.custom_saes.base_sae import BaseSAE

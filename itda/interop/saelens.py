@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from itda.codes import Codes
+from itda.dictionary.folder import ATOMS, check_writable_target
+from itda.dictionary.itda import ITDA
 from itda.disk import make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.errors import InputError, first_line
-from itda.folder import ATOMS, check_writable_target, section
-from itda.model import ITDA
+from itda.evaluation.systems import System
+from itda.provenance import section
 from itda.pursuit import normalize, pursue
-from itda.systems import System
 
 if TYPE_CHECKING:
     from sae_lens import SAE

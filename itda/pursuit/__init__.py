@@ -1,8 +1,13 @@
-"""Encode activations against fixed atoms: `pursue` checks its arguments once and hands them to a backend."""
+"""Encode activations against fixed atoms (Algorithm 2): `pursue` checks its arguments once and asks a backend.
+
+What enters here is a kernel: tensors in, tensors out, no files and no models, with `reference` as its judge.
+May use the vocabulary; everything else may use it.
+"""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import warnings
 import weakref
@@ -17,9 +22,11 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from itda import precision
 from itda.codes import Codes
 from itda.errors import InputError, shortened
-from itda.pursuit import dense, orthogonal, products, reference
+from itda.labels import Labels
+from itda.pursuit import dense, orthogonal, reference
 from itda.pursuit.gram import Gram
 
 METHODS = ("mp", "omp", "gp")
@@ -38,7 +45,7 @@ WORKSPACE_BYTES = {"dense": 8e6, "cpu": 3e7, "gpu": 1e9}
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, for which OpenMP would wait forever, as for a lock they held."""
     torch.set_num_threads(1)
-    products.renew_lock()
+    precision.renew_lock()
     _kept.clear()
 
 
@@ -323,4 +330,18 @@ def _check_settings(k, method, nonneg, tol, backend, max_gram_bytes) -> None:
     if max_gram_bytes is not None and not (isinstance(max_gram_bytes, Real) and float(max_gram_bytes) >= 0):
         raise InputError(
             f"`max_gram_bytes` is {shortened(max_gram_bytes)}: pass a number of bytes, 0 or more, or None."
+        )
+
+
+def check_entries(x: Tensor, labels: Labels) -> None:
+    """Raise `InputError` for the first entry of `x` (tokens, d) that is not finite, or too large to be squared."""
+    where = too_large(x.float() if x.dtype == torch.float64 else x)  # judged in float32
+    if where is not None:
+        t, i = where
+        kind, advice = "not finite", "read the model in a wider dtype (`dtype='float32'`)"
+        if math.isfinite(x[where]):
+            kind, advice = "too large", "scale all activations down"
+        raise InputError(
+            f"The activation at prompt {labels.prompt[t]}, position {labels.position[t]} is {kind} (entry {i} is "
+            f"{x[where].item()}): {advice}, or leave that text out."
         )

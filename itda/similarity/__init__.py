@@ -2,6 +2,7 @@
 
 `sets`: dictionaries as sets of labels. `spaces`: clouds of vectors. `codes`: codes over atoms that two models share.
 `matching`: which layer is which (eq. 9, eq. 10). `paper`: the published code's baselines with their defects.
+A kernel like `pursuit`, which it may use: tensors or labels in, numbers out.
 """
 
 from itda.similarity import paper

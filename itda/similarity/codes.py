@@ -65,7 +65,7 @@ def shared_atoms(
 
     X and Y are the same tokens in the same order, and both have the same tokens as atoms, each its own activations
     there: those that `atoms` numbers, or so many drawn at random. Where token ids are known, draw atoms of different
-    ids (`itda.layers.shared_atoms`): it matches layers better. The atoms themselves are left out of the mean. Raises
+    ids (`itda.comparison.layers.shared_atoms`): it matches layers better. The atoms are left out of the mean. Raises
     `InputError` if no other token is left.
     """
     X, Y = vectors(X, "X"), vectors(Y, "Y")

@@ -1,0 +1,144 @@
+"""The commands to look with: decompose, show, hooks, demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+import tempfile
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from itda.cli import flags, terminal
+from itda.cli.flags import command
+from itda.errors import InputError
+from itda.settings import verbs
+
+# Few steps make few, telling atoms; shuffled rows are of all of the library, not of the first modules in the alphabet.
+DEMO: dict[str, Any] = {"k": 10, "threshold": 0.15, "tokens": 100_000, "seed": 0}
+DEMO_TEXTS = [  # text and token
+    ("Return the number of elements in the list.", " list"),
+    ("If the file does not exist, an OSError is raised.", " raised"),
+    ("Open the file for reading and return a file object.", " object"),
+]
+
+
+@command(verbs.DECOMPOSE, "k method model dtype")
+def decompose(
+    dictionary: flags.Dictionary,
+    text: Annotated[Positional[str], arg(metavar="TEXT", help="what the model reads; it must fit into one row")],
+    *,
+    token: Annotated[
+        str,
+        arg(metavar="TEXT", help='which token, by number (-1 is the last) or by its text; " 2" with a blank is a text'),
+    ] = "-1",
+    json: flags.Json = False,
+    **given: Any,
+) -> None:
+    """Decompose what the model makes of one token of a text: which atoms, and what they stand for.
+
+    itda decompose gpt2-8 "The mouse sat on the carpet"
+
+    itda decompose gpt2-8 "The mouse sat on the carpet" --token mouse
+    """
+    from itda import report
+
+    which = int(token) if re.fullmatch(r"[+-]?\d{1,18}", token, re.ASCII) else token
+    result = report.decompose(dictionary, text, which, **given)
+    terminal.output(result.to_json(), None if json else result)
+
+
+@command()
+def show(
+    dictionary: flags.Dictionary,
+    *,
+    atom: Annotated[flags.MaybeWhole, arg(help="number of an atom, from 0", help_behavior_hint="")] = None,
+    find: Annotated[str | None, flags.said("the atoms whose token has this in it")] = None,
+    json: flags.Json = False,
+) -> None:
+    """Show what is in a dictionary, one of its atoms, or those of a token.
+
+    itda show gpt2-8
+
+    itda show gpt2-8 --atom 17
+
+    itda show gpt2-8 --find mouse
+    """
+    from itda import report
+
+    if atom is not None and find is not None:
+        raise InputError("--atom and --find were both given: choose one of them.")
+    if find is not None:
+        result: Any = report.find(dictionary, find)
+    else:
+        result = report.summary(dictionary) if atom is None else report.atom_report(dictionary, atom)
+    terminal.output(result.to_json(), None if json else result)
+
+
+@command()
+def hooks(
+    model: flags.Model,
+    *,
+    revision: Annotated[str | None, flags.said(verbs.LOAD.settings["revision"].setting.help)] = None,
+    trust_remote_code: Annotated[
+        bool, arg(help=verbs.LOAD.settings["trust_remote_code"].setting.help, help_behavior_hint="")
+    ] = False,
+    json: flags.Json = False,
+) -> None:
+    """List where a model can be read: the names that --hook takes.
+
+    itda hooks gpt2
+    """
+    from itda.report.hook_points import hook_points
+
+    result = hook_points(model, revision=revision, trust_remote_code=trust_remote_code)
+    terminal.output(result.to_json(), None if json else result)
+
+
+@command()
+def demo(
+    *,
+    out: Annotated[str | None, flags.said("keep the dictionary in this folder", "DIR")] = None,
+    json: flags.Json = False,
+) -> None:
+    """Train a dictionary of the small model in the package, with no network, and look at it.
+
+    itda demo
+
+    itda demo --out demo-itda
+    """
+    from itda import ITDA, report
+    from itda import demo as packaged
+    from itda.models.loading import load_model
+    from itda.training.train import train
+
+    with tempfile.TemporaryDirectory(prefix="itda-demo-") as temporary:
+        folder = out or os.path.join(temporary, "itda")
+        model = load_model(packaged.model_path(), hooks=-1)
+        layer = model.n_layers // 2
+        name = out or "DIR"
+        settings = " ".join(f"--{flag} {value}" for flag, value in {"layer": layer, **DEMO}.items())
+        terminal.say(f"$ itda train MODEL TEXTS {settings} --out {name}")
+        with terminal.signals.waited_for() as stop:
+            (trained,) = train(model, packaged.corpus(), folder, layer=layer, **DEMO, progress=True, stop=stop)
+        trained = dataclasses.replace(trained, path=name)
+        terminal.say(str(trained))
+        dictionary = ITDA.load(folder)
+    done = []
+    for text, token in DEMO_TEXTS:
+        done.append(report.decompose(dictionary, text, token, model=model))
+        if not json:
+            terminal.output(None, f'\n$ itda decompose {name} "{text}" --token "{token}"')
+            terminal.output(None, done[-1])
+    # The strongest atoms of every decomposition in turn.
+    ranks = itertools.zip_longest(*(sorted(d.atoms, key=lambda part: -part["share"]) for d in done))
+    best = dict.fromkeys(part["atom"] for rank in ranks for part in rank if part)
+    atoms = [report.atom_report(dictionary, atom, top=3, bins=0) for atom in itertools.islice(best, 5)]
+    for atom in atoms if not json else ():
+        terminal.output(None, f"\n$ itda show {name} --atom {atom.atom}")
+        terminal.output(None, atom)
+    if json:
+        found = {"decompositions": [one.to_json() for one in done], "atoms": [one.to_json() for one in atoms]}
+        terminal.output({"trained": trained.to_json(), **found})

@@ -1,0 +1,334 @@
+"""`ITDA`: a dictionary of real activations, each labelled with the token it came from."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from itda.codes import Codes
+from itda.dictionary import folder, tables
+from itda.disk import safetensors_chunks
+from itda.errors import InputError, first_line
+from itda.labels import Labels
+from itda.pursuit import as_tensor, pursue
+
+UNIT_NORM_TOLERANCE = 1e-5
+TENSORS = ("atoms", "norms", "losses", "mean", "moved")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of the tokens a dictionary has seen: labels, codes (n, k) under it and admission losses (n,) float32."""
+
+    labels: Labels
+    codes: Codes
+    losses: Float[Tensor, " n"]
+
+
+@dataclass(eq=False, repr=False)
+class ITDA:
+    """A dictionary of `n_atoms` activations of size `d`; all tensors are float32.
+
+    `atoms` are the dictionary, (n_atoms, d), rows of unit norm; `labels` what each of them is; `k` the pursuit steps.
+    `mean` (d,) is subtracted from activations before they are encoded, unless None. `norms` are the atoms' norms
+    before they were normalised (after centring), `losses` their admission losses (NaN for the first and for seeds).
+    `cfg` says where the dictionary comes from and how it was built, a JSON object; `sample` is there to be looked at.
+    `moved` (n_atoms,) is None unless the atoms were refined (`itda.refine`): then it is the cosine of each with the
+    activation of its label, which it is no more.
+    """
+
+    atoms: Float[Tensor, "n_atoms d"]
+    labels: Labels
+    k: int
+    mean: Float[Tensor, " d"] | None
+    norms: Float[Tensor, " n_atoms"]
+    losses: Float[Tensor, " n_atoms"]
+    cfg: dict = field(default_factory=dict)
+    sample: Sample | None = None
+    moved: Float[Tensor, " n_atoms"] | None = None
+
+    @property
+    def n_atoms(self) -> int:
+        """How many atoms there are."""
+        return len(self.atoms)
+
+    @property
+    def d(self) -> int:
+        """The size of an activation."""
+        return self.atoms.shape[1]
+
+    def __len__(self) -> int:
+        return self.n_atoms
+
+    def __repr__(self) -> str:
+        model = _source(self)
+        words = [f"{self.n_atoms} atoms", f"d={self.d}", f"k={self.k}"] + ["centred"] * (self.mean is not None)
+        words += [str(model[key]) for key in ("id", "hook_point") if model.get(key)]
+        return f"ITDA({', '.join(words)})"
+
+    def encode(
+        self,
+        x: Float[Tensor, "*batch d"] | ndarray,
+        *,
+        k: int | None = None,
+        method: str | None = None,
+        nonneg: bool | None = None,
+        tol: float = 0.0,
+        backend: str = "auto",
+    ) -> Codes:
+        """Codes of the activations `x` (..., d), less the mean, by `itda.pursue`; settings default to the dictionary's.
+
+        `x` is moved to the device of the dictionary, where its codes are too (`model.to("cuda")` moves that). The laws
+        of `pursue` hold for `x - mean`; an atom's own activation encodes to itself. Raises `InputError`.
+        """
+        if (found := as_tensor(x)) is None:
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise InputError(f"`x` is {kind}; a dense floating-point tensor (..., {self.d}) was wanted.")
+        x = found.to(self.atoms.device)
+        if x.ndim < 1 or x.shape[-1] != self.d:
+            raise InputError(f"`x` has shape {tuple(x.shape)}: pass activations (..., {self.d}), as {self!r} encodes.")
+        if self.mean is not None:
+            x = x - self.mean  # float16 and bfloat16 become float32 here
+        return pursue(
+            x,
+            self.atoms,
+            k=self.k if k is None else k,
+            method=self.cfg.get("method", "mp") if method is None else method,
+            nonneg=self.cfg.get("nonneg", False) if nonneg is None else nonneg,
+            tol=tol,
+            backend=backend,
+        )
+
+    def decode(self, codes: Codes) -> Float[Tensor, "*batch d"]:
+        """The activations (..., d) that `codes` stand for, with the mean added back; dtype of the codes."""
+        if not isinstance(codes, Codes):
+            raise InputError(f"`codes` is of type {type(codes).__name__}: pass what `encode` or `pursue` gave.")
+        x_hat = codes.decode(self.atoms)
+        return x_hat if self.mean is None else x_hat + self.mean.to(x_hat.dtype)
+
+    def reconstruct(self, x: Float[Tensor, "*batch d"] | ndarray, **settings) -> Float[Tensor, "*batch d"]:
+        """`decode(encode(x))`, (..., d); `settings` as for `encode`. float32, or float64 for float64 `x`."""
+        return self.decode(self.encode(x, **settings))
+
+    def to(self, device: torch.device | str) -> ITDA:
+        """The same dictionary with its tensors on `device`; the sample stays where it is."""
+        there = {name: t.to(device) for name in TENSORS if (t := getattr(self, name)) is not None}
+        return replace(self, **there)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the dictionary as the folder `path` (docs/format.md); the same object gives the same bytes.
+
+        A killed save leaves the old dictionary, the new one or none. Replaces an ITDA; raises `InputError` for a
+        folder that holds anything else, a full disk, and an object that could not be loaded again.
+        """
+        problem = _problem(self)
+        if problem:
+            raise InputError(f"This ITDA cannot be saved, because {problem[1]}: mend that, or build it again.")
+        tensors = {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
+        files = {folder.ATOMS: safetensors_chunks(tensors), folder.LABELS: tables.labels_chunks(self.labels)}
+        if self.sample is not None:
+            codes = self.sample.codes
+            indices, values, losses = (
+                t.detach().cpu().numpy() for t in (codes.indices, codes.values, self.sample.losses)
+            )
+            files[folder.SAMPLE] = tables.labels_chunks(self.sample.labels, (indices, values), losses)
+        settings = {"k": int(self.k), **{key: _plain(v, f"cfg[{key!r}]") for key, v in self.cfg.items() if key != "k"}}
+        if wrong := folder.wrong_setting(settings):
+            raise InputError(f"This ITDA cannot be saved, because its `cfg` says {wrong}: mend that entry.")
+        folder.write_folder(path, self.n_atoms, self.d, settings, files)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ITDA:
+        """Read the dictionary in the folder `path`, on the CPU, after checking all of it; `InputError` if it is bad."""
+        path = Path(path)
+        manifest = folder.read_manifest(path)
+        n_atoms, d = manifest["n_atoms"], manifest["d"]
+        tensors = folder.read_atoms(path / folder.ATOMS, n_atoms, d)
+        labels, _ = tables.read_labels(path / folder.LABELS, n_atoms)
+        sample = None
+        if folder.SAMPLE in manifest["files"]:
+            sampled, parts = tables.read_labels(path / folder.SAMPLE, sample=True)
+            indices, values, losses = (torch.from_numpy(parts[name]) for name in ("indices", "values", "losses"))
+            sample = Sample(sampled, Codes(indices, values, n_atoms), losses)
+        cfg = {key: value for key, value in manifest.items() if key not in folder.RESERVED}
+        full: dict[str, Any] = {"mean": None, **tensors}
+        model = cls(labels=labels, k=manifest["k"], **full, cfg=cfg, sample=sample)
+        problem = _problem(model)
+        if problem:
+            raise InputError(f"{path / problem[0]} is damaged, because {problem[1]}: copy or train the ITDA again.")
+        return model
+
+    @classmethod
+    def of(cls, dictionary: ITDA | str | os.PathLike) -> ITDA:
+        """The dictionary itself, or that of a folder or a hub repository; on the CPU."""
+        return dictionary.to("cpu") if isinstance(dictionary, ITDA) else cls.from_pretrained(dictionary)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> ITDA:
+        """`load` a folder, or else download (or find in the cache) the hub repository `org/name` and load that."""
+        name = os.fspath(repo_or_path)
+        if os.path.lexists(name) or not _HUB_ID.fullmatch(name):
+            return cls.load(name)
+        from huggingface_hub import snapshot_download
+
+        with _hub_errors(f"There is no folder {name}, and the hub gave no such ITDA"):
+            path = snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=[folder.MANIFEST, folder.ATOMS, folder.LABELS, folder.SAMPLE],
+            )
+        return cls.load(path)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | bool | None = None, revision: str | None = None
+    ) -> str:
+        """Save the dictionary with a model card to the hub repository `org/name`, made if need be; returns its URL."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "itda"
+            self.save(path)
+            (path / "README.md").write_text(_model_card(self, repo_id), encoding="utf-8")
+            with _hub_errors(f"{repo_id} could not be pushed to the hub"):
+                api = HfApi(token=token)
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                message = f"ITDA of {self.n_atoms} atoms"
+                api.upload_folder(repo_id=repo_id, folder_path=path, revision=revision, commit_message=message)
+        return str(url)
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+
+
+def _problem(model: ITDA) -> tuple[str, str] | None:
+    """What is wrong with a dictionary, as (the file it would be in, the reason), or None. Shapes first, then values."""
+    n, atoms = model.n_atoms, folder.ATOMS
+    if type(model.k) is not int or model.k < 0:
+        return folder.MANIFEST, f"k = {model.k!r} is not a count of pursuit steps"
+    if model.atoms.ndim != 2:
+        return atoms, f"`atoms` has shape {tuple(model.atoms.shape)}, but (n_atoms, d) was wanted"
+    shapes = {"atoms": (n, model.d), "norms": (n,), "losses": (n,), "mean": (model.d,), "moved": (n,)}
+    for name, shape in shapes.items():
+        tensor = getattr(model, name)
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
+            came = f"{tensor.dtype} {tuple(tensor.shape)}"
+            return atoms, f"`{name}` is {came}, but torch.float32 {shape} was wanted"
+    if len(model.labels) != n:
+        return folder.LABELS, f"there are {len(model.labels)} labels for {n} atoms"
+    size = torch.linalg.vector_norm(model.atoms, dim=1)  # not finite where the row is not
+    wrong = (~((size - 1).abs() <= UNIT_NORM_TOLERANCE)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        kind = "unit norm" if math.isfinite(size[row]) else "finite entries"
+        return atoms, f"`atoms` must have rows of {kind}, and row {row} has norm {size[row]:.7g}"
+    for name in ("norms", "mean", "moved"):
+        tensor = getattr(model, name)
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return atoms, f"`{name}` must be finite, and entry {int((~torch.isfinite(tensor)).nonzero()[0])} is not"
+    pairs, first, count = np.unique(model.labels.pairs(), axis=0, return_index=True, return_counts=True)
+    if len(pairs) != n:
+        prompt, position = pairs[count > 1][0]
+        twice = f"(prompt {prompt}, position {position}) stands {count[count > 1][0]} times"
+        return folder.LABELS, f"labels must be unique, and {twice}, first in row {first[count > 1][0]}"
+    if any(key in model.cfg for key in folder.RESERVED):
+        return folder.MANIFEST, f"`cfg` may not have the keys {', '.join(folder.RESERVED)}, which the format writes"
+    return None if model.sample is None else _sample_problem(model.sample, n)
+
+
+def _sample_problem(sample: Sample, n_atoms: int) -> tuple[str, str] | None:
+    indices, values = sample.codes.indices, sample.codes.values
+    lengths = (len(sample.labels), len(indices), len(values), len(sample.losses))
+    if len(set(lengths)) > 1 or indices.ndim != 2 or indices.shape != values.shape:
+        came = f"{lengths[0]} labels, codes {tuple(indices.shape)} and {lengths[3]} losses"
+        return folder.SAMPLE, f"the sample has {came}, but as many of each were wanted"
+    # Without atoms there is nothing to point at, and padding points at 0 all the same.
+    wrong = ((indices < 0) | (indices >= max(n_atoms, 1))).nonzero()
+    if len(wrong):
+        row, place = wrong[0].tolist()
+        return folder.SAMPLE, f"row {row} of the sample uses atom {int(indices[row, place])} of {n_atoms}"
+    if not bool(torch.isfinite(values).all()):
+        return folder.SAMPLE, "the codes of the sample must be finite, and are not"
+    return None
+
+
+def _source(model: ITDA) -> dict:
+    """What `cfg` says about the language model, if anything."""
+    source = model.cfg.get("model")
+    return source if isinstance(source, dict) else {}
+
+
+def _plain(value, name: str):
+    """`value` as JSON has it: NumPy scalars as numbers, numbers that are not finite as null."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(key): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    kind = type(value).__name__
+    raise InputError(f"`{name}` is a {kind}, but numbers, strings, lists and dicts can be saved: convert or drop it.")
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Say in one sentence whatever the hub's client raises; its kinds differ between versions and HTTP libraries."""
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if type(error).__name__ == "LocalEntryNotFoundError":
+            why = "the hub cannot be reached and the cache does not have it: check the network, or give a local folder"
+        elif type(error).__name__ == "RevisionNotFoundError":
+            why = "there is no such revision: check `revision`"
+        elif status in (401, 403, 404):
+            why = f"HTTP {status}: check the name `org/name`, and your access with `hf auth login`"
+        else:
+            why = f"{type(error).__name__}: {first_line(error)}; mend that and try again"
+        raise InputError(f"{what} ({why}).") from error
+
+
+def _model_card(model: ITDA, repo_id: str) -> str:
+    """README.md of a hub repository: the front matter the hub indexes, the settings, and how to load it."""
+    source = _source(model)
+    base = source.get("id")
+    front = ["library_name: itda", "tags:", "- itda", "- interpretability", "- dictionary-learning"]
+    # A local folder is no use to anybody else.
+    if isinstance(base, str) and _HUB_ID.fullmatch(base) and not os.path.exists(base):
+        front.append(f'base_model: "{base}"')
+    settings = {"n_atoms": model.n_atoms, "d": model.d, "k": model.k, **model.cfg}
+    settings |= {f"model.{key}": source.get(key) for key in ("id", "revision", "hook_point")}
+    rows = [(key, v) for key, v in settings.items() if v is not None and not isinstance(v, dict | list)]
+    table = [f"| {key} | {' '.join(str(v).split()).replace('|', '&#124;')} |" for key, v in rows]
+    lines = ["---", *front, "---", "", f"# {repo_id.split('/')[-1]}", ""]
+    lines += ["A dictionary of real activations (inference-time decomposition of activations, arXiv 2505.17769).", ""]
+    lines += ["| setting | value |", "|---|---|", *table, "", "```python", "import itda", ""]
+    lines += [f'model = itda.ITDA.from_pretrained("{repo_id}")', "codes = model.encode(x)  # x: (..., d)", "```", ""]
+    return "\n".join(lines)

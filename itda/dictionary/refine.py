@@ -1,0 +1,259 @@
+"""Improve a dictionary: keep those of its atoms that are of most use, or move them to where the data want them.
+
+`select` gives a dictionary of real activations, whose labels stay true. `refine` gives atoms that are activations no
+more: each keeps the label that it started from, and says how far it moved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+
+from itda.codes import Codes
+from itda.dictionary.builder import SpacedSample, measured
+from itda.dictionary.itda import ITDA
+from itda.errors import InputError, whole
+from itda.labels import Batch, Labels
+from itda.precision import full_float32
+from itda.progress import Step
+from itda.pursuit import METHODS, as_tensor, normalize, pursue, too_large
+from itda.pursuit.gram import free_bytes
+from itda.pursuit.products import product
+
+CHUNK = 8192  # tokens between two updates of the atoms
+BLOCK = 2048  # atoms whose cosines with all others are held at once
+ROUNDS = 4  # of pruning
+MEMORY = 3.0  # updates after which the sums over codes have forgotten a third of what they were, at the beginning
+USED = 1e-6  # of the mean energy: atoms below it are not moved
+SILENT: Callable[[Step | None], None] = lambda step: None  # noqa: E731
+
+
+def select(
+    candidates: ITDA,
+    x: Tensor | ndarray,
+    n_atoms: int,
+    *,
+    labels: Labels | None = None,
+    k: int | None = None,
+    rounds: int = ROUNDS,
+    progress: Callable[[Step | None], None] = SILENT,
+) -> ITDA:
+    """The `n_atoms` of the atoms of `candidates` that are of most use in writing the activations `x` (tokens, d).
+
+    In each of `rounds` the activations are encoded with `k` steps (the dictionary's, if None), and the atoms that would
+    be missed least go (`removal_costs`), but none whose nearest atom, which would take its place, went in that round.
+    The sizes of the rounds are a geometric series. Atoms, labels and order stay those of `candidates`; with the
+    `labels` of `x` a spaced sample of it is kept, as in building.
+
+    Raises `InputError` for more atoms than there are.
+    """
+    x = _checked(candidates, x, labels)
+    n_atoms, rounds = whole("n_atoms", n_atoms, 1), whole("rounds", rounds, 1)
+    if n_atoms > len(candidates):
+        raise InputError(f"`n_atoms` is {n_atoms:,}, and there are {len(candidates):,} candidates: choose fewer.")
+    k = candidates.k if k is None else k
+    kept, how, began = torch.arange(len(candidates), device="cpu"), _how(candidates), time.monotonic()
+    sizes = np.geomspace(len(candidates), n_atoms, rounds + 1)[1:].round().astype(int)
+    for done, size in enumerate(sizes.tolist()):
+        atoms = candidates.atoms[kept]
+        nearest, cost = _nearest(atoms, how["nonneg"]), torch.zeros(len(kept), dtype=torch.float64, device="cpu")
+        for part in x.split(CHUNK):
+            cost += removal_costs(part, atoms, pursue(part, atoms, k, **how), nearest, how["nonneg"])
+        kept = kept[_spared(cost, nearest, size)]
+        progress(Step("selecting atoms", done + 1, rounds, time.monotonic() - began))
+    chosen = kept.numpy()
+    model = ITDA(
+        atoms=candidates.atoms[kept],
+        labels=candidates.labels[chosen],
+        k=candidates.k,
+        mean=candidates.mean,
+        norms=candidates.norms[kept],
+        losses=candidates.losses[kept],
+        moved=None if candidates.moved is None else candidates.moved[kept],
+        cfg=candidates.cfg | {"selected": {"from": len(candidates), "tokens": len(x), "rounds": rounds, "k": k}},
+    )
+    return _sampled(model, x, labels)
+
+
+def removal_costs(
+    x: Float[Tensor, "tokens d"],
+    atoms: Float[Tensor, "n_atoms d"],
+    codes: Codes,
+    nearest: Int[Tensor, " n_atoms"],
+    nonneg: bool = False,
+) -> Float[Tensor, " n_atoms"]:
+    """What the squared error of `x` would rise by without each of the `atoms`, float64.
+
+    The one `nearest` to an atom takes its place, with the coefficient that is best (not below zero if `nonneg`); all
+    others keep theirs: for a token that leaves r and has c a, |r + c a|^2 - (b (r + c a))^2 - |r|^2.
+    """
+    rest = x.float() - codes.decode(atoms)
+    error = rest.square().sum(1)
+    found = torch.zeros(len(atoms), dtype=torch.float64, device="cpu")
+    for indices, c in zip(codes.indices.T, codes.values.T, strict=True):
+        without = rest + c[:, None] * atoms[indices]
+        instead = (without * atoms[nearest[indices]]).sum(1)
+        instead = instead.clamp_min(0) if nonneg else instead
+        rise = without.square().sum(1) - instead.square() - error
+        found.index_add_(0, indices, torch.where(c != 0, rise, 0.0).double())
+    return found
+
+
+def _nearest(atoms: Float[Tensor, "n_atoms d"], nonneg: bool) -> Int[Tensor, " n_atoms"]:
+    """Of each atom the other one of the largest |cosine|, or cosine if `nonneg`; an only atom is its own."""
+    found = []
+    for start in range(0, len(atoms), BLOCK):
+        cosine = product(atoms[start : start + BLOCK], atoms)
+        cosine = cosine if nonneg else cosine.abs()
+        cosine.diagonal(start).fill_(-1)
+        found.append(cosine.argmax(1))
+    return torch.cat(found)
+
+
+def _spared(cost: Float[Tensor, " n_atoms"], nearest: Int[Tensor, " n_atoms"], size: int) -> Int[Tensor, " kept"]:
+    """The `size` atoms that stay, in order: those of least `cost` go, unless the `nearest` of one went before it."""
+    there, near, later = np.ones(len(cost), bool), nearest.numpy(), []
+    order = cost.argsort(stable=True).tolist()
+    left = len(cost) - size
+    for atom in order:
+        if not left:
+            break
+        if not there[near[atom]]:
+            later.append(atom)
+            continue
+        there[atom] = False
+        left -= 1
+    there[later[:left]] = False
+    return torch.from_numpy(np.flatnonzero(there))
+
+
+def refine(
+    model: ITDA,
+    x: Tensor | ndarray,
+    *,
+    labels: Labels | None = None,
+    passes: int = 3,
+    k: int | None = None,
+    method: str | None = None,
+    seed: int = 0,
+    progress: Callable[[Step | None], None] = SILENT,
+) -> ITDA:
+    """Move the atoms to where the activations `x` (tokens, d) want them: online dictionary learning from real atoms.
+
+    In each of `passes` over `x`, in an order drawn with `seed`, chunks of tokens are encoded with `k` steps of `method`
+    (those of the dictionary, if None), and the atoms take a step of block coordinate descent on the squared error of
+    all codes so far, older ones forgotten little by little (Mairal, Bach, Ponce & Sapiro 2009, algorithms 1 and 2).
+    Atoms keep unit norm; those that no token uses stay where they are. `labels` are those of `x`, of which a spaced
+    sample is kept.
+
+    Returns a dictionary with the same labels, `norms` and `losses`; `moved` is the cosine of each atom with the
+    activation of its label, and `cfg["refined"]` says what was done. Raises `InputError` for a dictionary that has been
+    refined already (its atoms are the labels' no more, so how far they moved would not be known), and as `check_room`
+    does.
+    """
+    x = _checked(model, x, labels)
+    passes, seed = whole("passes", passes, 1), whole("seed", seed, 0)
+    if model.moved is not None:
+        raise InputError(f"{model!r} is refined already: refine what it was made from, with more `passes`.")
+    k, how = model.k if k is None else k, _how(model)
+    if method is not None:
+        how["method"] = method
+    if how["method"] not in METHODS:
+        raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+    check_room(len(model))
+    sums = _Sums(model.atoms)
+    atoms, began, done = model.atoms, time.monotonic(), 0
+    for number in range(passes):
+        order = torch.from_numpy(np.random.default_rng([seed, number]).permutation(len(x)))
+        for rows in order.split(CHUNK):
+            part = x[rows]
+            sums.add(part, pursue(part, atoms, k, **how))
+            atoms = sums.descend(atoms)
+            done += len(part)
+            progress(Step("refining atoms", done, passes * len(x), time.monotonic() - began))
+    moved = (atoms.double() * model.atoms.double()).sum(1).float()
+    said = {"passes": passes, "tokens": len(x), "k": k, "method": how["method"], "seed": seed}
+    return _sampled(replace(model, atoms=atoms, moved=moved, cfg=model.cfg | {"refined": said}), x, labels)
+
+
+def check_room(n_atoms: int, beside: float = 0.0) -> None:
+    """Raise `InputError` where the products of codes, n_atoms x n_atoms, do not fit into memory `beside` so many bytes.
+
+    Call it before a long building, so that what is built can be refined.
+    """
+    need, free = 4.0 * n_atoms * (n_atoms + CHUNK), free_bytes(torch.device("cpu"))  # and the codes of a chunk
+    if need + beside > 0.9 * free:
+        raise InputError(
+            f"Refining {n_atoms:,} atoms needs {need / 1e9:.1f} GB for the products of their codes, and "
+            f"{max(0.0, free - beside) / 1e9:.1f} GB are free: refine fewer (`--n-atoms`, `--max-atoms`)."
+        )
+
+
+class _Sums:
+    """Sums over the codes c and the activations x of all tokens so far: of c c^T (n, n) and of c x^T (n, d)."""
+
+    TOGETHER = 64  # atoms that move together
+
+    def __init__(self, atoms: Float[Tensor, "n_atoms d"]) -> None:
+        self.products = atoms.new_zeros(len(atoms), len(atoms))
+        self.targets, self.updates = torch.zeros_like(atoms), 0
+
+    @full_float32()
+    def add(self, x: Float[Tensor, "tokens d"], codes: Codes) -> None:
+        """Take the codes of a chunk, after forgetting a part of what was before."""
+        kept = max(0.0, 1 - MEMORY / (self.updates + MEMORY)) if self.updates else 0.0
+        dense = codes.dense()
+        self.products.mul_(kept).addmm_(dense.T, dense)
+        self.targets.mul_(kept).addmm_(dense.T, x)
+        self.updates += 1
+
+    @full_float32()
+    def descend(self, atoms: Float[Tensor, "n_atoms d"]) -> Float[Tensor, "n_atoms d"]:
+        """One sweep of block coordinate descent over all atoms that are used."""
+        atoms, energy = atoms.clone(), self.products.diagonal()
+        used = energy > USED * energy.mean()
+        for start in range(0, len(atoms), self.TOGETHER):
+            block = slice(start, start + self.TOGETHER)
+            rest = self.targets[block] - self.products[block] @ atoms
+            step = atoms[block] + rest / energy[block, None].clamp_min(1e-30)
+            atoms[block] = torch.where(used[block, None], normalize(step), atoms[block])
+        return atoms
+
+
+def _sampled(model: ITDA, x: Float[Tensor, "tokens d"], labels: Labels | None) -> ITDA:
+    """With a sample of `x`, which is centred; without labels none, since the one there was has codes of other atoms."""
+    cfg = {key: value for key, value in model.cfg.items() if key not in ("fvu", "sample_tokens")}
+    model = replace(model, sample=None, cfg=cfg)
+    if labels is None:
+        return model
+    sample = SpacedSample()
+    sample.add(Batch(x if model.mean is None else x + model.mean, labels), len(x), 0)
+    return measured(model, *sample.tokens())
+
+
+def _how(model: ITDA) -> dict[str, Any]:
+    return {"method": model.cfg.get("method", "mp"), "nonneg": bool(model.cfg.get("nonneg", False))}
+
+
+def _checked(model: ITDA, activations: Any, labels: Labels | None) -> Tensor:
+    """The activations as float32 (tokens, d), less the dictionary's mean, on the CPU."""
+    x = as_tensor(activations)
+    if x is None or x.ndim != 2 or x.shape[1] != model.d:
+        shape = tuple(getattr(activations, "shape", ())) or type(activations).__name__
+        raise InputError(f"`x` is {shape}: pass activations (tokens, {model.d}) of floating point.")
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"`labels` has {len(labels):,} entries and `x` {len(x):,} activations: give one for each.")
+    if not len(x) or not len(model):
+        raise InputError("There is nothing to improve on: give activations, and a dictionary with atoms.")
+    if (where := too_large(x)) is not None:
+        raise InputError(f"`x` must be finite; the entry at {where} is {x[where].item()}. Drop or repair that token.")
+    x = x.detach().float().cpu()
+    return x if model.mean is None else x - model.mean

@@ -1,0 +1,84 @@
+"""What chance gives: the dictionaries that an evaluation measures beside the one that it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itda.dictionary.build import build
+from itda.dictionary.itda import ITDA
+from itda.evaluation.heldout import Held, Reader
+from itda.evaluation.systems import System
+from itda.labels import Labels
+from itda.models import loading
+from itda.pursuit import normalize
+from itda.results import named
+
+CONTROLS = ("random tokens", "gaussian", "untrained model")
+RESERVED = ("itda", *CONTROLS, "clean", "zero", "mean", "activations")
+
+
+def systems_of(
+    dictionary: ITDA,
+    held: Held,
+    wanted: list[str],
+    settings: Mapping[str, Any],
+    systems: Sequence[System],
+    seed: int,
+) -> list[System]:
+    """The dictionary, those of its controls that are measured on the same activations, and the other systems."""
+    every = [System.of(dictionary, "itda", **settings)]
+    if "random tokens" in wanted:
+        every.append(_random_tokens(dictionary, held, settings, seed))
+    if "gaussian" in wanted:
+        every.append(_gaussian(dictionary, settings, seed))
+    names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
+    return every + [replace(s, name=n, mean=dictionary.mean) for s, n in zip(systems, names, strict=True)]
+
+
+def _random_tokens(dictionary: ITDA, held: Held, settings: Mapping[str, Any], seed: int) -> System:
+    """As many activations of the same stream, drawn without looking."""
+    return System.of(_drawn(dictionary, held, seed), "random tokens", **like(dictionary, settings))
+
+
+def _drawn(dictionary: ITDA, held: Held, seed: int) -> ITDA:
+    x = held.pool.float()
+    x = x if dictionary.mean is None else x - dictionary.mean.to(x.device)
+    x = x[x.square().sum(1) > 0]
+    rows = np.random.default_rng([seed, 4]).permutation(len(x))[: len(dictionary)]
+    return _plain(normalize(x[torch.from_numpy(np.sort(rows))]), dictionary)
+
+
+def _gaussian(dictionary: ITDA, settings: Mapping[str, Any], seed: int) -> System:
+    """As many directions drawn from the sphere."""
+    noise = torch.randn(len(dictionary), dictionary.d, generator=torch.Generator().manual_seed(seed))
+    return System.of(_plain(normalize(noise), dictionary), "gaussian", **like(dictionary, settings))
+
+
+def _plain(atoms: Tensor, dictionary: ITDA) -> ITDA:
+    ones = torch.ones(len(atoms))
+    return ITDA(atoms.cpu(), Labels.counted(0, len(atoms)), dictionary.k, dictionary.mean, ones, ones, {})
+
+
+def like(dictionary: ITDA, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionary's own settings of the pursuit, and those given."""
+    own = {"method": dictionary.cfg.get("method", "mp"), "nonneg": bool(dictionary.cfg.get("nonneg"))}
+    return {"k": dictionary.k} | own | dict(settings)
+
+
+def untrained(
+    dictionary: ITDA, hooked: Any, reader: Reader, settings: Mapping[str, Any], seed: int
+) -> tuple[System, Held]:
+    """A dictionary of as many atoms, built as this one, of a model with random weights; and what it is measured on."""
+    other = loading.load_model(loading.untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
+    held = reader.read(other, "reading the untrained model")
+    grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
+    wish = min(len(dictionary), len(held.pool))
+    built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
+    assert isinstance(built, ITDA)
+    return System.of(built, "untrained model", **like(dictionary, settings)), held

@@ -1,0 +1,315 @@
+"""How good is a dictionary: reconstruction, cross-entropy and use on held-out text, beside what chance would give."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import torch
+
+from itda._version import __version__
+from itda.dictionary.folder import EVAL
+from itda.dictionary.itda import ITDA
+from itda.disk import bytes_of, write_file
+from itda.errors import InputError, shortened
+from itda.evaluation import heldout, heldout_on_disk
+from itda.evaluation import probing as probes
+from itda.evaluation.controls import CONTROLS, like, systems_of, untrained
+from itda.evaluation.measures import Bootstrap, cross_entropy, measure
+from itda.evaluation.systems import System
+from itda.labels import groups_of
+from itda.models import loading
+from itda.models.splice import spliced
+from itda.progress import Step, reporter
+from itda.reading.on_disk import is_stored
+from itda.reading.own_model import model_of
+from itda.report import drawing
+from itda.results import Report, finite
+from itda.settings import groups as g
+from itda.settings import pick, takes, verbs
+from itda.text.prompts import hash_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+ASKED = ("tokens", "ce_tokens", "probe", "probe_column", "probe_label", "in_sample", "force", "seed", "special_tokens")
+NO_MODEL = "activations on disk have no model to run"
+NONE_ASKED = "it was asked for on 0 tokens (`ce_tokens`)"
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Report):
+    """What was measured of a dictionary and of its controls, in one table; made by `evaluate`.
+
+    `systems` are dicts by system, the dictionary first, each with: n_atoms; k; fvu, relative_error, cosine, l0, each
+    with its 95 % interval over documents; tails, quantiles of the relative error; above, the share of tokens beyond the
+    dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom; negative, the share of
+    negative coefficients; coherence; with_position_0, fvu and mean relative error of special tokens and position 0
+    too; positions, fvu by place in the row; ce (see `cross_entropy`), None where there is no language model.
+    `held_out` says which text was measured on, and where the random tokens are from; `no_ce` why there are no figures
+    of cross-entropy, where there are none; `settings` all that was chosen, and of what model, dictionary, text and
+    versions this is; `probing` is that of `itda.evaluation.probing.probe`.
+    """
+
+    dictionary: str
+    model: str
+    hook_point: str
+    tokens: int
+    held_out: dict[str, Any]
+    systems: dict[str, dict[str, Any]]
+    clean: dict[str, float] | None  # cross-entropies: clean, zero, mean; and the tokens predicted
+    no_ce: str | None = None
+    probing: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return finite({each.name: getattr(self, each.name) for each in fields(self)})
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write it to the file `path`, or as eval.json into that folder, replacing an older one; returns where."""
+        target = Path(path) / EVAL if os.path.isdir(path) else Path(path)
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        write_file(target, [text.encode()])
+        return target
+
+    def __getattr__(self, name: str) -> Any:
+        """What was measured of the dictionary itself: `result.fvu` is that of the first of `systems`."""
+        first: dict[str, Any] = next(iter(self.__dict__.get("systems", {}).values()), {})
+        if name in first:
+            return first[name]
+        raise AttributeError(f"an Evaluation has no {name!r}: it has {', '.join(first)}")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.evaluation(self, options)
+
+
+@takes(verbs.EVALUATE)
+def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[verbs.Evaluate]) -> Evaluation:
+    """Measure `dictionary` on text that it was not built on, beside its controls.
+
+    dictionary   an ITDA, its folder or its repository on the hub
+    data         text, as for `itda.activations`, cut into rows as the dictionary's own (but a text of one document is
+                 read whole, also where the dictionary has first rows of documents alone); if that is what the
+                 dictionary was built on, measuring begins at the first document that it has not read; or a folder of
+                 activations (`itda collect`), measured without a model: no cross-entropy, no untrained model
+    model        where activations are from, if not what the dictionary names: a name, or what `itda.load_model` gave
+    tokens       valid tokens to measure on at most
+    ce_tokens    of them, those on which reconstructions are spliced into the running model; 0 for none, None for all
+    k, method    of the pursuit, if not the dictionary's
+    controls     all of them, none, or some of: "random tokens", as many activations drawn from the same stream (or, if
+                 `data` is other text, from other documents of it); "gaussian" directions; "untrained model", a
+                 dictionary of as many atoms built on and measured on a model with random weights
+    systems      further ones, for the same table
+    probe        labelled texts (a .jsonl or .parquet file, or records): how well a linear probe on a few latents, or
+                 all, tells `probe_label` from the `probe_column` (`itda.evaluation.probing.probe`)
+    in_sample    measure on text that the dictionary was built on all the same
+    special_tokens   score and replace special tokens and position 0 too; as in building by default
+    stream       further settings of the text (`context_length`, `column`, ...), if not as in building
+
+    Raises `InputError` for text of which no document is left, and for another model unless `force`.
+    """
+    asked: dict[str, Any] = {name: given[name] for name in ASKED}  # type: ignore[literal-required]
+    wanted = _checked_controls(given["controls"])
+    tokens, ce_tokens, seed, special_tokens = (
+        asked[name] for name in ("tokens", "ce_tokens", "seed", "special_tokens")
+    )
+    if seed >= 1 << 63:
+        raise InputError(f"`seed` is {shortened(seed)}: pass a whole number below 2**63.")
+    systems, probe = list(given["systems"]), given["probe"]
+    stream = {name: value for name, value in pick(g.Rows, given).items() if value is not None}
+    stream |= {name: value for name, value in pick(g.Source, given).items() if value is not None}
+    settings = {name: value for name in ("k", "method") if (value := given[name]) is not None}
+    labelled = None if probe is None else probes.labelled(probe, given["probe_column"], given["probe_label"])
+    began = time.monotonic()
+    report = reporter(given["progress"]) or (lambda step: None)
+    name = str(dictionary) if not isinstance(dictionary, ITDA) else repr(dictionary)
+    dictionary = ITDA.of(dictionary)
+    if not len(dictionary):
+        raise InputError(f"{name} has no atoms to measure: give one with some (a lower `threshold` admits more).")
+    if is_stored(data):
+        reading = stream | {name: given[name] for name in ("model", "dtype", "special_tokens")}
+        return _on_disk(name, dictionary, data, reading, asked, wanted, settings, systems, report)
+    hooked, hook = model_of(dictionary.cfg, given, head=ce_tokens != 0)
+    _check_places(systems, hooked, hook, dictionary.d, given["force"])
+    if special_tokens is None:
+        special_tokens = bool(dictionary.cfg.get("special_tokens"))
+    pool = heldout.pool_size(len(dictionary)) if set(wanted) & {"random tokens", "untrained model"} else 0
+    split = heldout.split(
+        dictionary, data, hooked.tokenizer, tokens, pool, special_tokens, given["in_sample"], seed, stream
+    )
+    reader = heldout.Reader(split, hook, special_tokens, report)
+    held = reader.read(hooked, "reading")
+    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    found = _measured(every, held, dictionary, seed)
+    clean, no_ce = None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
+    if no_ce is None:
+        rows = split.first(ce_tokens)
+        clean = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
+    probing = None
+    if labelled is not None:
+        texts: dict[str, Any] = dict(special_tokens=special_tokens, seed=seed)
+        texts["context_length"] = split.stream.context_length
+        probing = probes.probe(loading.load_model(hooked, hooks=hook), hook, every, labelled, **texts)
+    if "untrained model" in wanted:
+        other, there = untrained(dictionary, hooked, reader, settings, seed)
+        found |= _measured([other], there, dictionary, seed)
+    asked |= like(dictionary, settings) | dict(controls=wanted, special_tokens=special_tokens)
+    report(None)
+    return Evaluation(
+        dictionary=name,
+        model=hooked.provenance(hook)["id"],
+        hook_point=hook,
+        tokens=int(held.scored.sum()),
+        held_out=split.about,
+        systems=_in_order(found),
+        clean=clean,
+        no_ce=no_ce,
+        probing=probing,
+        settings=_settings(dictionary, hooked, hook, split, asked),
+        seconds={"all": round(time.monotonic() - began, 3)},
+    )
+
+
+def _on_disk(
+    name: str,
+    dictionary: ITDA,
+    data: Any,
+    reading: dict[str, Any],
+    asked: dict[str, Any],
+    wanted: list[str],
+    settings: dict[str, Any],
+    systems: list[System],
+    report: Callable[[Step | None], None],
+) -> Evaluation:
+    """`evaluate` on activations that were collected: without what takes a model."""
+    if asked["probe"] is not None:
+        raise InputError("A probe reads texts with a model, and activations on disk have none: give text as `data`.")
+    began, seed = time.monotonic(), asked["seed"]
+    stream = heldout_on_disk.source(dictionary, data, asked["force"], reading)
+    (hook,) = stream.hook_points
+    for system in systems:
+        if system.atoms.shape[1] != dictionary.d:
+            width = system.atoms.shape[1]
+            raise InputError(f"{system.name} is for activations of width {width}: give one of width {dictionary.d}.")
+    pool = heldout.pool_size(len(dictionary)) if "random tokens" in wanted else 0
+    held, about = heldout_on_disk.held(dictionary, stream, asked["tokens"], pool, asked["in_sample"], seed, report)
+    if "untrained model" in wanted:
+        wanted = [control for control in wanted if control != "untrained model"]
+        about["left_out"] = f"the untrained model, since {NO_MODEL}"
+    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    found = _measured(every, held, dictionary, seed)
+    report(None)
+    said = stream.provenance
+    asked |= like(dictionary, settings) | dict(controls=wanted, special_tokens=said.get("special_tokens"))
+    return Evaluation(
+        dictionary=name,
+        model=str(said["model"].get("id")),
+        hook_point=hook,
+        tokens=len(held.x),
+        held_out=about,
+        systems=_in_order(found),
+        clean=None,
+        no_ce=NO_MODEL,
+        settings=_said(dictionary, said["model"], said["stream"], asked),
+        seconds={"all": round(time.monotonic() - began, 3)},
+    )
+
+
+def _measured(systems: Iterable[System], held: heldout.Held, dictionary: ITDA, seed: int) -> dict[str, dict[str, Any]]:
+    threshold = _threshold(dictionary)
+    return {s.name: measure(s, held.x, held.labels, held.scored, threshold, seed) for s in systems}
+
+
+def _in_order(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The dictionary first, then its controls, then the others."""
+    return {name: found[name] for name in dict.fromkeys(("itda", *CONTROLS, *found)) if name in found}
+
+
+def _checked_controls(controls: bool | Sequence[str]) -> list[str]:
+    if isinstance(controls, str):
+        controls = [controls]
+    wanted = list(CONTROLS) if controls is True else list(controls or ())
+    if unknown := [name for name in wanted if name not in CONTROLS]:
+        raise InputError(f"There is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}.")
+    return wanted
+
+
+def _settings(dictionary: ITDA, hooked: Any, hook: str, split: heldout.Split, asked: dict[str, Any]) -> dict[str, Any]:
+    """What was `asked`, and of which dictionary, model, text and versions."""
+    text = split.stream.provenance | {"hash": hash_rows(split.held)}
+    return _said(dictionary, hooked.provenance(hook) | {"device": str(hooked.device)}, text, asked)
+
+
+def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    probe = asked["probe"]
+    asked |= {"probe": os.fspath(probe) if isinstance(probe, str | os.PathLike) else None}
+    content = hashlib.sha256()
+    for tensor in (dictionary.atoms, dictionary.mean):
+        content.update(b"" if tensor is None else bytes_of(tensor.contiguous()))
+    own = {
+        "sha256": content.hexdigest(),
+        "n_atoms": len(dictionary),
+        "itda_version": dictionary.cfg.get("itda_version"),
+        "threshold": _threshold(dictionary),
+    }
+    versions = {"itda": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+    return asked | {"dictionary": own, "model": model, "text": text, "versions": versions}
+
+
+def _check_places(systems: Sequence[System], hooked: Any, hook: str, d: int, force: bool) -> None:
+    """Refuse systems of another width, and unless `force` those that say that they were made for another place."""
+    for system in systems:
+        if system.atoms.shape[1] != d:
+            raise InputError(
+                f"{system.name} is for activations of width {system.atoms.shape[1]}, and these have {d}: give one of "
+                "this hook point."
+            )
+        place = None
+        with suppress(InputError):
+            place = hooked.canonical(system.hook_point) if system.hook_point else hook
+        if place != hook and not force:
+            raise InputError(
+                f"{system.name} was made for {system.hook_point}, and the dictionary for {hook}: give one of the same "
+                "place, or measure it all the same with `force` (`--force`)."
+            )
+
+
+def _threshold(dictionary: ITDA) -> float | None:
+    """The dictionary's, where it is one of the relative error."""
+    threshold = dictionary.cfg.get("threshold") if not dictionary.cfg.get("selected") else None
+    return float(threshold) if isinstance(threshold, float | int) and dictionary.cfg.get("loss") == "relative" else None
+
+
+# -- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+def _cross_entropies(hooked, hook, rows, systems, held, found, special_tokens, seed, report) -> dict[str, float]:
+    """Put the scores of all systems into `found`; what the model loses without the hook point, for all of them."""
+    mean = held.x[torch.from_numpy(held.scored)].double().mean(0)
+    replacements: dict[str, Any] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
+    replacements |= {system.name: lambda x, run=system.run: run(x)[0] for system in systems}
+    began = time.monotonic()
+
+    def done(count: int) -> None:
+        report(Step("splicing", count, len(rows), time.monotonic() - began))
+
+    out = spliced(hooked, rows, hook, replacements, special_tokens=special_tokens, progress=done)
+    labels = heldout.labels_of(rows)
+    key = {pair: i for i, pair in enumerate(map(tuple, labels.pairs().tolist()))}
+    at = np.array([key[pair] for pair in zip(out.prompt.tolist(), out.position.tolist(), strict=True)], np.int64)
+    draws = Bootstrap(groups_of(labels[at]), seed)
+    for system in systems:
+        found[system.name]["ce"] = cross_entropy(out, system.name, draws)
+    levels = {name: float(out.cross_entropy[name].mean()) for name in ("clean", "zero", "mean")}
+    return levels | {"tokens": len(at)}

@@ -1,0 +1,296 @@
+"""A Hugging Face model by name: what is known before its weights are read, and loading no more of them than needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from itda.errors import InputError, first_line
+from itda.models.hub import checked_name, door, load_tokenizer, quiet
+from itda.models.layout import Layout
+from itda.settings import names, verbs
+
+_SPREAD = ("device_map", "tp_plan", "distributed_config")  # arguments with which transformers chooses the devices
+PLACED = ("device_map", "quantization_config", "tp_plan", "tp_size", "distributed_config")  # of `from_pretrained`
+_HUB_ARGUMENTS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download")
+
+
+def pretrained(
+    found: Survey, hooks: Sequence[int | str], tokenizer: Any, device: torch.device
+) -> tuple[nn.Module, Any, Layout, frozenset[str]]:
+    """Load the base model that was surveyed up to the last block that `hooks` need, on `device`, with its tokenizer.
+
+    Returns module, tokenizer, layout and the names of the parameters that the checkpoint did not have. Everything
+    that can be checked on the config (the layers, the hook points) is checked before any weight is read.
+    """
+    layout = None if found.skeleton is None else found.layout
+    keep = None if layout is None else layout.needed(hooks)
+    tokenizer = found.tokenizer(tokenizer)
+    with found.door():
+        how = found.hub | _dtype_argument(found.dtype) | found.kwargs
+        base, missing = _load(found.model, found.config, found.skeleton, layout, keep, **how)
+        if layout is None:
+            layout = Layout.of(base, found.model)
+        if not any(found.kwargs.get(name) for name in _SPREAD):
+            base = aligned(base.to(device))
+    return base.eval(), tokenizer, layout, missing
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a model by name before any of its weights is read."""
+
+    model: str
+    config: Any
+    skeleton: Any  # the base model without storage for its weights; None where it cannot be built so
+    hub: dict[str, Any]  # where on the hub it is
+    dtype: torch.dtype | str
+    kwargs: dict[str, Any]  # for `from_pretrained`
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where its blocks are."""
+        return Layout.of(self.skeleton, self.model)
+
+    def again(self) -> Survey:
+        """The same, with a skeleton of its own."""
+        return replace(self, skeleton=_skeleton(self.config, self.hub["trust_remote_code"]))
+
+    @contextmanager
+    def door(self) -> Iterator[None]:
+        """Whatever the libraries that load say on the way is not shown, and an error of theirs becomes a sentence."""
+        with quiet(), door(self.model, self.hub["revision"]):
+            yield
+
+    def tokenizer(self, given: Any = None) -> Any:
+        """The tokenizer that is given, loaded or not, or the model's own."""
+        with self.door():
+            return load_tokenizer(self.model, **self.hub) if given is None else load_tokenizer(given)
+
+    def bytes(self, hooks: Sequence[int | str]) -> int:
+        """What the weights that `hooks` need take in memory; 0 where that cannot be told."""
+        if (
+            self.skeleton is None
+            or any(name in self.kwargs for name in PLACED)
+            or hasattr(self.config, "quantization_config")
+        ):
+            return 0  # whoever says where the weights go, or how they are packed, knows
+        keep = self.layout.needed(hooks)
+        last = self.layout.n_layers if keep is None else keep
+        blocks = ((p.numel(), self.layout.layer(name)) for name, p in self.skeleton.named_parameters())
+        dtype = self.config.dtype if self.dtype == "auto" else self.dtype
+        size = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+        return size * sum(numel for numel, block in blocks if block is None or block < last)
+
+    def fetch(self, file: str) -> str | None:
+        """The local path of a file of the model, downloaded if need be; None if it has none of that name."""
+        from transformers.utils import cached_file
+
+        where = {name: value for name, value in self.hub.items() if name != "trust_remote_code"}
+        with door(self.model, self.hub["revision"]):
+            return cached_file(self.model, file, _raise_exceptions_for_missing_entries=False, **where)
+
+    def part(self, keep: Callable[[str], bool], tensors: dict[str, Tensor]) -> tuple[Any, frozenset[str]]:
+        """The base model with the modules whose paths `keep` names, from `tensors`; and what these lack.
+
+        The library that made the model turns the tensors of the checkpoint into the weights of its modules.
+        """
+        with self.door():
+            found: Any = _parts(type(self.skeleton), self.layout.blocks, keep)
+            base, info = found.from_pretrained(
+                None,
+                config=copy.deepcopy(self.config),
+                state_dict=tensors,
+                output_loading_info=True,
+                **_dtype_argument(self.dtype),
+                **self.kwargs,
+            )
+        return base.eval(), frozenset(info["missing_keys"])
+
+
+def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | None = None) -> Survey:
+    """Read the config of a hub id or folder, and build what can be built without weights.
+
+    `how` has settings of loading by name, and whatever else `from_pretrained` is to be given.
+    """
+    how = how or {}
+    revision, trust_remote_code = how.get("revision"), bool(how.get("trust_remote_code"))
+    dtype = _dtype(how.get("dtype") or "auto", device)
+    kwargs = {name: value for name, value in how.items() if name not in names(verbs.Loading)}
+    kwargs |= {"device_map": how["device_map"]} if how.get("device_map") is not None else {}
+    model = checked_name(str(model), kwargs.get("subfolder", ""))
+    hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
+    with quiet(), door(model, revision):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model, **hub)
+        return Survey(model, config, _skeleton(config, trust_remote_code), hub, dtype, kwargs)
+
+
+def causal(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, Any] | None:
+    """The whole causal language model that was surveyed, head and all, with its tokenizer; None if it has no head."""
+    kinds = [*(found.config.architectures or ()), *getattr(found.config, "auto_map", {})]
+    if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        return None
+    tokenizer = found.tokenizer(tokenizer)
+    with found.door():
+        from transformers import AutoModelForCausalLM
+
+        how = found.hub | _dtype_argument(found.dtype) | found.kwargs
+        loader: Any = AutoModelForCausalLM
+        whole, info = loader.from_pretrained(
+            found.model, config=found.config, use_safetensors=True, output_loading_info=True, **how
+        )
+        if info["missing_keys"] and not kinds:
+            return None
+        if info["missing_keys"]:
+            raise InputError(
+                f"`{found.model}` lacks {len(info['missing_keys'])} weights of its language model "
+                f"(`{sorted(info['missing_keys'])[0]}` for one): download or save it again, with its head."
+            )
+        if not any(found.kwargs.get(name) for name in _SPREAD):
+            whole = aligned(whole.to(device))
+    return whole.eval(), tokenizer
+
+
+def _hub_arguments(kwargs: dict[str, Any], **own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What says where on the hub a model is, for its config, tokenizer and weights; and the rest, for the weights."""
+    hub = own | {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+    return hub, {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
+
+
+def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: bool = False) -> nn.Module:
+    """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
+    name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__
+    with quiet(), door(str(name), None):
+        from transformers import AutoConfig, AutoModel
+
+        if isinstance(model, str | Path):
+            model = AutoConfig.from_pretrained(checked_name(str(model)), trust_remote_code=trust_remote_code)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = copy.deepcopy(model)
+            config.dtype = torch.float32
+            base = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        return base.float().eval().to(checked_device(device))
+
+
+def aligned(module: Any) -> Any:
+    """`module` with weights that begin where processors like them to.
+
+    Those mapped from a file begin wherever it has them, and sums of products then differ in their last bits from those
+    of the same weights in another file.
+    """
+    for p in module.parameters():
+        if p.device.type == "cpu" and not hasattr(p, "__tensor_flatten__") and p.data_ptr() % 64:  # or packed
+            p.data = p.data.clone()
+    return module
+
+
+def _skeleton(config, trust_remote_code: bool) -> nn.Module | None:
+    """The base model without storage for its weights; None where it cannot be built so."""
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except Exception:  # code from elsewhere that computes with its weights, or a config that will not load either
+        return None
+
+
+def _load(model, config, skeleton, layout, keep, **kwargs) -> tuple[nn.Module, frozenset[str]]:
+    """The base model with its first `keep` blocks (all with None), and the names of the parameters it lacks."""
+    from transformers import AutoModel
+
+    loaders: list[Any] = [AutoModel]
+    if keep is not None and keep < layout.n_layers:
+        loaders.insert(0, _cut(type(skeleton), layout.blocks, keep))
+    for loader in loaders:
+        if loader is not AutoModel:  # the class itself is at hand, and needs no permission to be found
+            arguments = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
+        else:
+            arguments = kwargs
+        try:
+            # Pickles are not read, whatever the repository holds.
+            base, info = loader.from_pretrained(
+                model, config=copy.deepcopy(config), use_safetensors=True, output_loading_info=True, **arguments
+            )
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+            if loader is AutoModel:
+                raise
+            continue  # this architecture does not stand being cut
+        return base, frozenset(info["missing_keys"])
+    raise AssertionError("unreachable")
+
+
+def _cut(cls: Any, blocks: str, keep: int) -> type:
+    """`cls` with the first `keep` blocks only, so that the weights of the others are never read.
+
+    The config stays whole: setting its `num_hidden_layers` would change the lower blocks of the families that
+    compute with it (minicpm3 scales its residuals by the depth; gemma4 tells by it which blocks share keys).
+    """
+
+    def __init__(self, *args, **kwargs):
+        cls.__init__(self, *args, **kwargs)
+        del self.get_submodule(blocks)[keep:]
+
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
+def _parts(cls: Any, blocks: str, keep: Callable[[str], bool]) -> type:
+    """`cls` without the parameters of modules whose path `keep` does not name, so that they need no weights."""
+
+    def __init__(self, *args, **kwargs):
+        cls.__init__(self, *args, **kwargs)
+        kept = [blocks, *(path for path, _ in self.named_modules() if keep(path))]
+        gone: list[str] = []
+        for path, module in list(self.named_modules()):
+            if keep(path) or not any(True for _ in module.parameters()) or path.startswith(tuple(gone)):
+                continue
+            if not path or any(f"{name}.".startswith(path + ".") for name in kept):
+                module._parameters.update(dict.fromkeys(module._parameters))  # of its own, and not of its children
+            else:
+                self.set_submodule(path, nn.Identity())
+                gone.append(path + ".")
+
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
+def _dtype_argument(dtype) -> dict:
+    """`dtype` was called `torch_dtype` before transformers 4.56."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    """What transformers is asked for: with "auto" float32, and on CUDA (so "auto" there) what the checkpoint has."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return "auto" if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"`dtype` is {dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return found
+
+
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """`device`, after trying it; without one the fastest there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(name for name, is_there in there.items() if is_there))
+    try:
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        names = " or ".join(repr(name) for name, is_there in there.items() if is_there)
+        why = first_line(error)
+        raise InputError(f"`device` is {str(device)!r}, which cannot be used here ({why}): pass {names}.") from error

@@ -1,0 +1,48 @@
+"""What activations come from, and what of it must be equal for work that was interrupted to go on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from itda.errors import InputError
+
+FINGERPRINT = "model.fingerprint"  # of the weights, in an `identity`; what is read block by block says it late
+
+
+def identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What a provenance says that must be equal for a reading to go on, without what changes on the way."""
+    flat = {f"{part}.{key}": v for part in ("model", "stream") for key, v in provenance.get(part, {}).items()}
+    flat |= {key: value for key, value in provenance.items() if key not in ("model", "stream", "versions")}
+    flat.pop("stream.hash", None)
+    return flat
+
+
+def checked_rest(stream: Any, hashes: set[str | None], work: str) -> Iterator:
+    """The items of a stream that skips what was read before, when it had one of `hashes`.
+
+    Raises `InputError` if that is no longer what it was.
+    """
+    changed = InputError(
+        f"The text has changed in its first {stream.skipped:,} tokens since this {work} began: restore it to go on, "
+        "or give another folder to start anew."
+    )
+    for item in stream:
+        if hashes - {None, stream.skipped_hash}:
+            raise changed
+        yield item
+    # All of it may have been read before; then rows without valid tokens may have been hashed after the last ones.
+    if hashes - {None, stream.skipped_hash, stream.hash}:
+        raise changed
+
+
+def section(cfg: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What a dictionary from elsewhere has there, if that is a dict as it should be."""
+    value = cfg.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file of JSON is a number, finite in float64."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

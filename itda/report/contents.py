@@ -1,0 +1,193 @@
+"""What is in a dictionary, what one of its atoms is, and which atoms a token has."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy import ndarray
+
+from itda.dictionary.itda import ITDA
+from itda.errors import InputError, shortened
+from itda.labels import Labels
+from itda.provenance import is_number
+from itda.report import drawing
+from itda.report.drawing import SHOWN
+from itda.results import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+BINS = 12
+
+
+@dataclass(frozen=True, repr=False)
+class Summary(Report):
+    """What is in a dictionary; made by `summary`."""
+
+    n_atoms: int
+    d: int
+    k: int
+    cfg: dict[str, Any]
+    sample: dict[str, Any] | None  # tokens, l0, share_alive: of the atoms, those that are used in the sample
+    norms: dict[str, float]  # quantiles of the atoms' norms before they were normalised
+    losses: dict[str, float]  # of their admission losses
+    moved: dict[str, float] | None  # of refined atoms, quantiles of the cosine with the activation of their label
+    most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
+    first: list[dict[str, Any]]
+
+    @property
+    def threshold(self) -> str | None:
+        """Of admission; from the lowest to the highest where it was moved to meet a number of atoms."""
+        last, history = self.cfg.get("threshold"), self.cfg.get("thresholds")
+        if not is_number(last):
+            return None
+        pairs = [pair for pair in history if isinstance(pair, list | tuple)] if isinstance(history, list) else []
+        tried = [value for pair in pairs for value in pair[1:] if is_number(value)]
+        ends = [f"{end:.4g}" for end in (min([*tried, last]), max([*tried, last]))]
+        return " to ".join(dict.fromkeys(ends))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.summary(self, options)
+
+
+@dataclass(frozen=True, repr=False)
+class AtomReport(Report):
+    """One atom: what it is and where the sample uses it; made by `atom_report`."""
+
+    atom: int
+    n_atoms: int
+    label: dict[str, Any]
+    norm: float
+    loss: float
+    moved: float | None  # of a refined atom, the cosine with the activation of its label
+    sample_tokens: int
+    uses: int  # tokens of the sample that it is used for
+    negative: int  # of these, with a negative coefficient
+    histogram: dict[str, list]  # edges (bins + 1) and counts (bins) of its coefficients
+    positive_tokens: list[dict[str, Any]]  # coefficient and label, the largest first
+    negative_tokens: list[dict[str, Any]]  # the most negative first
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.atom_report(self, options)
+
+
+@dataclass(frozen=True, repr=False)
+class Found(Report):
+    """The atoms of a token; made by `find`."""
+
+    text: str
+    n_atoms: int  # of the dictionary
+    atoms: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.found(self, options)
+
+
+# -- making them ------------------------------------------------------------------------------------------------------
+
+
+def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
+    """What is in a dictionary: where it comes from, how good it is on its sample, and some of its atoms."""
+    dictionary = ITDA.of(dictionary)
+    n, uses, sample = dictionary.n_atoms, _uses(dictionary), None
+    most: ndarray = np.zeros(0, np.int64)
+    if uses is not None and dictionary.sample is not None:
+        codes = dictionary.sample.codes
+        most = np.argsort(-uses, kind="stable")[:SHOWN]
+        most = most[uses[most] > 0]
+        l0 = float(codes.l0().double().mean()) if len(codes.values) else math.nan
+        alive = float((uses > 0).mean()) if n else math.nan
+        sample = {"tokens": len(codes.values), "l0": l0, "share_alive": alive}
+
+    return Summary(
+        n_atoms=n,
+        d=dictionary.d,
+        k=dictionary.k,
+        cfg=dictionary.cfg,
+        sample=sample,
+        norms=_quantiles(dictionary.norms.numpy()),
+        losses=_quantiles(dictionary.losses.numpy()),
+        moved=None if dictionary.moved is None else _quantiles(dictionary.moved.numpy()),
+        most_used=[_listed(dictionary, uses, i) for i in most.tolist()],
+        first=[_listed(dictionary, uses, i) for i in range(min(n, SHOWN))],
+    )
+
+
+def find(dictionary: ITDA | str | os.PathLike, text: str) -> Found:
+    """The atoms whose token has `text` in it, upper and lower case alike; those that are this token alone come first.
+
+    Of these, and of the others, the most used in the sample come first. A token without text (`<token 17>`) is found by
+    its whole name only. Raises `InputError` for a dictionary whose labels have no text at all.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"`text` (`--find`) is {shortened(text)}: pass some characters of the token to find.")
+    dictionary = ITDA.of(dictionary)
+    uses, wanted, labels = _uses(dictionary), text.strip().casefold(), dictionary.labels
+    tokens = [labels.token(i).casefold() for i in range(len(labels))]
+    spelt = (labels.row >= 0) & (labels.end > labels.start)
+    found = [i for i, t in enumerate(tokens) if wanted == t.strip() or (spelt[i] and text.casefold() in t)]
+    if not found and len(labels) and not spelt.any():
+        raise InputError(
+            f"The labels of {dictionary!r} have no text, as it was built on plain activations: name an atom by its "
+            "number, with `atom_report` (`--atom`)."
+        )
+    found.sort(key=lambda i: (tokens[i].strip() != wanted, 0 if uses is None else -uses[i]))
+    return Found(text, dictionary.n_atoms, [_listed(dictionary, uses, i) for i in found])
+
+
+def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = SHOWN, bins: int = BINS) -> AtomReport:
+    """What atom number `atom` is, and in the sample the histogram of its coefficients and its `top` tokens by sign."""
+    dictionary = ITDA.of(dictionary)
+    n, sample = dictionary.n_atoms, dictionary.sample
+    if not 0 <= atom < n:
+        raise InputError(f"`atom` is {atom}, but this ITDA has the atoms 0 to {n - 1}: choose one of them.")
+    rows, values = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    sampled = Labels.counted(0, 0) if sample is None else sample.labels
+    if sample is not None:
+        used = (sample.codes.indices == atom) & (sample.codes.values != 0)
+        rows, values = used.nonzero()[:, 0].numpy(), sample.codes.values[used].numpy()
+    order = np.argsort(-values, kind="stable")
+    counts, edges = np.histogram(values, bins) if len(values) and bins else (np.zeros(0, int), np.zeros(0))
+
+    def tokens(places: ndarray) -> list[dict[str, Any]]:
+        return [{"coefficient": float(values[i]), "label": sampled.describe(int(rows[i]))} for i in places]
+
+    return AtomReport(
+        atom=atom,
+        n_atoms=n,
+        label=dictionary.labels.describe(atom),
+        norm=float(dictionary.norms[atom]),
+        loss=float(dictionary.losses[atom]),
+        moved=None if dictionary.moved is None else float(dictionary.moved[atom]),
+        sample_tokens=len(sampled),
+        uses=len(values),
+        negative=int((values < 0).sum()),
+        histogram={"edges": edges.tolist(), "counts": counts.tolist()},
+        positive_tokens=tokens(order[values[order] > 0][:top]),
+        negative_tokens=tokens(order[::-1][values[order[::-1]] < 0][:top]),
+    )
+
+
+def _uses(dictionary: ITDA) -> ndarray | None:
+    """How many tokens of the sample use each atom; None without a sample."""
+    if dictionary.sample is None:
+        return None
+    codes, n = dictionary.sample.codes, dictionary.n_atoms
+    return np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n]
+
+
+def _listed(dictionary: ITDA, uses: ndarray | None, i: int) -> dict[str, Any]:
+    """What a list says of atom `i`."""
+    used = None if uses is None else int(uses[i])
+    numbers = {"atom": i, "uses": used, "norm": float(dictionary.norms[i]), "loss": float(dictionary.losses[i])}
+    return numbers | {"label": dictionary.labels.describe(i)}
+
+
+def _quantiles(values: ndarray) -> dict[str, float]:
+    names = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
+    known = values[np.isfinite(values)]
+    return {name: float(np.quantile(known, q)) if len(known) else math.nan for name, q in names.items()}

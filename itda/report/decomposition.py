@@ -1,0 +1,161 @@
+"""One activation as a sum of atoms."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import torch
+
+from itda.dictionary.itda import ITDA
+from itda.errors import InputError, shortened
+from itda.pursuit import METHODS, MOST_STEPS, encode
+from itda.pursuit.gram import Gram
+from itda.reading.own_model import model_of
+from itda.report import drawing
+from itda.results import Report
+from itda.settings import takes, verbs
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+ENDLESS = 1 << 20  # tokens in a row of a model without a limit
+
+
+@dataclass(frozen=True, repr=False)
+class Decomposition(Report):
+    """One activation as a sparse sum of atoms; made by `decompose`.
+
+    `atoms` are dicts, one per atom in the order of first choice: atom, coefficient (its steps added up), share (of the
+    activation's energy |x - mean|^2 that its steps explained), cumulative, and label (as `Labels` has it).
+    """
+
+    model: str
+    hook_point: str
+    text: str
+    tokens: list[str]  # all but the special ones
+    token: int  # which of them
+    position: int  # its place in the row, special tokens counted
+    start: int  # its first character in the text
+    end: int  # and the one after its last
+    norm: float  # |x|
+    from_mean: float  # |x - mean|; |x| of a dictionary without a mean
+    k: int
+    method: str
+    relative_error: float  # |x - x_hat|^2 / |x - mean|^2
+    atoms: list[dict[str, Any]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.decomposition(self, options)
+
+
+@takes(verbs.DECOMPOSE)
+def decompose(
+    dictionary: ITDA | str | os.PathLike, text: str, token: int | str = -1, **settings: Unpack[verbs.Decompose]
+) -> Decomposition:
+    """Write the activation at one token of `text` as a sum of atoms (the paper's Figure 1 and Table 6).
+
+    `token` counts the tokens of `text` that are not special (-1 is the last), or is the text of one, of which the last
+    is taken. The model is the one that the dictionary was built on, or `model`, by name or loaded; `k` and `method`
+    are the dictionary's unless given. An atom's share is that of its steps: |r|^2 before less |r|^2 after, over
+    |x - mean|^2, where r is what the earlier steps left.
+
+    Raises `InputError` for a model or tokenizer that is not the dictionary's (unless `force`), and for a text that
+    does not fit into one row of the model.
+    """
+    dictionary = ITDA.of(dictionary)
+    hooked, hook = model_of(dictionary.cfg, settings)
+    row = _row(text, hooked)
+    places = np.flatnonzero(~row.special)
+    spans = np.stack([row.starts, row.ends], axis=1)[places] - row.text_start
+    tokens = [row.text[start:end] for start, end in spans.clip(0)]
+    which = _which(tokens, token)
+    x = hooked.read(row.ids[None], np.ones_like(row.ids[None]))[hook][0, places[which]].double().cpu()
+    if not bool(torch.isfinite(x).all()):
+        raise InputError(f"The activation of {tokens[which]!r} is not finite: use a wider `dtype`, such as 'float32'.")
+    k, method = settings["k"] or dictionary.k, settings["method"] or dictionary.cfg.get("method", "mp")
+    rest = x if dictionary.mean is None else x - dictionary.mean.double()
+    atoms, relative_error = _pursued(dictionary, rest, k, method)
+    return Decomposition(
+        model=str(hooked.provenance(hook)["id"]),
+        hook_point=hook,
+        text=text,
+        tokens=tokens,
+        token=which,
+        position=int(places[which]),
+        start=int(row.starts[places[which]]),
+        end=int(row.ends[places[which]]),
+        norm=float(x.norm()),
+        from_mean=float(rest.norm()),
+        k=k,
+        method=method,
+        relative_error=relative_error,
+        atoms=atoms,
+    )
+
+
+def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[list[dict[str, Any]], float]:
+    """The atoms of the pursuit of `x` (d,) float64, steps of one atom put together, and the relative error."""
+    if not isinstance(k, int) or not 1 <= k <= MOST_STEPS:
+        raise InputError(f"`k` is {shortened(k)}: pass a whole number of pursuit steps, 1 to {MOST_STEPS:,}.")
+    if method not in tuple(METHODS):
+        raise InputError(f"`method` is {shortened(method)}; choose one of {', '.join(map(repr, METHODS))}.")
+    gram = Gram(dictionary.atoms, max_bytes=0)
+    (steps,) = encode(x.float()[None], gram, k, method, dictionary.cfg.get("nonneg", False))
+    taken = steps.coefficients[0] != 0
+    chosen, coefficients = steps.indices[0][taken], steps.coefficients[0][taken].double()
+    spent = (coefficients[:, None] * dictionary.atoms[chosen].double()).cumsum(0)
+    energy = torch.cat([x[None], x - spent]).square().sum(1)
+    shares = -energy.diff() / energy[0] if len(chosen) else energy[:0]
+    parts: dict[int, dict[str, Any]] = {}
+    for atom, coefficient, share in zip(chosen.tolist(), coefficients.tolist(), shares.tolist(), strict=True):
+        new = {"atom": atom, "coefficient": 0.0, "share": 0.0, "cumulative": 0.0}
+        part = parts.setdefault(atom, new | {"label": dictionary.labels.describe(atom)})
+        part["coefficient"] += coefficient
+        part["share"] += share
+    for part, total in zip(parts.values(), itertools.accumulate(p["share"] for p in parts.values()), strict=True):
+        part["cumulative"] = total
+    return list(parts.values()), float(energy[-1] / energy[0]) if energy[0] else 0.0
+
+
+def _row(text: str, hooked):
+    """`text` as one row of a token stream."""
+    from itda.text.prompts import TokenStream
+
+    if not isinstance(text, str) or not text:
+        raise InputError(f"`text` is {shortened(text)}: pass some words.")
+    limit = hooked.max_length or ENDLESS
+    rows = list(itertools.islice(TokenStream([text], hooked.tokenizer, context_length=limit), 2))
+    if len(rows) > 1:
+        raise InputError(f"`text` has more tokens than the {limit} that the model has positions for: shorten it.")
+    if rows[0].special.all():
+        raise InputError("`text` has special tokens only: pass some words.")
+    return rows[0]
+
+
+def _which(tokens: list[str], token: int | str) -> int:
+    """The number of the token that is meant."""
+    there = ", ".join(f"{i} {t!r}" for i, t in enumerate(tokens[:40])) + (", ..." if len(tokens) > 40 else "")
+    if isinstance(token, str):
+        same = [i for i, t in enumerate(tokens) if t == token]
+        same = same or [i for i, t in enumerate(tokens) if t.strip() and t.strip() == token.strip()]
+        if same:
+            return same[-1]
+        if spelt := _spelt(tokens, token.strip()):
+            there = f"{there}; it is spelt by those from {spelt[0]} to {spelt[1]}"
+    elif isinstance(token, Integral) and -len(tokens) <= token < len(tokens):
+        return int(token) % len(tokens)
+    raise InputError(f"`token` is {token!r}, which is no token of the text: name one by number or text, of {there}.")
+
+
+def _spelt(tokens: list[str], word: str) -> tuple[int, int] | None:
+    """The last tokens, from the first to the last of them, that `word` is made of."""
+    for first in reversed(range(len(tokens))):
+        for last in range(first + 1, min(len(tokens), first + len(word))):
+            if "".join(tokens[first : last + 1]).strip() == word:
+                return first, last
+    return None

@@ -1,0 +1,120 @@
+"""Which settings each verb takes: groups put together, and the defaults that are its own.
+
+A group is written out here once more as a class, because that is what type checkers read; no setting is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+from itda.settings import groups as g
+from itda.settings.declare import Setting, Verb, names
+
+# The published code's practice, where nothing else is given. Its threshold, 4e-4, is the default of the cosine loss.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "loss": "cosine",
+        "admission": "paper",
+        "center": False,
+        "batch_rows": 128,
+        "truncate": True,
+        "special_tokens": True,
+        "padding": True,
+    }
+}
+
+
+class Text(g.Rows, g.Order, g.Source, total=False):
+    """Text as token rows."""
+
+
+class Loading(g.Device, g.Revision, g.Backend, g.Large, total=False):
+    """A model by name."""
+
+
+class Reading(g.Places, g.Amount, Text, g.Batches, g.Special, g.Padding, g.Tokenizer, Loading, total=False):
+    """Activations of a model on text."""
+
+
+class Grow(g.Steps, g.Size, g.Growth, total=False):
+    """A dictionary of activations."""
+
+
+class Build(Grow, g.Amount, g.Keeping, g.Progressing, g.Stopping, total=False):
+    """`itda.build`."""
+
+    checkpoint: Annotated[
+        str | os.PathLike | None, Setting(None, "folder to keep progress in; goes on from what is there", flag=None)
+    ]
+
+
+class Training(
+    g.Places,
+    g.Amount,
+    Grow,
+    g.Preset,
+    g.Improvement,
+    Text,
+    g.Batches,
+    g.Special,
+    g.Padding,
+    g.Tokenizer,
+    Loading,
+    total=False,
+):
+    """All that decides what a training gives: what a sweep may vary."""
+
+
+class Train(Training, g.Workers, g.Target, g.Keeping, g.Progressing, g.Stopping, total=False):
+    """`itda.train`."""
+
+
+class Collect(Reading, g.Target, g.Progressing, g.Stopping, total=False):
+    """`itda.collect`."""
+
+
+class Sweep(g.Workers, g.Progressing, g.Stopping, total=False):
+    """`itda.sweep`."""
+
+
+class Decompose(g.Again, total=False):
+    """`itda.decompose`."""
+
+
+class Evaluate(g.Amount, g.Measuring, g.Drawing, g.Again, g.Rows, g.Source, g.Special, g.Progressing, total=False):
+    """`itda.evaluate`."""
+
+
+class ReadSeveral(
+    g.Places, g.Amount, g.Several, g.Rows, g.Source, g.Batches, g.Special, g.Device, g.Progressing, total=False
+):
+    """Several models that read one text."""
+
+
+class ReadAll(ReadSeveral, g.Order, total=False):
+    """`itda.comparison.common_tokens.read`."""
+
+
+class Compare(g.Steps, g.Size, g.Likeness, ReadAll, total=False):
+    """`itda.compare`."""
+
+
+class Diff(g.Steps, g.Size, g.Changes, g.Drawing, ReadSeveral, total=False):
+    """`itda.diff`."""
+
+
+LOAD = Verb(Loading, open=True)
+TEXT = Verb(Text)
+ACTIVATIONS = Verb(Reading, open=True)
+GROW = Verb(Grow)
+BUILD = Verb(Build)
+TRAIN = Verb(Train, {"tokens": 1_000_000}, presets=PRESETS)
+COLLECT = Verb(Collect, {"tokens": 1_000_000}, open=True)
+SWEEP = Verb(Sweep)
+GRID = Verb(Training, TRAIN.changed)
+DECOMPOSE = Verb(Decompose)
+EVALUATE = Verb(Evaluate, {"tokens": 50_000}, as_before=frozenset((*names(g.Rows, g.Source), "special_tokens")))
+READ_ALL = Verb(ReadAll, {"tokens": 50_000})
+COMPARE = Verb(Compare, {"tokens": 50_000, "k": 8})
+DIFF = Verb(Diff, {"tokens": 50_000, "k": 16, "n_atoms": 512})

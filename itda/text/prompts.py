@@ -1,0 +1,282 @@
+"""Text or dataset -> token rows in a fixed, hashed order.
+
+The rows depend on the texts, the tokenizer and the settings alone: the same documents give the same rows from a list, a
+`.txt`, a `.jsonl`, a `.parquet`, a folder or the Hub. Part of that definition is the *piece*: no document is tokenised
+whole, but in pieces that end at the first line end from their character `PIECE` on, or at `2 * PIECE` without one.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import chain, groupby, islice, repeat
+from typing import Unpack
+
+import numpy as np
+from jaxtyping import Bool, Int
+from numpy import ndarray
+
+from itda.errors import InputError
+from itda.labels import Labels
+from itda.settings import groups, pick, takes, verbs
+from itda.text.documents import open_documents
+from itda.text.tokenizers import encoder, special_ids, tokenizer_hash
+
+PIECE = 1 << 16  # characters
+GROUP = (1024, 1 << 20)  # pieces and characters tokenised in one call, a piece on a core
+SHUFFLE_TOKENS = 1 << 21  # the shuffle buffer: 16,384 rows of 128 tokens
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no UTF-8 form; JSON makes them from "\\ud800"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Row:
+    """One prompt. Spans are characters of the document, half-open; -1 for tokens that were put in (BOS, SEP, EOS)."""
+
+    prompt: int  # index of the row in the stream
+    document: int  # index of its document in the data's own order (0 if packed)
+    ids: Int[ndarray, " length"]
+    starts: Int[ndarray, " length"]
+    ends: Int[ndarray, " length"]
+    special: Bool[ndarray, " length"]  # BOS, EOS and their kind, put in or spelled out in the text; [UNK] is text
+    text: str  # of the document, from the first token's start to the last token's end
+    text_start: int  # the character of the document at which `text` begins
+
+
+def valid(row: Row, special_tokens: bool = False) -> Bool[ndarray, " length"]:
+    """Which tokens of `row` count: neither special nor at position 0; all of them with `special_tokens=True`."""
+    if special_tokens:
+        return np.ones(len(row.ids), bool)
+    return ~row.special & (np.arange(len(row.ids)) > 0)
+
+
+class StreamHash:
+    """The identity of a token stream: the documents, lengths and ids of its rows, in order.
+
+    It begins as SHA-256 of nothing; a row makes it SHA-256 of (itself, document, length, ids), numbers as little-endian
+    int64. `hexdigest` may be asked for at any row, and `StreamHash(digest)` goes on from there: it is the whole state.
+    """
+
+    def __init__(self, digest: str | None = None):
+        self._digest = bytes.fromhex(digest) if digest else sha256().digest()
+
+    def update(self, row: Row) -> None:
+        head = np.array([row.document, len(row.ids)], "<i8").tobytes()
+        self._digest = sha256(self._digest + head + row.ids.astype("<i8").tobytes()).digest()
+
+    def hexdigest(self) -> str:
+        return self._digest.hex()
+
+
+def hash_rows(rows: Iterable[Row]) -> str:
+    """The `StreamHash` of all `rows`."""
+    stream = StreamHash()
+    for row in rows:
+        stream.update(row)
+    return stream.hexdigest()
+
+
+class TokenStream:
+    """The rows of `data`, the same ones in every iteration.
+
+    `data` is the id of a Hub dataset (streamed), a local `.txt` (one document), `.jsonl` or `.parquet` (`column` of a
+    record is one document), a folder of these (sorted by name, hidden files skipped), or a list of strings or records.
+    A document becomes successive rows of `context_length` tokens, each opened by BOS (else CLS) where the tokenizer has
+    one and closed by SEP where it has CLS and SEP; both count. The last row of a document is as short as it comes.
+
+    `truncate` keeps the first row of each document. `pack` joins all documents that have tokens into one: document 0,
+    whose text is theirs with nothing between them, whose spans count its characters, and whose ids have EOS between
+    them where the tokenizer has one. `seed` shuffles the rows, holding `SHUFFLE_TOKENS` tokens at a time. `split`,
+    `data_revision` and `config` select from a Hub dataset. Lone surrogates are read as U+FFFD, null as an empty
+    document. `provenance` says all this in JSON. What is wrong with the input is said at once where it shows at its
+    beginning, else when iteration gets there, in an `InputError`.
+    """
+
+    @takes(verbs.TEXT)
+    def __init__(self, data, tokenizer, **settings: Unpack[verbs.Text]):
+        bos, cls, sep, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "sep", "eos"))
+        self.prefix = [token for token in (cls if bos is None else bos,) if token is not None]
+        self.suffix = [sep] if cls is not None and sep is not None else []
+        least = len(self.prefix) + len(self.suffix) + 1
+        self.context_length, self.truncate = settings["context_length"], settings["truncate"]
+        self.pack, self.seed = settings["pack"], settings["seed"]
+        if self.context_length < least:
+            raise InputError(
+                f"`context_length` is {self.context_length}, but rows of this tokenizer need at least {least} tokens, "
+                f"{least - 1} of them special: pass a larger integer."
+            )
+        if self.truncate and self.pack:
+            raise InputError(
+                "`truncate` and `pack` exclude each other (all is one document when packed): pass one of them."
+            )
+        self._room = self.context_length - least + 1
+        self._opening, self._closing = _without_span(self.prefix), _without_span(self.suffix)
+        self._between = _without_span([] if eos is None else [eos])
+        self._special_ids = special_ids(tokenizer)
+        self._encode = encoder(tokenizer)
+        self._some: tuple[Row, ...] | None = None
+        kind, self._documents, revision = open_documents(data, pick(groups.Source, settings))
+        self.provenance = {
+            "kind": kind,
+            "data": os.fsdecode(data) if isinstance(data, (str, os.PathLike)) else None,
+            "revision": revision,
+            "config": settings["config"] if kind == "hub" else None,
+            "split": settings["split"] if kind == "hub" else None,
+            "column": settings["column"],
+            "context_length": self.context_length,
+            "truncate": self.truncate,
+            "pack": self.pack,
+            "seed": self.seed,
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "prefix": self.prefix,
+            "suffix": self.suffix,
+        }
+
+    def of(self, rows: Sequence[Row]) -> TokenStream:
+        """Some rows of the stream, as a stream of the same settings that has these alone, numbered as they are."""
+        some = copy.copy(self)
+        some._some = tuple(rows)
+        return some
+
+    def __iter__(self) -> Iterator[Row]:
+        if self._some is not None:
+            yield from self._some
+            return
+        rows = self._rows()
+        if self.seed is not None:
+            rows = _shuffled(rows, self.seed, max(1, SHUFFLE_TOKENS // self.context_length))
+        prompt = -1
+        for prompt, row in enumerate(rows):
+            yield replace(row, prompt=prompt)
+        if prompt < 0:
+            raise InputError("`data` holds no tokens: every document in it is empty; pass data with text in it.")
+
+    def _rows(self) -> Iterator[Row]:
+        """The rows in the data's own order, not yet numbered."""
+        pieces = self._pieces()
+        for document, own in groupby(self._packed(pieces) if self.pack else pieces, key=lambda piece: piece.document):
+            rows = self._cut(document, own)
+            yield from islice(rows, 1) if self.truncate else rows
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """The pieces of all documents with their tokens; short documents are tokenised together."""
+        group, characters = [], 0
+        for document, blocks in enumerate(self._documents()):
+            n_tokens = 0
+            for start, text in _cut_text(blocks):
+                group.append((document, start, text))
+                characters += len(text)
+                if len(group) < GROUP[0] and characters < GROUP[1]:
+                    continue
+                pieces, group, characters = self._tokenised(group), [], 0
+                yield from pieces
+                n_tokens += sum(len(piece.tokens) for piece in pieces if piece.document == document)
+                if self.truncate and n_tokens >= self._room:
+                    break  # its first row is full: the rest of a large document is not read
+        yield from self._tokenised(group)
+
+    def _tokenised(self, group: list[tuple[int, int, str]]) -> list[_Piece]:
+        tokens = self._encode([text for _, _, text in group]) if group else []
+        return [_Piece(*piece, ids + _shift(piece[1])) for piece, ids in zip(group, tokens, strict=True)]
+
+    def _packed(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+        """The same pieces as those of one document, with EOS between the tokens of two."""
+        document, base, end, held, between = -1, 0, 0, False, False
+        for piece in pieces:
+            if piece.document != document:
+                document, base, between = piece.document, end, held
+            end = base + piece.start + len(piece.text)
+            tokens = piece.tokens + _shift(base)
+            if len(tokens):
+                tokens = np.concatenate([self._between, tokens]) if between else tokens
+                held, between = True, False
+            yield _Piece(0, base + piece.start, piece.text, tokens)
+
+    def _cut(self, document: int, pieces: Iterable[_Piece]) -> Iterator[Row]:
+        """The rows of one document."""
+        tokens, text, start = self._opening[:0], "", 0  # what is in no row yet, and the character it starts at
+        for piece in pieces:
+            text, start = (text + piece.text, start) if text else (piece.text, piece.start)
+            tokens = np.concatenate([tokens, piece.tokens])
+            full = len(tokens) - len(tokens) % self._room
+            for at in range(0, full, self._room):
+                yield self._row(document, tokens[at : at + self._room], text, start)
+            tokens = tokens[full:]
+            first = max(start, _span(tokens, start + len(text))[0])
+            text, start = text[first - start :], first
+        if len(tokens):
+            yield self._row(document, tokens, text, start)
+
+    def _row(self, document: int, tokens: ndarray, text: str, start: int) -> Row:
+        """One row of `tokens`; `text` holds theirs and begins at character `start` of the document."""
+        first, last = (max(start, character) for character in _span(tokens, start))
+        ids, starts, ends = np.ascontiguousarray(np.concatenate([self._opening, tokens, self._closing]).T)
+        special = np.isin(ids, self._special_ids)
+        return Row(-1, document, ids, starts, ends, special, text[first - start : last - start], first)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    document: int
+    start: int  # its first character in the document
+    text: str
+    tokens: Int[ndarray, "n 3"]  # id, start and end of each, in characters of the document
+
+
+def _without_span(ids: list[int]) -> Int[ndarray, "n 3"]:
+    return np.array([[token, -1, -1] for token in ids], np.int64).reshape(-1, 3)
+
+
+def _shift(characters: int) -> Int[ndarray, " 3"]:
+    return np.array([0, characters, characters])
+
+
+def _span(tokens: Int[ndarray, "n 3"], default: int) -> tuple[int, int]:
+    """First and last character of `tokens`; `default` twice where none of them has a span."""
+    tokens = tokens[tokens[:, 1] >= 0]
+    return (int(tokens[0, 1]), int(tokens[:, 2].max())) if len(tokens) else (default, default)
+
+
+def _cut_text(blocks: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The pieces of a document with the character each begins at, however the document came in blocks."""
+    start, text = 0, ""
+    for block in blocks:
+        text, at = text + _LONE_SURROGATE.sub("\ufffd", block), 0
+        while end := _piece_end(text, at):
+            yield start + at, text[at:end]
+            at = end
+        start, text = start + at, text[at:]
+    if text:
+        yield start, text
+
+
+def _piece_end(text: str, at: int) -> int:
+    """Where the piece that begins at `at` ends; 0 if that takes more text to say."""
+    last = at + 2 * PIECE
+    return text.find("\n", at + PIECE - 1, last) + 1 or (last if len(text) >= last else 0)
+
+
+def _shuffled(rows: Iterable[Row], seed: int, size: int) -> Iterator[Row]:
+    """`rows` in a random order, `size` of them held. Raw bits, since NumPy promises these alone never to change."""
+    bits, held = np.random.PCG64(seed), []
+    for row in chain(rows, repeat(None)):
+        if row is not None:
+            held.append(row)
+        if not held:
+            return
+        if row is None or len(held) > size:
+            i = bits.random_raw() % len(held)
+            held[i], held[-1] = held[-1], held[i]
+            yield held.pop()
+
+
+def row_labels(row: Row) -> Labels:
+    """Those of all tokens of a row, without text."""
+    length = len(row.ids)
+    prompt, document, nothing = (np.full(length, number) for number in (row.prompt, row.document, -1))
+    ids, starts, ends = (np.asarray(values, np.int64) for values in (row.ids, row.starts, row.ends))
+    return Labels(prompt, np.arange(length), ids, document, starts, ends, nothing)

@@ -1,0 +1,280 @@
+"""A grid of settings -> a dictionary for each, and a table of results: everything that `itda sweep` does is `sweep`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from itda.disk import as_input_error, checked_path, json_object, locked, make_folder, write_file
+from itda.errors import InputError, Interrupted, one_line
+from itda.progress import Progress, Step, reporter
+from itda.results import Report, finite
+from itda.settings import takes, verbs
+from itda.training.cluster import POLL, Crew, Surroundings, check_unshared, check_workers, connected, shares
+from itda.training.grid import ONE_PASS, Job, default, jobs_of, read_grid
+from itda.training.sweep_worker import Outcome, Trainer, finished, read_note
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+RESULTS, TABLE, FORMAT = "results.json", "results.csv", "itda sweep"
+MEASURED = ("hook_point", "k", "threshold", "n_atoms", "fvu", "tokens", "seconds")
+
+
+@dataclass(frozen=True, repr=False)
+class Sweep(Report):
+    """The dictionaries of a grid, one row each; made by `sweep`.
+
+    A row has the `settings` that the grid names, the `folder`, and of the dictionary `hook_point`, `k`, `threshold`,
+    `n_atoms`, `fvu` on its sample, `tokens` judged, and `seconds` of the pass that made it (and the other layers of
+    that pass). `problem` says why there is none, else it is None.
+    """
+
+    path: str
+    grid: dict[str, list]
+    rows: list[dict[str, Any]]
+    skipped: int  # dictionaries that were there before
+
+    @property
+    def problems(self) -> list[str]:
+        """Why dictionaries are missing."""
+        return [row["problem"] for row in self.rows if row["problem"]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return {"format": FORMAT, **super().to_json()}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        several = [name for name, values in self.grid.items() if len(values) > 1 and name not in MEASURED]
+        several = [name for name in several if name not in ONE_PASS]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for name in (*several, *MEASURED):
+            table.add_column(name, justify="right" if name in MEASURED[1:] else "left")
+        table.add_column("folder", overflow="fold")
+        for row in self.rows:
+            place = next(row["settings"][kind] for kind in ONE_PASS if kind in row["settings"])
+            measured = [row["hook_point"] or place, *(row[name] for name in MEASURED[1:])]
+            cells = [row["settings"].get(name) for name in several] + measured
+            last = Text(one_line(row["problem"] or row["folder"]), style="red" if row["problem"] else "")
+            table.add_row(*(Text(one_line(_cell(cell))) for cell in cells), last)
+        yield table
+        yield Text(f"{len(self.rows) - len(self.problems)} dictionaries in {self.path}, {self.skipped} there before")
+
+
+@takes(verbs.SWEEP)
+def sweep(settings: Mapping[str, Any] | str | os.PathLike, out: str | os.PathLike, **how: Unpack[verbs.Sweep]) -> Sweep:
+    """Train a dictionary for every combination of `settings`, into the folder `out`; goes on from where one ended.
+
+    `settings` are those of `itda.train` by name, each a value or a list of them, or the path of a TOML file with them.
+    `model`, `data`, and `layer` or `hook` must be there. Layers and hook points are read in one pass; `threshold` and
+    `n_atoms` are alternatives, so that the sizes of both lists are tried. A dictionary that is finished is not trained
+    again. A training that fails is told in its row, and the others go on.
+
+    With `workers` or `ray`, so many trainings run side by side, on this machine or on those of the Ray cluster at that
+    address, which must all see `out` and the data.
+
+    Raises `InputError` for settings that are not understood, before anything is trained, and `Interrupted` if `stop`
+    said so.
+    """
+    workers, ray, stop = how["workers"], how["ray"], how["stop"]
+    check_workers(workers)
+    grid = read_grid(settings)
+    jobs, shown = jobs_of(grid), str(out)
+    make_folder(out)
+    out = Path(os.path.realpath(checked_path(out)))
+    _check_ours(out)
+    with locked(out, "sweeping into"):
+        table = _Table(out, grid, jobs)
+        todo = [job for job in jobs if table.missing(job)]
+        view = _View(todo, reporter(how["progress"]), stop)
+        calls = ((job, table.missing(job), str(out / job.name)) for job in view.started())
+        wants = {name: todo[0].settings.get(name) for name in ("device", "device_map")} if todo else {}
+        alone = not todo or (workers is None and not ray)
+        for job in [] if alone else todo:
+            check_unshared(job.settings.get("tensor_parallel"))
+        try:
+            table.write()
+            outcomes = _here(calls, view) if alone else _there(calls, view, out, workers, ray, wants)
+            for number, outcome in outcomes:
+                view.ended(number, outcome)
+                table.add(todo[number], outcome)
+                table.write()
+        finally:
+            view.end()
+    if view.stopping:
+        raise Interrupted(view.kept)
+    return Sweep(shown, grid, table.rows, table.skipped)
+
+
+def _here(calls: Iterable[tuple], view: _View) -> Iterator[tuple[int, Outcome]]:
+    """One training after another, in this process."""
+    trainer = Trainer(view.stop, lambda: view.tell([trainer.state()]))
+    for number, call in enumerate(calls):
+        yield number, trainer.run(*call)
+
+
+def _there(
+    calls: Iterable[tuple], view: _View, out: Path, workers: int | None, ray: bool | str, wants: dict[str, Any]
+) -> Iterator[tuple[int, Outcome]]:
+    """Trainings side by side, by workers of Ray."""
+    with connected(ray, workers) as module, _mark(out) as mark:
+        number, gpus = shares(module, workers, **wants)
+        crew = Crew(module, Trainer, (Surroundings.here(), mark), number, gpus=gpus, at_once=2)
+        told = set()
+
+        def tick() -> None:
+            ready = [worker for worker in crew.workers if worker.ready]
+            if ready:
+                states, _ = module.wait([w.actor.state.remote() for w in ready], num_returns=len(ready), timeout=POLL)
+                with suppress(*crew.losses):  # of one that died, which is noticed elsewhere
+                    view.tell(module.get(states))
+            if view.stop():
+                for worker in ready:
+                    if worker not in told:
+                        worker.actor.stop.remote()
+                        told.add(worker)
+
+        try:
+            yield from crew.run("run", calls, tick=tick, instead=lambda error: Outcome(str(error)))
+        finally:
+            crew.close()
+
+
+@contextmanager
+def _mark(out: Path) -> Iterator[str]:
+    """A file in `out` for workers to see, as long as they work."""
+    mark = out / f".{RESULTS}.tmp-{secrets.token_hex(8)}"
+    with as_input_error(f"{out} could not be written", "choose another folder"):
+        mark.touch()
+    try:
+        yield str(mark)
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+class _Table:
+    """The rows of a sweep, in memory and in its folder."""
+
+    def __init__(self, out: Path, grid: dict[str, list], jobs: list[Job]) -> None:
+        self._out, self._grid, self._jobs = out, grid, jobs
+        self._rows: dict[tuple[str, int | str], dict[str, Any]] = {}
+        self._done: set[tuple[str, int | str]] = set()
+        for job in jobs:
+            self.add(job, Outcome())
+        self.skipped = sum(row["hook_point"] is not None for row in self.rows)
+
+    def missing(self, job: Job) -> tuple[int | str, ...]:
+        """The hook points of `job` that have no dictionary yet."""
+        return tuple(place for place in job.places if (job.name, place) not in self._done)
+
+    def add(self, job: Job, outcome: Outcome) -> None:
+        """Take down what became of `job`, from what is in its folder."""
+        note = read_note(self._out / job.name, job)
+        for place in job.places:
+            settings = {name: job.settings.get(name, default(name)) for name in self._grid if name != job.kind}
+            row = {"settings": {**settings, job.kind: place}, "folder": job.name, **dict.fromkeys(MEASURED)}
+            problem = outcome.missing.get(place, outcome.problem)
+            if found := finished(self._out / job.name, note, place):
+                cfg, hook, seconds = found
+                row |= {name: cfg.get(name) for name in MEASURED}
+                row |= {"hook_point": hook, "seconds": seconds, "folder": f"{job.name}/{hook}"}
+                self._done.add((job.name, place))
+            self._rows[job.name, place] = row | {"problem": None if found else problem}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each dictionary, in the order of the grid; layers -1 and 3 may be one."""
+        rows: dict[Any, dict[str, Any]] = {}
+        for (_, place), row in self._rows.items():
+            rows.setdefault((row["folder"], row["hook_point"] or place), row)
+        return [finite(row) for row in rows.values()]
+
+    def write(self) -> None:
+        """Put them into the folder."""
+        document = {"format": FORMAT, "grid": self._grid, "rows": self.rows}
+        write_file(self._out / RESULTS, [(json.dumps(document, indent=2, allow_nan=False) + "\n").encode()])
+        names = [name for name in self._grid if name not in MEASURED]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*names, *MEASURED, "folder", "problem"])
+        for row in self.rows:
+            given = [row["settings"].get(name) for name in names]
+            writer.writerow(given + [row[name] for name in (*MEASURED, "folder", "problem")])
+        write_file(self._out / TABLE, [text.getvalue().encode()])
+
+
+class _View:
+    """How far the trainings are that were begun, all of them together."""
+
+    def __init__(self, todo: list[Job], report: Callable[[Step | None], None] | None, stop: Callable[[], bool]) -> None:
+        self._todo, self._report, self._stop = todo, report, stop
+        self._began, self._running, self._ended = time.monotonic(), 0, 0
+        self._tokens, self._total = 0, 0  # of those that ended; what the longest has
+        self._last: list[Progress] = []
+        self.stopping, self.kept = False, 0
+
+    def started(self) -> Iterator[Job]:
+        """The jobs, until they are to stop."""
+        for job in self._todo:
+            if self.stop():
+                return
+            self._running += 1
+            yield job
+
+    def stop(self) -> bool:
+        """Whether they are to stop."""
+        self.stopping = self.stopping or self._stop()
+        return self.stopping
+
+    def ended(self, number: int, outcome: Outcome) -> None:
+        """One is no longer running."""
+        self._running, self._ended, self.kept = self._running - 1, self._ended + 1, self.kept + (outcome.stopped or 0)
+        self._tokens += self._total
+        self._last = []
+
+    def tell(self, states: Iterable[Progress | Step | None]) -> None:
+        """Report, from where those are that run."""
+        self._last = [state for state in states if isinstance(state, Progress)]
+        self._total = max([self._total, *(state.total or 0 for state in self._last)])
+        if self._report:
+            speed = sum(state.tokens_per_second for state in self._last)
+            what = (
+                f"{self._ended} of {len(self._todo)} trainings done · {self._running} running · {speed:,.0f} tokens/s"
+            )
+            tokens = self._tokens + sum(state.tokens for state in self._last)
+            total = max(tokens, self._total * len(self._todo)) or None
+            self._report(Step(what, tokens, total, time.monotonic() - self._began))
+
+    def end(self) -> None:
+        """The display is left."""
+        if self._report:
+            self._report(None)
+
+
+def _check_ours(out: Path) -> None:
+    """Raise `InputError` where another's results would be written over."""
+    ours = json_object(out / RESULTS).get("format") == FORMAT
+    for name in (RESULTS, TABLE):
+        if (out / name).exists() and not ours:
+            raise InputError(f"{out / name} is not of a sweep: choose another folder, or move it away.")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

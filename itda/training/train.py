@@ -1,0 +1,249 @@
+"""A training from names to folders: everything that `itda train` does is `train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+from itda.dictionary import folder
+from itda.dictionary.build import build
+from itda.dictionary.builder import Builder
+from itda.dictionary.itda import ITDA
+from itda.disk import STATES, checked_path, locked
+from itda.errors import InputError, Interrupted
+from itda.models import hidden_states
+from itda.models.streamed_model import StreamedModel
+from itda.progress import Progress, Step, reporter
+from itda.reading.activations import activations
+from itda.reading.on_disk import is_stored
+from itda.results import Report
+from itda.settings import groups, names, pick, takes, verbs
+from itda.training.cluster import check_unshared
+from itda.training.improve import Improvement
+from itda.training.reading_workers import workers_of
+
+LOADING = ("tokenizer", *names(verbs.Loading))
+STREAMING = ("stream_layers", "state_gb", "state_dir")
+
+
+@dataclass(frozen=True)
+class Trained(Report):
+    """One dictionary that `train` saved, and what it cost."""
+
+    path: str  # its folder
+    hook_point: str
+    n_atoms: int
+    tokens: int  # judged
+    threshold: float  # the last one, where it was corrected on the way
+    k: int
+    fvu: float  # on a sample of the tokens
+    settled_share: float | None  # of all decisions (which atom, admit or not), those taken in float64
+    seconds: float  # of this call: loading, reading, building and saving
+    tokens_per_second: float | None  # reading and building; None if nothing was left to read
+
+    def __str__(self) -> str:
+        speed = f", reading and building at {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
+        return (
+            f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} (threshold "
+            f"{self.threshold:.4g}, k = {self.k}, FVU {self.fvu:.4f}) in {self.seconds:.1f} s{speed}"
+        )
+
+
+@takes(verbs.TRAIN)
+def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verbs.Train]) -> list[Trained]:
+    """Train a dictionary of `model` on `data` and save it as the folder `out`; goes on from where one was interrupted.
+
+    `layer` and `hook`, and what says how to read, are those of `itda.activations`; what says how to build, of
+    `itda.build`. With a list of layers or hook points, `out` holds one folder per hook point, named for it. `preset`
+    "paper" is the published code's practice: `PRESETS` where nothing else is given. `loss` is "relative", `admission`
+    "sequential", `center` True and `batch_rows` 32 without it. With `candidates`, a dictionary of so many times
+    `n_atoms` is built and the atoms of most use are kept (`itda.refine.select`); with `refine`, atoms are moved in so
+    many passes (`itda.refine.refine`). Both are done on the first `refine_tokens` tokens, which are read again and held
+    in memory; `progress` then is also called with a `Step`.
+
+    With `workers` or `ray`, so many processes on this machine, or on those of the Ray cluster at that address, read the
+    model together (`itda.training.reading_workers`), and the dictionary is the same. With `stream_layers` (None: where
+    the model does not fit into memory) its blocks come into memory one after another; the states between two of them
+    lie in `out`, so that an interrupted training goes on after the last block that was finished.
+
+    Raises `InputError` for what cannot be read, built or saved, a folder that is not ours, a dictionary that is there
+    already unless `overwrite`, and `Interrupted` when `stop` said so.
+    """
+    given: dict[str, Any] = dict(settings)
+    improvement = Improvement(given["n_atoms"], given["candidates"], given["refine"], given["refine_tokens"])
+    read, grow = pick(verbs.Reading, given), pick(verbs.Grow, given)
+    overwrite, stop, tokens = given["overwrite"], given["stop"], given["tokens"]
+    Builder(**grow, total=given["n_atoms"])  # bad settings are refused as they were given, before anything is loaded
+    began = time.monotonic()
+    single = _is_single(given, data)
+    shown = Path(out)
+    out = _checked_out(out, single, overwrite)
+    _check_documents(data, read["truncate"])
+    watch = _Watch(given["progress"])
+    with ExitStack() as held:
+        if not is_stored(data):
+            read["state_dir"] = given["state_dir"] or out / STATES
+        if given["workers"] is not None or given["ray"]:
+            watch.step(Step("starting workers", 0, given["workers"], 0.0))
+            model, read = _by_workers(held, model, read, pick(groups.Workers, given))
+        stream = activations(model, data, **read)
+        reader = getattr(stream, "model", None)
+        if isinstance(reader, StreamedModel):
+            reader.stop, reader.report = stop, watch.step
+        grow["n_atoms"] = improvement.wish(stream, grow["max_atoms"], tokens)
+        folders = {"": out} if single else {name: out / name for name in stream.hook_points}
+        for target in folders.values():
+            held.enter_context(locked(target, "training into"))
+        _check_targets(folders, overwrite)
+        try:
+            built = build(
+                stream,
+                **grow,
+                tokens=tokens,
+                progress=watch,
+                checkpoint=out,
+                checkpoint_seconds=given["checkpoint_seconds"],
+                stop=stop,
+            )
+            models = {"": built} if isinstance(built, ITDA) else built
+            models = improvement.of(models, stream, watch.step, stop)
+        except KeyboardInterrupt:
+            raise Interrupted(min(map(_kept, folders.values()))) from None
+        finally:
+            watch.end()
+        for name, dictionary in models.items():
+            dictionary.save(folders[name])
+        # Only now, and the checkpoints last: a run that is killed before or in between goes on from them.
+        hidden_states.remove(out / STATES)
+        for target in folders.values():
+            (target / folder.CHECKPOINT).unlink(missing_ok=True)
+    return [_trained(models[name], shown / name, watch, began) for name in folders]
+
+
+def _by_workers(held: ExitStack, model: Any, read: dict, who: Mapping[str, Any]) -> tuple[Any, dict]:
+    """Workers in place of `model` until `held` is left, and what there is to say besides of how to read."""
+    if read.get("stream_layers"):
+        raise InputError(
+            "A model that is streamed is read by one process: drop `stream_layers`, or `workers` and `ray`."
+        )
+    check_unshared(read["tensor_parallel"])
+    hooks = read["hook"] if read["layer"] is None else read["layer"]
+    if hooks is None:
+        return model, read  # which is refused
+    how = {name: value for name, value in read.items() if name in LOADING and name not in STREAMING}
+    hooks = [hooks] if isinstance(hooks, str) or not isinstance(hooks, Iterable) else list(hooks)
+    found = held.enter_context(workers_of(model, hooks, **who, **how))
+    return found, {name: value for name, value in read.items() if name not in LOADING}
+
+
+def _check_documents(data: Any, truncate: bool) -> None:
+    if truncate and str(data).lower().endswith(".txt"):
+        raise InputError(
+            f"`truncate` keeps the first row of each document, and {data} is one document: give a .jsonl, a .parquet "
+            "or a folder of files, or leave out `truncate` (which preset 'paper' sets)."
+        )
+
+
+def _is_single(given: Mapping[str, Any], data: Any) -> bool:
+    """Whether one dictionary is to be built; of activations on disk all that are there, unless some are chosen."""
+    places = given["layer"], given["hook"]
+    if places == (None, None) and is_stored(data):
+        return activations(None, data).single
+    return all(isinstance(place, str) or not isinstance(place, Iterable) for place in places)
+
+
+def _checked_out(out: str | os.PathLike, single: bool, overwrite: bool) -> Path:
+    """The folder to write to, after every check that needs no model."""
+    if single:
+        target = folder.check_writable_target(out)
+        _check_targets({"": target}, overwrite)
+        return target
+    target = folder.check_writable_target(Path(checked_path(out)) / "any").parent
+    for name, what in ((folder.MANIFEST, "is an ITDA"), (folder.CHECKPOINT, "is one whose training has not finished")):
+        if (target / name).exists():
+            raise InputError(
+                f"{target} {what}, and several hook points need a folder that holds one for each: choose a new folder."
+            )
+    return target
+
+
+def _check_targets(folders: dict[str, Path], overwrite: bool) -> None:
+    """Refuse folders that hold something else, and finished dictionaries that may not be overwritten.
+
+    A checkpoint beside a dictionary says that the training which wrote it had not finished, so it may. Checkpoints are
+    removed one after another, in this order, when all dictionaries are there.
+    """
+    for target in folders.values():
+        folder.check_writable_target(target)
+    saved = [target for target in folders.values() if (target / folder.MANIFEST).is_file()]
+    finished = [target for target in saved if not (target / folder.CHECKPOINT).is_file()]
+    going_on = saved == [*folders.values()] and saved != finished == saved[: len(finished)]
+    if finished and not going_on and not overwrite:
+        raise InputError(
+            f"{finished[0]} holds a finished ITDA already: choose another folder, or replace it with `overwrite` "
+            "(`--overwrite`)."
+        )
+
+
+class _Watch:
+    """Hands progress on, remembers the last, and ends the display once."""
+
+    def __init__(self, progress: bool | Callable[[Progress | Step | None], None]) -> None:
+        self._report: Callable[[Any], None] | None = reporter(progress)
+        self.last: Progress | None = None
+        self._open = True
+
+    def step(self, step: Step | None) -> None:
+        """Hand on what comes after the building."""
+        self._open = True
+        if self._report and step is not None:
+            self._report(step)
+
+    def __call__(self, progress: Progress | Step | None) -> None:
+        if progress is None:
+            self.end()
+            return
+        if isinstance(progress, Step):
+            self.step(progress)
+            return
+        self.last = progress
+        if self._report:
+            self._report(progress)
+
+    def end(self) -> None:
+        if self._report and self._open:
+            self._report(None)
+        self._open = False
+
+
+def _kept(target: Path) -> int:
+    """How many tokens are in the checkpoint in `target`; 0 without one."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(target / folder.CHECKPOINT, framework="pt") as file:
+            return int(json.loads(file.metadata()["state"])["seen"])
+    except Exception:  # there is none, or none that is of use
+        return 0
+
+
+def _trained(model: ITDA, path: Path, watch: _Watch, began: float) -> Trained:
+    cfg = model.cfg
+    return Trained(
+        path=str(path),
+        hook_point=cfg["model"]["hook_point"],
+        n_atoms=model.n_atoms,
+        tokens=cfg["tokens"],
+        threshold=cfg["threshold"],
+        k=model.k,
+        fvu=cfg["fvu"],
+        settled_share=round(watch.last.settled, 6) if watch.last else None,
+        seconds=round(time.monotonic() - began, 3),
+        tokens_per_second=round(watch.last.tokens_per_second, 1) if watch.last else None,
+    )
