@@ -1,19 +1,6 @@
-"""What `speed.py` shows: the machine, Markdown tables of its rows, and plots."""
+"""What `speed.py` shows: Markdown tables of its rows, and plots."""
 
-import os
-import platform
-import sys
-import time
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
-
-import torch
-from peers import SEEDS
-from told import told
-
-PACKAGES = ("itda", "torch", "numba", "numpy", "transformers", "sae-lens", "overcomplete", "spams-bin", "spams")
-PACKAGES += ("orthogonal-matching-pursuit-gpu", "scikit-learn")
 
 COLUMNS = {
     "d": ("d", "d"),
@@ -89,19 +76,3 @@ def plot(rows, axis, label, title, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     plt.close(figure)
-
-
-def machine(device):
-    """What the figures depend on beside the code."""
-    versions = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    cpu = platform.processor()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    out = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version())
-    out["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
-    out |= dict(versions=versions, date=time.strftime("%Y-%m-%d %H:%M:%S %z"), seeds=SEEDS)
-    return out | dict(command=told([sys.executable, *sys.argv]))

@@ -10,10 +10,7 @@ carries it, if it is installed. Rows are added to quality.json as they come, and
 again: delete it to begin anew.
 """
 
-import argparse
 import importlib.util
-import json
-import sys
 import tempfile
 import time
 import warnings
@@ -23,8 +20,8 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import shared
 import torch
-from told import told
 
 import itda
 from itda.dictionary.refine import refine, select
@@ -36,7 +33,6 @@ from itda.models import loading
 from itda.models.splice import spliced
 from itda.text.prompts import TokenStream
 
-ROOT = Path(__file__).parent.parent
 TEXTS = ("moby_dick.txt", "pride_and_prejudice.txt", "wikitext2_valid.txt")
 KINDS = ("TopK", "BatchTopK", "ReLU")
 HELD = 0.8  # of every text, what comes after is held out; of wikitext it is what the models were not trained on either
@@ -421,10 +417,7 @@ def size(row):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser = shared.parser(__doc__, "small sizes, to see that it runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument(
         "--at", nargs="+", default=["seed0:2", "seed0:4", "minilm"], help="model:layer of --data, minilm"
@@ -442,18 +435,15 @@ def main():
     if args.quick:
         args.l0, args.sizes, args.tokens, args.times, args.passes = [10], [256], 5000, [1, 2], [1, 2]
         args.held, args.rows, args.at = 2000, 10, args.at[:1]
-    if not (args.data / "lms").is_dir():
-        sys.exit(f"There are no models in {args.data / 'lms'}: name their folder with --data.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"quality{'_quick' * args.quick}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    shared.check_models(args)
+    results = shared.Results("quality", args)
     for place in (Place(name, args) for name in args.at):
         if place.model is not None:
-            run(place, args, results, path)
-    pictures(results, args.out if args.quick else ROOT / "docs")
+            run(place, args, results)
+    pictures(results.rows, args.out if args.quick else shared.ROOT / "docs")
 
 
-def run(place, args, results, path):
+def run(place, args, results):
     for name in args.only or SECTIONS:
         print(f"\n## {name} at {place.name}\n\n{SECTIONS[name].__doc__}", flush=True)
         for n in args.sizes:
@@ -461,13 +451,11 @@ def run(place, args, results, path):
                 rows = []
                 for what, make in SECTIONS[name](place, n, k, args):
                     key = f"{name} at {place.name}, {n} atoms, L0 {k}, {args.tokens} tokens: {what}"
-                    if key not in results:
+                    if key not in results.rows:
                         found = make()
                         found = found if isinstance(found, list) else [found]
-                        stamp = dict(command=told(sys.argv), threads=torch.get_num_threads())
-                        results[key] = stamp | dict(rows=found)
-                        path.write_text(json.dumps(results, indent=1, default=float) + "\n")
-                    rows += results[key]["rows"]
+                        results.keep(key, **shared.stamp(), rows=found)
+                    rows += results.rows[key]["rows"]
                 print(table(rows) + "\n", flush=True)
 
 

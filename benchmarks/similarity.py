@@ -7,8 +7,6 @@ DATA holds texts and `lms/seed0` ... `seed4` and checkpoints of seed 0 (six bloc
 other shapes, which `models.py` trains there if they are missing. All read the same held-out text, rows shuffled.
 """
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -17,14 +15,12 @@ from pathlib import Path
 import models as training
 import numpy as np
 import planted
-import torch
-from told import told
+import shared
 
 import itda
 from itda.comparison.common_tokens import read
 from itda.similarity import match_layers, paper
 
-ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 320_000  # last characters of the last text: less than the 100,000 tokens that no model was trained on
 CHECKPOINTS = ("seed0-step50", "seed0-step100", "seed0-step200", "seed0-step400", "seed0")
 
@@ -213,28 +209,20 @@ def cell(value):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two models, 5,000 tokens, to see that it runs")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser = shared.parser(__doc__, "two models, 5,000 tokens, to see that it runs")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "itda-benchmark-models")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--only", nargs="+", choices=[section.__name__ for section in SECTIONS])
     args = parser.parse_args()
-    args.pictures = args.out if args.quick else ROOT / "docs"
-    if not (args.data / "lms").is_dir():
-        sys.exit(f"There are no models in {args.data / 'lms'}: name their folder with --data.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"similarity{'_quick' * args.quick}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    args.pictures = args.out if args.quick else shared.ROOT / "docs"
+    shared.check_models(args)
+    results = shared.Results("similarity", args)
     for section in SECTIONS:
         if not args.only or section.__name__ in args.only:
             began = time.perf_counter()
             rows = section(args)
             took = time.perf_counter() - began
             print(f"\n## {section.__name__} ({took:.0f} s)\n\n{section.__doc__}\n{table(rows)}", flush=True)
-            stamp = dict(command=told(sys.argv), threads=torch.get_num_threads(), seconds=took)
-            results[section.__name__] = stamp | dict(rows=rows)
-            path.write_text(json.dumps(results, indent=1, default=float) + "\n")
+            results.keep(section.__name__, **shared.stamp(seconds=took), rows=rows)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
+import shared
 import torch
 from peers import SEEDS, SYSTEMS, Case, Truth, algorithm2, mixture, random_model, real_model
-from plots import machine, plot, table
+from plots import plot, table
 
 from itda import InputError
 from itda.dictionary.admission import Sequential
@@ -31,7 +32,7 @@ from itda.dictionary.threshold import pilot, pilot_tokens
 from itda.pursuit import encode
 from itda.pursuit.gram import Gram
 
-ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("sae-lens", "overcomplete", "spams-bin", "spams", "orthogonal-matching-pursuit-gpu", "scikit-learn")
 BY_NAME = {system.name: system for system in SYSTEMS}
 
 # Tokens that fast and slow systems are timed on, tokens compared with the plain algorithm, and repetitions.
@@ -228,7 +229,7 @@ def scaling(device, settings, args):
     case = Case(768, 4096, threads=min(2, os.cpu_count()), device=device)
     case = replace(case, d=128) if settings["quick"] else case
     few = dict(settings, fast=settings["fast"] // 4, slow=settings["slow"] // 4, checked=16, repeats=3)
-    both, folder = ("itda", "Algorithm 2 in torch"), Path(args.out) if settings["quick"] else ROOT / "docs"
+    both, folder = ("itda", "Algorithm 2 in torch"), Path(args.out) if settings["quick"] else shared.ROOT / "docs"
     over_atoms, over_tokens = [], []
     for n in [1 << i for i in range(10, 14 if settings["quick"] else 18)]:
         names = both if n <= 16384 else both[:1]
@@ -314,11 +315,8 @@ SECTIONS = (encoding, orthogonal, large, scaling, construction)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, in under three minutes")
+    parser = shared.parser(__doc__, "small shapes, in under three minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
-    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"), help="where a trained model may be")
     parser.add_argument("--only", nargs="+", choices=[section.__name__ for section in SECTIONS])
     parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -327,12 +325,9 @@ def main():
         print_peak(args.peak)
         return
     settings = QUICK if args.quick else FULL
-    stamp = machine(args.device)
+    stamp = shared.machine(args.device, PEERS, seeds=SEEDS)
     print(json.dumps(stamp, indent=2), flush=True)
-    suffix = ("_cuda" if args.device == "cuda" else "") + ("_quick" if args.quick else "")
-    path = Path(args.out) / f"speed{suffix}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = shared.Results("speed", args, "_cuda" if args.device == "cuda" else "")
     small = Case(64, 128, device=args.device)
     BY_NAME["itda"].prepare(small.atoms(), small)(small.tokens(8))  # compiles
     for section in SECTIONS:
@@ -340,8 +335,7 @@ def main():
             continue
         took, rows = seconds(lambda s=section: s(args.device, settings, args))
         print(f"\n## {section.__name__} ({took:.0f} s)\n\n{section.__doc__}\n\n{table(rows)}", flush=True)
-        results[section.__name__] = dict(machine=stamp, seconds=took, rows=rows)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        results.keep(section.__name__, machine=stamp, seconds=took, rows=rows)
 
 
 if __name__ == "__main__":

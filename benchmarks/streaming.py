@@ -20,11 +20,10 @@ import threading
 import time
 from pathlib import Path
 
+import shared
 import torch
 from safetensors.torch import save_file
-from told import told
 
-ROOT = Path(__file__).parent.parent
 VOCABULARY, ROWS, LENGTH = 32_000, 8, 128
 
 
@@ -156,14 +155,12 @@ def whole(folder, layer, tokens, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
+    parser = shared.parser(__doc__, "a small model, to see that it runs")
     parser.add_argument("--gb", type=float, default=6.5)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="on the disk that is measured; of the system's choice by default")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -195,9 +192,7 @@ def main():
         row["device_peak_gb"] = took["device_peak"] / 1e9
     for name, value in row.items():
         print(f"{name:>16}  {value:.4g}" if isinstance(value, float) else f"{name:>16}  {value}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"streaming{'_quick' * args.quick}.json"
-    path.write_text(json.dumps(dict(command=told(sys.argv), row=row), indent=1) + "\n")
+    shared.Results("streaming", args).keep("streaming", **shared.stamp(), row=row)
     return None
 
 

@@ -1,9 +1,31 @@
 """itda: dictionaries of real activations (Inference-Time Decomposition of Activations, arXiv 2505.17769)."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from itda._version import __version__
+
+if (
+    TYPE_CHECKING
+):  # what type checkers and editors read; `_HOMES` says the same to Python, and a test holds them together
+    from itda.codes import Codes
+    from itda.comparison.compare import compare
+    from itda.comparison.diff import diff
+    from itda.dictionary.build import PAPER, build
+    from itda.dictionary.itda import ITDA
+    from itda.errors import InputError
+    from itda.evaluation.evaluate import evaluate
+    from itda.labels import Batch, Labels
+    from itda.models.loading import load_model
+    from itda.pursuit import normalize, pursue
+    from itda.reading.activations import activations
+    from itda.reading.collect import collect
+    from itda.reading.store import Store
+    from itda.report import decompose
+    from itda.report.hook_points import hook_points
+    from itda.similarity import match_layers
+    from itda.training.sweep import sweep
+    from itda.training.train import train
 
 # Where each public name lives. It is imported when first used: `import itda` alone loads neither torch nor anything.
 _HOMES = {
@@ -38,7 +60,30 @@ _MODULES = {
     "similarity": "similarity",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "ITDA",
+    "PAPER",
+    "Batch",
+    "Codes",
+    "InputError",
+    "Labels",
+    "Store",
+    "__version__",
+    "activations",
+    "build",
+    "collect",
+    "compare",
+    "decompose",
+    "diff",
+    "evaluate",
+    "hook_points",
+    "load_model",
+    "match_layers",
+    "normalize",
+    "pursue",
+    "sweep",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

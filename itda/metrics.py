@@ -98,7 +98,7 @@ def coherence(atoms, most: int = 4096) -> dict[str, float]:
     """
     import torch
 
-    from itda.precision import full_float32
+    from itda.devices import full_float32
 
     n = len(atoms)
     if n < 2:

@@ -149,8 +149,16 @@ def test_every_folder_says_what_it_is_for():
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_the_list_is_the_one_that_is_shown(page):
     text = (ROOT.parent / page).read_text("utf-8")
-    shown = re.findall(r"^  (\w+)/ {2,}", re.search(r"```\nitda/\n(.*?)```", text, re.DOTALL)[1], re.MULTILINE)
+    shown = re.findall(r"^  (\w+)/(?: {2,}|$)", re.search(r"```\nitda/\n(.*?)```", text, re.DOTALL)[1], re.MULTILINE)
     assert tuple(shown) == FOLDERS[:-1]
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((ROOT / "__init__.py").read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    said = {alias.name: node.module for node in block.body for alias in node.names}
+    assert said == {name: f"itda.{home}" for name, home in itda._HOMES.items()}
+    assert set(itda.__all__) == {*said, "__version__"}
 
 
 def test_importing_itda_is_light():

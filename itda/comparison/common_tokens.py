@@ -20,13 +20,13 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from itda.devices import free_bytes
 from itda.errors import InputError, shortened
 from itda.labels import Batch, Labels
 from itda.models.hooked_model import HookedModel
 from itda.models.hub import checked_name, load_tokenizer
 from itda.models.loading import load_model, untrained
 from itda.progress import Step, reporter
-from itda.pursuit.gram import free_bytes
 from itda.reading.activations import activations
 from itda.results import named, told_apart
 from itda.settings import groups, pick, takes, verbs

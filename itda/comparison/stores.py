@@ -1,4 +1,4 @@
-"""Activations on disk in place of a model that reads: what `itda.evaluate` measures on, and `itda.compare` compares."""
+"""Activations on disk in place of models that read: what `itda.compare` compares."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itda.devices import is_full_float32
 from itda.dictionary import checkpoint as checkpoints
 from itda.dictionary.builder import Builder, Content
 from itda.dictionary.folder import check_writable_target
@@ -21,7 +22,6 @@ from itda.dictionary.itda import ITDA
 from itda.dictionary.threshold import TRIES
 from itda.errors import InputError
 from itda.labels import Batch, Labels
-from itda.precision import is_full_float32
 from itda.progress import Progress, Step, reporter
 from itda.provenance import FINGERPRINT, checked_rest, identity
 from itda.settings import pick, takes, verbs

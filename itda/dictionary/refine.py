@@ -18,14 +18,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda.codes import Codes
+from itda.devices import free_bytes, full_float32
 from itda.dictionary.builder import SpacedSample, measured
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, whole
 from itda.labels import Batch, Labels
-from itda.precision import full_float32
 from itda.progress import Step
 from itda.pursuit import METHODS, as_tensor, normalize, pursue, too_large
-from itda.pursuit.gram import free_bytes
 from itda.pursuit.products import product
 
 CHUNK = 8192  # tokens between two updates of the atoms

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from itda.devices import free_bytes
 from itda.dictionary.folder import MANIFEST, damaged
 from itda.disk import holds_text
 from itda.errors import InputError
 from itda.labels import Labels
-from itda.pursuit.gram import free_bytes
 
 COLUMNS = ("prompt", "position", "token_id", "document", "start", "end")
 TEXTS = ("before", "token", "after")

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
+from itda.devices import free_bytes
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, one_line
 from itda.labels import Batch, Labels
@@ -21,7 +22,6 @@ from itda.models.hooked_model import HookedModel
 from itda.models.loading import load_model
 from itda.progress import Step
 from itda.provenance import section
-from itda.pursuit.gram import free_bytes
 from itda.reading.activations import Activations
 from itda.text.prompts import Row, TokenStream, hash_rows, row_labels, valid
 from itda.text.reread import CUT, read_until, settings_of

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from numpy import ndarray
 
+from itda.devices import free_bytes
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError
 from itda.evaluation.heldout import OWN, Held, own_rows
@@ -18,7 +19,6 @@ from itda.labels import Labels
 from itda.models.hub import load_tokenizer
 from itda.progress import Step
 from itda.provenance import section
-from itda.pursuit.gram import free_bytes
 from itda.reading.activations import activations
 from itda.reading.on_disk import all_labels
 from itda.reading.own_model import differences

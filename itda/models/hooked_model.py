@@ -1,4 +1,7 @@
-"""A model read at hook points: what stands there, in which order, from which weights, and the reading itself."""
+"""A model read at hook points: what stands there, in which order, from which weights, and the reading itself.
+
+The forward pass is stopped at the last hook point that is read (`Stop`).
+"""
 
 from __future__ import annotations
 

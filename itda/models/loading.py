@@ -1,4 +1,4 @@
-"""HF model -> (activations, labels), forward stopped at the hook point."""
+"""A model to read, by name or loaded: which of the ways to hold it is taken is decided here, in `load_model`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from itda.devices import checked_device, free_bytes
 from itda.errors import InputError
 from itda.models.hooked_model import HookedModel
 from itda.models.hub import load_tokenizer
 from itda.models.layout import Layout
 from itda.models.nnsight_model import TracedModel, remote_model, unwrapped
-from itda.models.pretrained import causal, checked_device, pretrained, random_model, survey
+from itda.models.pretrained import causal, pretrained, random_model, survey
 from itda.models.shared_model import shared
 from itda.models.streamed_model import StreamedModel
-from itda.pursuit.gram import free_bytes
 from itda.settings import takes, verbs
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itda.errors import InputError, first_line
+from itda.devices import checked_device
+from itda.errors import InputError
 from itda.models.hub import checked_name, door, load_tokenizer, quiet
 from itda.models.layout import Layout
 from itda.settings import names, verbs
@@ -280,17 +281,3 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"`dtype` is {dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
-
-
-def checked_device(device: str | torch.device | None) -> torch.device:
-    """`device`, after trying it; without one the fastest there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device is None:
-        return torch.device(next(name for name, is_there in there.items() if is_there))
-    try:
-        torch.zeros(1, device=device).item()
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        names = " or ".join(repr(name) for name, is_there in there.items() if is_there)
-        why = first_line(error)
-        raise InputError(f"`device` is {str(device)!r}, which cannot be used here ({why}): pass {names}.") from error

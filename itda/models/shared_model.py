@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from itda.devices import checked_device
 from itda.errors import InputError, one_line
 from itda.models import parameters
 from itda.models.hooked_model import HookedModel
-from itda.models.pretrained import PLACED, Survey, aligned, checked_device, pretrained, survey
+from itda.models.pretrained import PLACED, Survey, aligned, pretrained, survey
 from itda.models.processes import Team, connection
 
 

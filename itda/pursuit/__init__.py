@@ -22,7 +22,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from itda import precision
+from itda import devices
 from itda.codes import Codes
 from itda.errors import InputError, shortened
 from itda.labels import Labels
@@ -45,7 +45,7 @@ WORKSPACE_BYTES = {"dense": 8e6, "cpu": 3e7, "gpu": 1e9}
 def _after_fork() -> None:
     """A forked child has none of its parent's threads, for which OpenMP would wait forever, as for a lock they held."""
     torch.set_num_threads(1)
-    precision.renew_lock()
+    devices.renew_lock()
     _kept.clear()
 
 

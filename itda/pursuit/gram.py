@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from itda.devices import free_bytes
 from itda.pursuit.products import product
 
 # Rows are int16 multiples of STEP, so that unit atoms (|G_ij| <= 1.02 in half precision) fit: half the memory of
@@ -200,21 +198,3 @@ def _padded(atoms: Float[Tensor, "n d"], capacity: int) -> Float[Tensor, "width 
     padded = atoms.new_zeros(_width(capacity), atoms.shape[1])
     padded[: len(atoms)] = atoms
     return padded
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free on `device`: of the machine, and of the control group this process is in."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    free = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with suppress(OSError, ValueError):  # memory.max is "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        free.append(float(int((group / "memory.max").read_text()) - used))
-    if not free:  # no Linux: a quarter of all there is
-        with suppress(OSError, ValueError, AttributeError):
-            free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4.0)
-    return max(min(free, default=4e9), 0.0)

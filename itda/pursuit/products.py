@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda.precision import full_float32
+from itda.devices import full_float32
 
 MANY = 64  # rows; for products of fewer, oneDNN spends more on preparing for a shape that is new than it saves
 

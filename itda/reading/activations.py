@@ -1,4 +1,4 @@
-"""A model and a text in, activations with their labels out."""
+"""A model and a text in, activations with their labels out; the model runs no further than its last hook point."""
 
 from __future__ import annotations
 

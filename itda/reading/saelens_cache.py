@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from itda.devices import checked_device
 from itda.disk import small_file
 from itda.errors import InputError, one_line, whole
 from itda.labels import Batch, Labels
-from itda.models.pretrained import checked_device
 from itda.reading.store import HOOK_NAME, chosen
 from itda.text.prompts import Row, StreamHash
 

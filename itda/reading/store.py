@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itda.devices import checked_device
 from itda.disk import DTYPES, LEFTOVER, as_input_error, read_sealed, sealed_json, small_file
 from itda.errors import InputError, whole
 from itda.labels import Batch, Labels
-from itda.models.pretrained import checked_device
 from itda.reading import shards
 from itda.reading.shards import Places, Shard, damaged
 from itda.text.prompts import StreamHash

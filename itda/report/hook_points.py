@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from itda.devices import checked_device
 from itda.errors import InputError, one_line
 from itda.models.layout import Layout
-from itda.models.pretrained import checked_device, survey
+from itda.models.pretrained import survey
 from itda.report.drawing import columns, counted
 from itda.results import Report
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from itda.devices import free_bytes
 from itda.dictionary.itda import ITDA
 from itda.dictionary.refine import check_room, refine, select
 from itda.errors import InputError, check_whole
 from itda.labels import Batch, Labels
 from itda.progress import Step
-from itda.pursuit.gram import free_bytes
 
 
 @dataclass(frozen=True)

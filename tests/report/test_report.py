@@ -16,8 +16,8 @@ from itda import report
 from itda.labels import Batch, Labels
 from itda.models.loading import load_model
 from itda.progress import Progress, Step, bar
-from itda.report import decomposition, drawing
 from itda.report import decomposition as made
+from itda.report import drawing
 from tests import tiny_models
 
 HOSTILE = [
