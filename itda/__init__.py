@@ -55,7 +55,7 @@ _MODULES = {
     "interop": "interop",
     "metrics": "metrics",
     "places": "report.hook_points",  # the name of before `itda.hook_points`
-    "refine": "dictionary.refine",
+    "refine": "refine",
     "report": "report",
     "similarity": "similarity",
 }
