@@ -1,13 +1,33 @@
 """The one error of the library that a user can mend, and text that is safe to show."""
 
+import re
 from numbers import Integral
+
+LONGEST = 1000  # characters of a sentence about bad input
+LONG_WORD = 200  # characters without a blank from which on, in a sentence that is too long, the middle is left out
 
 
 class InputError(ValueError):
     """Bad input, said in one sentence: what came, what was wanted, what to do next.
 
-    The command line prints the sentence and exits with status 2; library callers can catch it as `ValueError`.
+    The command line prints the sentence and exits with status 2; library callers can catch it as `ValueError`. However
+    long what came is, the sentence is not (`bounded`).
     """
+
+    def __init__(self, said: object = "") -> None:
+        super().__init__(bounded(str(said)))
+
+
+def bounded(said: str) -> str:
+    """`said` with no more than `LONGEST` characters.
+
+    Of long words the middle is left out, and if that is not enough, of all of it: its end is what to do next.
+    """
+    if len(said) <= LONGEST:
+        return said
+    half = LONG_WORD // 2
+    said = re.sub(rf"\S{{{LONG_WORD + 1},}}", lambda word: f"{word[0][:half]}...{word[0][-half + 3 :]}", said)
+    return said if len(said) <= LONGEST else f"{said[: LONGEST // 2]} ... {said[-LONGEST // 2 + 5 :]}"
 
 
 class NoSuchHook(InputError):

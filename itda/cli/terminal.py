@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 from itda.cli.flags import Command
-from itda.errors import InputError, one_line
+from itda.errors import InputError, bounded, one_line
 
 PIPED_WIDTH = 400  # columns where no terminal says how many there are: no label is cut
 
@@ -157,7 +157,7 @@ def fail(sentence: str, debug: bool) -> int:
     """Say what is wrong, after the traceback if `debug`; the exit status."""
     if debug:
         traceback.print_exc()
-    say(f"itda: error: {sentence}")
+    say(f"itda: error: {bounded(sentence)}")
     return 2
 
 

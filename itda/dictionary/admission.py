@@ -8,7 +8,8 @@ as atom a, the correlation of a later token's residual with a before step s is
     p_s = <x, a> - sum_{u<s} c_u <d_{j_u}, a>,
 
 k multiplications from the Gram row of a. If |p_s| < |c_s| at every step, a would not have been chosen and the trace
-stands. Otherwise the token is *stale*, and pursued again when its turn comes.
+stands. Otherwise the token is *stale*, and pursued again when its turn comes. Of non-negative pursuits p_s < c_s is
+enough, since an atom that points away is never chosen.
 
 Rounding never decides. Pursuit settles close choices itself (`pursuit.dense`); a token counts as stale unless |p_s|
 is smaller by more than the error bound; and whenever the float32 loss is not below the threshold by a margin, loss
@@ -62,10 +63,16 @@ class Dictionary:
     """The atoms admitted so far, with their raw norms and admission losses (NaN for seeds), in order of admission."""
 
     def __init__(
-        self, d: int, k: int, loss: str, device: torch.device | str = "cpu", max_gram_bytes: int | float | None = None
+        self,
+        d: int,
+        k: int,
+        loss: str,
+        device: torch.device | str = "cpu",
+        max_gram_bytes: int | float | None = None,
+        nonneg: bool = False,
     ):
         self.gram = Gram(torch.zeros(0, d, dtype=torch.float32, device=device), max_gram_bytes)
-        self.k, self.loss = k, loss
+        self.k, self.loss, self.nonneg = k, loss, nonneg
         self.norms: list[float] = []
         self.losses: list[float] = []
         self.choices = 0  # choices of an atom, one a step and token
@@ -97,7 +104,7 @@ class Dictionary:
 
     def trace(self, x: Float[Tensor, "tokens d"], corr: Float[Tensor, "tokens width"] | None = None) -> Trace:
         """Pursue tokens with the dictionary as it stands; their correlations with its atoms, if known, are used up."""
-        parts = list(encode(x, self.gram, self.k, corr=corr))
+        parts = list(encode(x, self.gram, self.k, nonneg=self.nonneg, corr=corr))
         steps = Steps(*(torch.cat(field) for field in zip(*parts, strict=True)))
         self.choices += int(steps.length.sum())
         self.settled += int(steps.settled.sum())
@@ -222,7 +229,8 @@ class Sequential(Dictionary):
         step = torch.arange(self.k, device=x.device)
         limit = torch.where(step < count[:, None], c.abs(), reference.FLOOR * norm[:, None])
         slack = 2 * error_bound(x.shape[1], norm, c.abs().sum(1), entry=0.0)
-        touched = ((p.abs() > limit - slack[:, None]) & (step <= count[:, None])).any(1)
+        reach = p if self.nonneg else p.abs()
+        touched = ((reach > limit - slack[:, None]) & (step <= count[:, None])).any(1)
         trace.stale[start:] |= touched.cpu().numpy()
 
 
@@ -250,7 +258,7 @@ class Batched(Dictionary):
             keep[:1] = True  # the first token is the first atom, whatever its loss
         rows, loss = rows[keep], loss[keep]
         if not self.paper:
-            first = _first_of_each(x[torch.from_numpy(rows).to(x.device)])
+            first = _first_of_each(x[torch.from_numpy(rows).to(x.device)], self.nonneg)
             rows, loss = rows[first], loss[first]
         room -= len(admitted)
         for t, value in list(zip(rows.tolist(), loss.tolist(), strict=True))[: int(min(room, len(rows)))]:
@@ -268,17 +276,18 @@ class Batched(Dictionary):
         return rows
 
 
-def _first_of_each(x: Float[Tensor, "rows d"]) -> list[int]:
-    """The rows that are no duplicate of an earlier kept row, in order."""
+def _first_of_each(x: Float[Tensor, "rows d"], nonneg: bool = False) -> list[int]:
+    """The rows that are no duplicate of an earlier kept row, in order; with `nonneg` an opposite row is none."""
+    size: Any = (lambda cosine: cosine) if nonneg else abs
     unit = (x.double() / torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)).cpu()
     kept: set[int] = set()
     for start in range(0, len(x), 1024):
         chunk = unit[start : start + 1024]
-        cosines = product(chunk.float(), unit[: start + len(chunk)].float()).abs()
+        cosines = size(product(chunk.float(), unit[: start + len(chunk)].float()))
         near: dict[int, set[int]] = {i: set() for i in range(len(chunk))}
         for i, j in (cosines >= DUPLICATE - 1e-4).nonzero().tolist():
             near[i].add(j)
         for i in range(len(chunk)):
-            if not any(abs(float((unit[start + i] * unit[j]).sum())) >= DUPLICATE for j in near[i] & kept):
+            if not any(size(float((unit[start + i] * unit[j]).sum())) >= DUPLICATE for j in near[i] & kept):
                 kept.add(start + i)
     return sorted(kept)

@@ -37,6 +37,7 @@ def build(stream: Iterable, **settings: Unpack[verbs.Build]) -> ITDA | dict[str,
     stream      iterable of `Batch` or (activations, labels), or of activations (tokens, d) alone, or one such array; or
                 of dicts by hook point, which builds several dictionaries at once. `itda.activations` makes one
     k           pursuit steps
+    nonneg      pursue with coefficients of zero or more alone; the dictionary encodes in this way from then on
     threshold   admit a token whose loss exceeds this; 0.2 for "relative", 4e-4 for "cosine" if nothing is given
     n_atoms     in place of a threshold: the size wished for at the end of the stream, met to 10 % by a threshold that
                 is chosen on a pilot and corrected on the way (`cfg["thresholds"]`); the stream's length must be known

@@ -50,9 +50,8 @@ class Builder:
                 f"`n_atoms` is {n_atoms:,} but the stream has {total:,} tokens, and an atom is one token: "
                 "ask for fewer atoms or give more text."
             )
-        self.settings: dict[str, Any] = {
-            name: grow[name] for name in ("k", "loss", "admission", "center", "max_atoms", "threshold", "n_atoms")
-        }
+        kept = ("k", "nonneg", "loss", "admission", "center", "max_atoms", "threshold", "n_atoms")
+        self.settings: dict[str, Any] = {name: grow[name] for name in kept}
         self.settings["total"] = total
         self.chunk_size, self.max_gram_bytes = grow["chunk_size"], max_gram_bytes
         self.total = total or 0
@@ -176,8 +175,8 @@ class Builder:
             self.mean = torch.from_numpy(x[:MEAN_TOKENS].double().cpu().numpy().mean(axis=0)).float()
         if self.settings["n_atoms"]:
             x = x[: pilot_tokens(self.total)]
-            wish, k, loss = (self.settings[name] for name in ("n_atoms", "k", "loss"))
-            self.schedule = pilot(self._centred(x), wish, max(self.total, 1), k, loss, self.tell)
+            wish, *how = (self.settings[name] for name in ("n_atoms", "k", "loss", "nonneg"))
+            self.schedule = pilot(self._centred(x), wish, max(self.total, 1), *how, tell=self.tell)
         self.prepare(x.shape[1], x.device)
         for batch in head:
             self._judge(batch)
@@ -186,6 +185,7 @@ class Builder:
         """Make the empty dictionary."""
         shared = dict(max_gram_bytes=self.max_gram_bytes)
         args = (d, self.settings["k"], self.settings["loss"], device)
+        shared["nonneg"] = self.settings["nonneg"]
         if self.settings["admission"] == "sequential":
             self._dictionary = Sequential(*args, chunk_size=self.chunk_size, **shared)
         else:

@@ -80,7 +80,13 @@ class Schedule:
 
 
 def pilot(
-    x: Float[Tensor, "tokens d"], wish: int, total: int, k: int, loss: str, tell: Callable[[int], None] = QUIET
+    x: Float[Tensor, "tokens d"],
+    wish: int,
+    total: int,
+    k: int,
+    loss: str,
+    nonneg: bool = False,
+    tell: Callable[[int], None] = QUIET,
 ) -> Schedule:
     """The schedule for `wish` atoms from `total` tokens, of which `x` are the first (valid, centred) ones.
 
@@ -99,16 +105,16 @@ def pilot(
         # middle: where n cannot grow beyond the stream, regula falsi alone creeps.
         share = math.log(wish / few) / math.log(many / few) if many > few and i % 2 == 0 else 0.5
         middle = high + min(max(share, 0.1), 0.9) * (low - high)
-        n = max(1.0, _extrapolated(x, math.exp(middle), wish, total, k, loss))
+        n = max(1.0, _extrapolated(x, math.exp(middle), wish, total, k, loss, nonneg))
         if abs(math.log(n / wish)) < 0.05:
             break
         high, few, low, many = (high, few, middle, n) if n > wish else (middle, n, low, many)
     return Schedule([[0, math.exp(middle)]], wish, total, len(x))
 
 
-def _extrapolated(x: Tensor, threshold: float, wish: int, total: int, k: int, loss: str) -> float:
+def _extrapolated(x: Tensor, threshold: float, wish: int, total: int, k: int, loss: str, nonneg: bool) -> float:
     """The size at the end of the stream of a dictionary built on its head `x` with this threshold."""
-    dictionary = Sequential(x.shape[1], k, loss, x.device)
+    dictionary = Sequential(x.shape[1], k, loss, x.device, nonneg=nonneg)
     half = len(x) // 2
     rows, _ = dictionary.judge(x[:half], threshold, wish)
     n_half = len(rows)

@@ -78,6 +78,7 @@ def untrained(
     other = loading.load_model(loading.untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
     held = reader.read(other, "reading the untrained model")
     grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
+    grow["nonneg"] = bool(dictionary.cfg.get("nonneg"))
     wish = min(len(dictionary), len(held.pool))
     built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
     assert isinstance(built, ITDA)

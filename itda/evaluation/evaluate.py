@@ -106,7 +106,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     model        where activations are from, if not what the dictionary names: a name, or what `itda.load_model` gave
     tokens       valid tokens to measure on at most
     ce_tokens    of them, those on which reconstructions are spliced into the running model; 0 for none, None for all
-    k, method    of the pursuit, if not the dictionary's
+    k, method, nonneg   of the pursuit, if not the dictionary's
     controls     all of them, none, or some of: "random tokens", as many activations drawn from the same stream (or, if
                  `data` is other text, from other documents of it); "gaussian" directions; "untrained model", a
                  dictionary of as many atoms built on and measured on a model with random weights
@@ -129,7 +129,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     systems, probe = list(given["systems"]), given["probe"]
     stream = {name: value for name, value in pick(g.Rows, given).items() if value is not None}
     stream |= {name: value for name, value in pick(g.Source, given).items() if value is not None}
-    settings = {name: value for name in ("k", "method") if (value := given[name]) is not None}
+    settings = {name: value for name in ("k", "method", "nonneg") if (value := given[name]) is not None}
     labelled = None if probe is None else probes.labelled(probe, given["probe_column"], given["probe_label"])
     began = time.monotonic()
     report = reporter(given["progress"]) or (lambda step: None)

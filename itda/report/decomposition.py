@@ -60,9 +60,9 @@ def decompose(
     """Write the activation at one token of `text` as a sum of atoms (the paper's Figure 1 and Table 6).
 
     `token` counts the tokens of `text` that are not special (-1 is the last), or is the text of one, of which the last
-    is taken. The model is the one that the dictionary was built on, or `model`, by name or loaded; `k` and `method`
-    are the dictionary's unless given. An atom's share is that of its steps: |r|^2 before less |r|^2 after, over
-    |x - mean|^2, where r is what the earlier steps left.
+    is taken. The model is the one that the dictionary was built on, or `model`, by name or loaded; `k`, `method` and
+    `nonneg` are the dictionary's unless given. An atom's share is that of its steps: |r|^2 before less |r|^2 after,
+    over |x - mean|^2, where r is what the earlier steps left.
 
     Raises `InputError` for a model or tokenizer that is not the dictionary's (unless `force`), and for a text that
     does not fit into one row of the model.
@@ -79,7 +79,8 @@ def decompose(
         raise InputError(f"The activation of {tokens[which]!r} is not finite: use a wider `dtype`, such as 'float32'.")
     k, method = settings["k"] or dictionary.k, settings["method"] or dictionary.cfg.get("method", "mp")
     rest = x if dictionary.mean is None else x - dictionary.mean.double()
-    atoms, relative_error = _pursued(dictionary, rest, k, method)
+    nonneg = dictionary.cfg.get("nonneg", False) if settings["nonneg"] is None else settings["nonneg"]
+    atoms, relative_error = _pursued(dictionary, rest, k, method, nonneg)
     return Decomposition(
         model=str(hooked.provenance(hook)["id"]),
         hook_point=hook,
@@ -98,14 +99,16 @@ def decompose(
     )
 
 
-def _pursued(dictionary: ITDA, x: torch.Tensor, k: int, method: str) -> tuple[list[dict[str, Any]], float]:
+def _pursued(
+    dictionary: ITDA, x: torch.Tensor, k: int, method: str, nonneg: bool
+) -> tuple[list[dict[str, Any]], float]:
     """The atoms of the pursuit of `x` (d,) float64, steps of one atom put together, and the relative error."""
     if not isinstance(k, int) or not 1 <= k <= MOST_STEPS:
         raise InputError(f"`k` is {shortened(k)}: pass a whole number of pursuit steps, 1 to {MOST_STEPS:,}.")
     if method not in tuple(METHODS):
         raise InputError(f"`method` is {shortened(method)}; choose one of {', '.join(map(repr, METHODS))}.")
     gram = Gram(dictionary.atoms, max_bytes=0)
-    (steps,) = encode(x.float()[None], gram, k, method, dictionary.cfg.get("nonneg", False))
+    (steps,) = encode(x.float()[None], gram, k, method, nonneg)
     taken = steps.coefficients[0] != 0
     chosen, coefficients = steps.indices[0][taken], steps.coefficients[0][taken].double()
     spent = (coefficients[:, None] * dictionary.atoms[chosen].double()).cumsum(0)

@@ -144,6 +144,15 @@ class Steps(TypedDict, total=False):
     k: Annotated[int, STEPS]
 
 
+SIGNS = Setting(False, "take the largest correlation, not the largest absolute one: no coefficient is negative")
+
+
+class Signs(TypedDict, total=False):
+    """Dictionary growth"""
+
+    nonneg: Annotated[bool, SIGNS]
+
+
 class Size(TypedDict, total=False):
     """Dictionary growth"""
 
@@ -208,6 +217,7 @@ class Again(TypedDict, total=False):
         Literal["mp", "omp", "gp"] | None,
         Setting(None, "matching pursuit, orthogonal matching pursuit or gradient pursuit"),
     ]
+    nonneg: Annotated[bool | None, SIGNS.but(default=None, off="let coefficients be negative")]
     dtype: Annotated[Any, DTYPE.but(default=None)]
     device: Annotated[Any, Setting(None, "cpu, cuda, ...; the fastest there is if not given", flag=str)]
     trust_remote_code: Annotated[bool, Setting(False, "run code that the model's repository brings")]
@@ -325,6 +335,6 @@ class Stopping(TypedDict, total=False):
 
 groups(
     *(Places, Amount, Rows, Order, Source, Batches, Special, Padding, Tokenizer, Device, Revision, Backend, Large),
-    *(Steps, Size, Growth, Preset, Improvement, Again, Measuring, Several, Drawing, Likeness, Changes),
+    *(Steps, Signs, Size, Growth, Preset, Improvement, Again, Measuring, Several, Drawing, Likeness, Changes),
     *(Workers, Target, Keeping, Progressing, Stopping),
 )

@@ -37,7 +37,7 @@ class Reading(g.Places, g.Amount, Text, g.Batches, g.Special, g.Padding, g.Token
     """Activations of a model on text."""
 
 
-class Grow(g.Steps, g.Size, g.Growth, total=False):
+class Grow(g.Steps, g.Signs, g.Size, g.Growth, total=False):
     """A dictionary of activations."""
 
 
