@@ -18,9 +18,10 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
-from itda.errors import InputError
+from itda.errors import InputError, first_line
 from itda.models import parameters
 from itda.models.layout import Layout
+from itda.models.outputs import readable, rows_of, with_rows
 from itda.text.tokenizers import tokenizer_hash
 
 _SAMPLE = 256  # values per parameter in a fingerprint
@@ -54,7 +55,7 @@ class HookedModel:
         self._base, self._layout, self._missing = base, layout, missing
         self._is_causal = False  # once it was looked at
         self._fetched: dict[str, bytes] = {}  # samples of parameters that are not simply there
-        self._vocabulary = base.get_input_embeddings().weight.shape[0]
+        self._vocabulary = parameters.embedding(base).weight.shape[0]
         self.device = parameters.input_device(base)
         self.dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
         self._paths: dict[str, Any] = dict.fromkeys(layout.path(hook) for hook in hooks)
@@ -78,7 +79,8 @@ class HookedModel:
             handles.append(module.register_forward_hook(lambda *_, path=path: before.update({path: frozenset(ran)})))
         ids = torch.zeros(2, 3, dtype=torch.int64)
         try:
-            found = self._forward(ids, torch.ones_like(ids))
+            with self._sound():
+                found = self._forward(ids, torch.ones_like(ids))
         finally:
             for handle in handles:
                 handle.remove()
@@ -283,17 +285,39 @@ class HookedModel:
             self._base(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self._taken_by(self._base))
         return found
 
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        """What a model's own code raises on a row of text becomes a sentence."""
+        try:
+            yield
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise InputError(
+                f"A forward pass of `{self._layout.model}` on text alone ends with an error ({type(e).__name__}: "
+                f"{first_line(e)}): pass a model that reads text, such as the language model in it."
+            ) from e
+
     def _never_called(self, path: str) -> InputError:
         return InputError(
-            f"A forward pass of `{self._layout.model}` never calls `{self._layout.name(path)}`: "
-            f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
+            f"A forward pass of `{self._layout.model}` never calls `{self._layout.name(path)}`: {self._other()}"
         )
 
     def _no_vectors(self, path: str) -> InputError:
-        return InputError(
-            f"The output of `{self._layout.name(path)}` is not one vector per token: "
-            f"choose another hook point, such as `{self._layout.name(self._layout.path(0))}`."
-        )
+        return InputError(f"The output of `{self._layout.name(path)}` is not one vector per token: {self._other()}")
+
+    def _other(self) -> str:
+        """Advice for who named a module that cannot be read; one that it names was tried."""
+        found = self._readable()
+        blocks = [path for path in found if self._layout.blocks and path.rpartition(".")[0] == self._layout.blocks]
+        inside = [path for path in found if self._layout.layer(path) is not None]
+        if named := (blocks or inside or found):
+            return f"choose another hook point, such as `{self._layout.name(named[0])}`."
+        return f"no module of `{self._layout.model}` puts out such vectors, so choose another model."
+
+    def _readable(self) -> list[str]:
+        with self._hooked((), lambda path, output: None):  # eval mode
+            return readable(self._base, self.device)
 
     @contextmanager
     def _hooked(self, paths: Iterable[str], function: Callable[[str, Any], Any]) -> Iterator[None]:
@@ -340,27 +364,3 @@ def fingerprint(samples: Mapping[str, bytes]) -> str:
 
 class Stop(BaseException):
     """Ends a forward pass; no `except Exception` in a model's code may catch it."""
-
-
-def rows_of(output: Any, rows: int, length: int) -> Tensor | None:
-    """A module's output as (rows, length, d), None if it is something else.
-
-    Blocks return a tensor or, in transformers 4, a tuple; a bare `output[0]` would be the first row of the former.
-    """
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == rows * length:
-        output = output.unflatten(0, (rows, length))
-    return output if isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == (rows, length) else None
-
-
-def with_rows(output: Any, x: Tensor) -> Any:
-    """A module's `output` with `x` (rows, length, d) in place of what `rows_of` finds in it."""
-    if isinstance(output, Mapping):
-        first = next(iter(output))
-        return type(output)(**{**output, first: with_rows(output[first], x)})
-    if isinstance(output, tuple | list):
-        return type(output)([with_rows(output[0], x), *output[1:]])
-    return x.flatten(0, 1) if output.ndim == 2 else x

@@ -11,6 +11,7 @@ from torch import nn
 
 from itda.devices import checked_device, free_bytes
 from itda.errors import InputError
+from itda.models.classes import base_of
 from itda.models.hooked_model import HookedModel
 from itda.models.hub import load_tokenizer
 from itda.models.layout import Layout
@@ -79,8 +80,9 @@ def load_model(
         )
     if tokenizer is None:
         raise InputError("`model` is a loaded module, which does not know its tokenizer: pass `tokenizer=` too.")
-    layout = Layout.of(model.base_model, model.config._name_or_path or type(model).__name__)
-    return HookedModel(model, model.base_model, load_tokenizer(tokenizer), layout, hooks)
+    base = base_of(model)
+    layout = Layout.of(base, model.config._name_or_path or type(model).__name__)
+    return HookedModel(model, base, load_tokenizer(tokenizer), layout, hooks)
 
 
 def _traced(model: Any, tokenizer: Any, hooks: list[int | str], how: dict[str, Any]) -> HookedModel:
@@ -104,7 +106,7 @@ def language_model(
     if not isinstance(model, nn.Module | HookedModel):
         place = checked_device(settings["device"])
         found = survey(model, place, settings)
-        with_head = causal(found, tokenizer, place) if found.bytes([-1]) <= 0.9 * free_bytes(place) else None
+        with_head = causal(found, tokenizer, place) if found.bytes() <= 0.9 * free_bytes(place) else None
         if with_head is not None:
             return load_model(*with_head, hooks=hooks)
     return load_model(model, tokenizer, hooks=hooks, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,11 +14,24 @@ from itda.errors import InputError
 
 def input_device(base: Any) -> torch.device:
     """Where `base` wants its ids: where its embedding is, or, if that is offloaded, where accelerate runs it."""
-    embedding = base.get_input_embeddings()
-    if not embedding.weight.is_meta:
-        return embedding.weight.device
-    devices = [getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in (embedding, base)]
-    return next((torch.device(device) for device in devices if device is not None), embedding.weight.device)
+    words = embedding(base)
+    if not words.weight.is_meta:
+        return words.weight.device
+    devices = [getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in (words, base)]
+    return next((torch.device(device) for device in devices if device is not None), words.weight.device)
+
+
+def embedding(base: Any) -> Any:
+    """The module that has a vector for every token id: its `weight` is (vocabulary, d)."""
+    parts = [base, *(getattr(base, name, None) for name in ("language_model", "text_model"))]
+    for part in parts:
+        with suppress(AttributeError, NotImplementedError):  # code from elsewhere that does not say
+            if (found := part.get_input_embeddings()) is not None:
+                return found
+    raise InputError(
+        f"A {type(base).__name__} does not say where its token embeddings are (`get_input_embeddings`): pass the "
+        "language model in it."
+    )
 
 
 def quantization(config: Any) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from itda.devices import checked_device
 from itda.errors import InputError
+from itda.models.classes import auto_class, base_of, class_with_head, empty, named_kinds
 from itda.models.hub import checked_name, door, load_tokenizer, quiet
 from itda.models.layout import Layout
 from itda.settings import names, verbs
@@ -37,7 +38,7 @@ def pretrained(
     tokenizer = found.tokenizer(tokenizer)
     with found.door():
         how = found.hub | _dtype_argument(found.dtype) | found.kwargs
-        base, missing = _load(found.model, found.config, found.skeleton, layout, keep, **how)
+        base, missing = _load(found, layout, keep, **how)
         if layout is None:
             layout = Layout.of(base, found.model)
         if not any(found.kwargs.get(name) for name in _SPREAD):
@@ -51,10 +52,15 @@ class Survey:
 
     model: str
     config: Any
-    skeleton: Any  # the base model without storage for its weights; None where it cannot be built so
+    whole: Any  # what its class makes of that, without storage for its weights; None where it cannot be built so
     hub: dict[str, Any]  # where on the hub it is
     dtype: torch.dtype | str
     kwargs: dict[str, Any]  # for `from_pretrained`
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The base model of `whole`."""
+        return None if self.whole is None else base_of(self.whole)
 
     @cached_property
     def layout(self) -> Layout:
@@ -63,7 +69,7 @@ class Survey:
 
     def again(self) -> Survey:
         """The same, with a skeleton of its own."""
-        return replace(self, skeleton=_skeleton(self.config, self.hub["trust_remote_code"]))
+        return replace(self, whole=empty(auto_class(self.config), self.config, self.hub["trust_remote_code"]))
 
     @contextmanager
     def door(self) -> Iterator[None]:
@@ -76,15 +82,15 @@ class Survey:
         with self.door():
             return load_tokenizer(self.model, **self.hub) if given is None else load_tokenizer(given)
 
-    def bytes(self, hooks: Sequence[int | str]) -> int:
-        """What the weights that `hooks` need take in memory; 0 where that cannot be told."""
+    def bytes(self, hooks: Sequence[int | str] | None = None) -> int:
+        """What the weights that `hooks` need, or all, take in memory; 0 where that cannot be told."""
         if (
             self.skeleton is None
             or any(name in self.kwargs for name in PLACED)
             or hasattr(self.config, "quantization_config")
         ):
             return 0  # whoever says where the weights go, or how they are packed, knows
-        keep = self.layout.needed(hooks)
+        keep = None if hooks is None else self.layout.needed(hooks)
         last = self.layout.n_layers if keep is None else keep
         blocks = ((p.numel(), self.layout.layer(name)) for name, p in self.skeleton.named_parameters())
         dtype = self.config.dtype if self.dtype == "auto" else self.dtype
@@ -133,24 +139,22 @@ def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | Non
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model, **hub)
-        return Survey(model, config, _skeleton(config, trust_remote_code), hub, dtype, kwargs)
+        return Survey(model, config, empty(auto_class(config), config, trust_remote_code), hub, dtype, kwargs)
 
 
 def causal(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, Any] | None:
     """The whole causal language model that was surveyed, head and all, with its tokenizer; None if it has no head."""
-    kinds = [*(found.config.architectures or ()), *getattr(found.config, "auto_map", {})]
-    if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+    with found.door():
+        loader = class_with_head(found.config, found.skeleton, found.hub["trust_remote_code"])
+    if loader is None:
         return None
     tokenizer = found.tokenizer(tokenizer)
     with found.door():
-        from transformers import AutoModelForCausalLM
-
         how = found.hub | _dtype_argument(found.dtype) | found.kwargs
-        loader: Any = AutoModelForCausalLM
         whole, info = loader.from_pretrained(
             found.model, config=found.config, use_safetensors=True, output_loading_info=True, **how
         )
-        if info["missing_keys"] and not kinds:
+        if whole.get_output_embeddings() is None or (info["missing_keys"] and not named_kinds(found.config)):
             return None
         if info["missing_keys"]:
             raise InputError(
@@ -172,7 +176,7 @@ def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: b
     """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
     name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__
     with quiet(), door(str(name), None):
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig
 
         if isinstance(model, str | Path):
             model = AutoConfig.from_pretrained(checked_name(str(model)), trust_remote_code=trust_remote_code)
@@ -180,7 +184,7 @@ def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: b
             torch.manual_seed(seed)
             config = copy.deepcopy(model)
             config.dtype = torch.float32
-            base = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            base = base_of(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
         return base.float().eval().to(checked_device(device))
 
 
@@ -196,39 +200,35 @@ def aligned(module: Any) -> Any:
     return module
 
 
-def _skeleton(config, trust_remote_code: bool) -> nn.Module | None:
-    """The base model without storage for its weights; None where it cannot be built so."""
-    from transformers import AutoModel
-
-    try:
-        with torch.device("meta"):
-            return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except Exception:  # code from elsewhere that computes with its weights, or a config that will not load either
-        return None
-
-
-def _load(model, config, skeleton, layout, keep, **kwargs) -> tuple[nn.Module, frozenset[str]]:
+def _load(found: Survey, layout: Layout | None, keep: int | None, **kwargs: Any) -> tuple[Any, frozenset[str]]:
     """The base model with its first `keep` blocks (all with None), and the names of the parameters it lacks."""
-    from transformers import AutoModel
-
-    loaders: list[Any] = [AutoModel]
-    if keep is not None and keep < layout.n_layers:
-        loaders.insert(0, _cut(type(skeleton), layout.blocks, keep))
+    auto = auto_class(found.config)
+    loaders: list[Any] = [auto]
+    outer = ""
+    if layout is not None and keep is not None and keep < layout.n_layers:
+        outer = next(f"{path}." if path else "" for path, m in found.whole.named_modules() if m is found.skeleton)
+        loaders.insert(0, _cut(type(found.whole), outer + layout.blocks, keep))
     for loader in loaders:
-        if loader is not AutoModel:  # the class itself is at hand, and needs no permission to be found
+        if loader is not auto:  # the class itself is at hand, and needs no permission to be found
             arguments = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
         else:
             arguments = kwargs
         try:
             # Pickles are not read, whatever the repository holds.
-            base, info = loader.from_pretrained(
-                model, config=copy.deepcopy(config), use_safetensors=True, output_loading_info=True, **arguments
+            whole, info = loader.from_pretrained(
+                found.model,
+                config=copy.deepcopy(found.config),
+                use_safetensors=True,
+                output_loading_info=True,
+                **arguments,
             )
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
-            if loader is AutoModel:
+            if loader is auto:
                 raise
             continue  # this architecture does not stand being cut
-        return base, frozenset(info["missing_keys"])
+        base = base_of(whole)
+        outer = next(f"{path}." if path else "" for path, m in whole.named_modules() if m is base)
+        return base, frozenset(name.removeprefix(outer) for name in info["missing_keys"])
     raise AssertionError("unreachable")
 
 
