@@ -15,18 +15,25 @@ from torch import Tensor
 from itda._version import __version__
 from itda.dictionary.admission import Batched, Sequential
 from itda.dictionary.itda import ITDA, Sample
+from itda.dictionary.standard import Massive, estimated, within
 from itda.dictionary.threshold import QUIET, Schedule, pilot, pilot_tokens
 from itda.disk import bytes_of
 from itda.errors import InputError, shortened
 from itda.labels import Batch, Labels
-from itda.metrics import LOSSES, fvu
-from itda.pursuit import MOST_STEPS, as_tensor, check_entries
+from itda.metrics import LOSSES, reconstruction, relative_error
+from itda.pursuit import MOST_STEPS, as_tensor, check_entries, too_large
 from itda.settings import takes, verbs
 
 MEAN_TOKENS = 8192  # the fixed prefix of the stream on which `center=True` estimates the mean
 SAMPLE_TOKENS = 8192  # tokens kept, evenly spaced, to measure the finished dictionary on
 SAMPLE_BYTES = 64e6
 DEFAULT_THRESHOLD = {"relative": 0.2, "cosine": 4e-4}
+SETTINGS = ("k", "nonneg", "loss", "admission", "center", "max_atoms", "threshold", "n_atoms")
+# What `measured` says in `cfg` of the sample.
+MEASURED = (
+    *("fvu", "fvu_robust", "fvu_standardised", "variance"),
+    *("relative_error", "median_error", "sample_tokens"),
+)
 ADMISSIONS = ("sequential", "batch", "paper")
 
 
@@ -50,8 +57,10 @@ class Builder:
                 f"`n_atoms` is {n_atoms:,} but the stream has {total:,} tokens, and an atom is one token: "
                 "ask for fewer atoms or give more text."
             )
-        kept = ("k", "nonneg", "loss", "admission", "center", "max_atoms", "threshold", "n_atoms")
-        self.settings: dict[str, Any] = {name: grow[name] for name in kept}
+        given: dict[str, Any] = dict(grow)
+        self.settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
+        # Those that say nothing where they are not given: dictionaries and checkpoints without them stay as they were.
+        self.settings |= {name: given[name] for name in ("max_norm", "scale") if given[name] is not None}
         self.settings["total"] = total
         self.chunk_size, self.max_gram_bytes = grow["chunk_size"], max_gram_bytes
         self.total = total or 0
@@ -63,10 +72,11 @@ class Builder:
         self.content_hash: str | None = None  # of those that the checkpoint it goes on from had
         self.labels: list[Labels] = []
         self.mean: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.massive: Massive | None = None
         self._dictionary: Sequential | Batched | None = None
         self.sample = SpacedSample()
-        self._head: list[Batch] = []
-        self._head_tokens = 0
+        self.head: list[Batch] = []  # what waits for the first token to be judged
         self.tell: Callable[[int], None] = QUIET  # called while a threshold is chosen
         # Without a threshold, `_start` chooses one.
         self.schedule = Schedule([[0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold]])
@@ -97,9 +107,8 @@ class Builder:
             self.content.add(activations)
         self.position += len(activations)
         if self._head_wanted():
-            self._head.append(Batch(activations.clone(), labels))  # the stream may use its memory again
-            self._head_tokens += len(activations)
-            if self._head_tokens >= self._head_wanted():
+            self.head.append(Batch(activations.clone(), labels))  # the stream may use its memory again
+            if sum(len(batch.activations) for batch in self.head) >= self._head_wanted():
                 self._start()
         elif len(activations):
             self._judge(Batch(activations, labels))
@@ -118,7 +127,7 @@ class Builder:
 
     def settle(self) -> None:
         """Judge what waited for more to estimate the mean or the threshold from: the stream has ended."""
-        if self._head:
+        if self.head:
             self._start()
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> ITDA:
@@ -135,11 +144,13 @@ class Builder:
             "itda_version": __version__,
         }
         del cfg["n_atoms"], cfg["total"]
+        if self.massive is not None:
+            cfg["massive"] = self.massive.to_json()
         labels = Labels.concat(self.labels)
         found = (self.dictionary.norms, self.dictionary.losses)
         norms, losses = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in found)
         model = ITDA(atoms, labels, self.settings["k"], self.mean, norms, losses, cfg | dict(provenance or {}))
-        return measured(model, *self.sample.tokens())
+        return measured(replace(model, scale=self.scale), *self.sample.tokens())
 
     @property
     def settled(self) -> float:
@@ -155,28 +166,32 @@ class Builder:
     def _d(self) -> int | None:
         if self.started:
             return self.dictionary.gram.atoms.shape[1]
-        return self._head[0].activations.shape[1] if self._head else None
+        return self.head[0].activations.shape[1] if self.head else None
 
     def _head_wanted(self) -> int:
         """How many tokens must be at hand before the first can be judged; 0 once they were."""
         if self.started:
             return 0
-        wanted = MEAN_TOKENS if self.settings["center"] else 1
+        wanted = MEAN_TOKENS if any(self.settings.get(name) for name in ("center", "max_norm", "scale")) else 1
         return max(wanted, pilot_tokens(self.total)) if self.settings["n_atoms"] else wanted
 
     def _start(self) -> None:
-        """Estimate the mean, choose the threshold, and judge the tokens that waited for both."""
-        head, self._head, self._head_tokens = self._head, [], 0
+        """Estimate the mean, choose the threshold, and judge the tokens that waited for both.
+
+        While a threshold is chosen it may be interrupted, and nothing has changed then.
+        """
+        device = self.head[-1].activations.device  # that of a checkpoint is on the CPU
+        head = [Batch(batch.activations.to(device), batch.labels) for batch in self.head]
         x = torch.cat([batch.activations for batch in head])
         if not len(x):
+            self.head = []
             return
-        if self.settings["center"]:
-            # NumPy adds row after row, in one order on every machine and for any number of threads.
-            self.mean = torch.from_numpy(x[:MEAN_TOKENS].double().cpu().numpy().mean(axis=0)).float()
+        how: dict[str, Any] = {name: self.settings.get(name) for name in ("center", "scale", "max_norm")}
+        if any(how.values()):
+            self.mean, self.scale, self.massive = estimated(x[:MEAN_TOKENS], **how)
         if self.settings["n_atoms"]:
-            x = x[: pilot_tokens(self.total)]
-            wish, *how = (self.settings[name] for name in ("n_atoms", "k", "loss", "nonneg"))
-            self.schedule = pilot(self._centred(x), wish, max(self.total, 1), *how, tell=self.tell)
+            self._choose(x[: pilot_tokens(self.total)])
+        self.head = []
         self.prepare(x.shape[1], x.device)
         for batch in head:
             self._judge(batch)
@@ -191,39 +206,94 @@ class Builder:
         else:
             self._dictionary = Batched(*args, paper=self.settings["admission"] == "paper", **shared)
 
-    def _centred(self, x: Tensor) -> Tensor:
+    def _choose(self, x: Tensor) -> None:
+        """Choose the threshold for the wished number of atoms, from the first tokens."""
+        wish, k, loss, nonneg = (self.settings[name] for name in ("n_atoms", "k", "loss", "nonneg"))
+        total, kept = max(self.total, 1), self._kept(x)
+        if kept is None:
+            self.schedule = pilot(self._standardised(x), wish, total, k, loss, nonneg, self.tell)
+        else:  # of the stream such a share is judged; milestones count all of it
+            some = self._standardised(x)[torch.from_numpy(kept).to(x.device)]
+            found = pilot(some, wish, max(1, round(total * len(kept) / len(x))), k, loss, nonneg, self.tell)
+            self.schedule = replace(found, total=total, milestone=len(x))
+
+    def _standardised(self, x: Tensor) -> Tensor:
         x = x.float()
-        return x if self.mean is None else x - self.mean.to(x.device)
+        x = x if self.mean is None else x - self.mean.to(x.device)
+        if self.scale is None:
+            return x
+        x = x / self.scale.to(x.device)
+        if (where := too_large(x)) is not None:
+            raise InputError(
+                f"Coordinate {where[1]} of an activation is {x[where].item():.3g} deviations from its mean, more than "
+                "can be computed with: leave out `scale`, or drop that token."
+            )
+        return x
+
+    def _kept(self, x: Tensor) -> np.ndarray | None:
+        """The tokens that may be admitted; None for all, unless some are too large."""
+        if self.massive is None or self.massive.left_out is None:
+            return None
+        kept = within(x, self.massive.norm)
+        return None if len(kept) == len(x) else kept
 
     def _judge(self, batch: Batch) -> None:
-        x, seen, admitted = self._centred(batch.activations), self.seen, []
+        x, seen, admitted = self._standardised(batch.activations), self.seen, []
         if self.dictionary.gram.atoms.device != x.device:  # a checkpoint is read on the CPU
             self.dictionary.to(x.device)
-        start = 0
+        start, kept = 0, self._kept(batch.activations)
         while start < len(x) and not self.full:
             ahead = self.schedule.until(seen + start)
             stop = len(x) if ahead is None else min(len(x), start + ahead)
-            room = (self.settings["max_atoms"] or math.inf) - len(self)
-            watch = self.schedule.watch(seen + start, stop - start)
-            rows, losses = self.dictionary.judge(x[start:stop], self.schedule.threshold, room, watch)
+            rows, losses = self._judge_some(x, start, stop, kept)
             if self.full:  # what comes after the last admission was not judged, however long the batch
-                stop = start + max(rows) + 1
-            admitted += [start + row for row in rows]
+                stop = max(rows) + 1
+            admitted += rows
             self.schedule.losses += losses.tolist()
             self.schedule.advance(seen + stop, len(self))
             start = stop
+        if kept is not None and self.massive is not None:
+            self.massive.left_out = (self.massive.left_out or 0) + start - int(np.searchsorted(kept, start))
         self.sample.add(batch, start, seen)
         self.labels.append(batch.labels[np.array(admitted, np.int64)])
         self.seen = seen + start
 
+    def _judge_some(self, x: Tensor, start: int, stop: int, kept: np.ndarray | None) -> tuple[list[int], np.ndarray]:
+        """Judge those of the tokens from `start` to `stop` that are `kept`; which became atoms, and losses to watch.
+
+        A token that is left out has loss 0, as one that is never admitted.
+        """
+        room = (self.settings["max_atoms"] or math.inf) - len(self)
+        watch, threshold = self.schedule.watch(self.seen + start, stop - start), self.schedule.threshold
+        if kept is None:
+            rows, losses = self.dictionary.judge(x[start:stop], threshold, room, watch)
+            return [start + row for row in rows], losses
+        there = kept[slice(*np.searchsorted(kept, (start, stop)))]
+        known = None if watch is None else np.isin(start + watch, there)
+        losses = np.zeros(0 if watch is None else len(watch))
+        if not len(there):
+            return [], losses
+        some = None if watch is None else np.searchsorted(there, start + watch[known])
+        rows, found = self.dictionary.judge(x[torch.from_numpy(there).to(x.device)], threshold, room, some)
+        if known is not None:  # fewer where the dictionary was full before the last
+            losses[np.flatnonzero(known)[: len(found)]] = found
+        return there[rows].tolist(), losses
+
 
 def measured(model: ITDA, x: Tensor, labels: Labels) -> ITDA:
-    """The dictionary with the tokens `x` (tokens, d) and their `labels` as its sample, and its FVU on them."""
+    """The dictionary with the tokens `x` (tokens, d) and their `labels` as its sample, and its errors on them.
+
+    fvu, fvu_robust, fvu_standardised and variance are those of `metrics.reconstruction`; relative_error and
+    median_error are of |x - x_hat|^2 / |x - mean|^2 of a token, coordinates over the scale if there is one.
+    """
     codes = model.encode(x)
     x_hat = model.decode(codes)
-    cfg = model.cfg | {"fvu": fvu(x.double(), x_hat.double()), "sample_tokens": len(x)}
-    centred = x.float() if model.mean is None else x.float() - model.mean
-    loss = LOSSES[cfg.get("loss", "relative")](centred.double(), codes.decode(model.atoms).double())
+    inner, inner_hat = model.standardised(x.float()).double(), codes.decode(model.atoms).double()
+    error = relative_error(inner, inner_hat).numpy()
+    mean, median = (float(of(error)) if len(error) else math.nan for of in (np.mean, np.median))
+    cfg = model.cfg | {**reconstruction(x.double(), x_hat.double()), "sample_tokens": len(x)}
+    cfg |= {"relative_error": mean, "median_error": median}
+    loss = LOSSES[cfg.get("loss", "relative")](inner, inner_hat)
     return replace(model, cfg=cfg, sample=Sample(labels, codes, loss.float()))
 
 
@@ -299,6 +369,11 @@ def _check_together(grow: Mapping[str, Any]) -> None:
         )
     if threshold is None and n_atoms is None and loss not in DEFAULT_THRESHOLD:
         raise InputError(f"Loss {loss!r} has the units of the activations and no default: give a `threshold`.")
+    if (max_norm := grow["max_norm"]) is not None and not 1 <= max_norm < math.inf:
+        raise InputError(
+            f"`max_norm` is {shortened(max_norm)}: pass how many times the median norm a token may have, 1 or more (5 "
+            "leaves massive tokens alone out)."
+        )
     most = {"relative": 1.0, "cosine": 4.0, "squared": math.inf}[loss]
     if threshold is not None and not 0 <= threshold < most:
         raise InputError(f"`threshold` is {shortened(threshold)}; loss {loss!r} needs one from 0 to below {most:g}.")

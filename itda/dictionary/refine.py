@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itda.codes import Codes
 from itda.devices import free_bytes, full_float32
-from itda.dictionary.builder import SpacedSample, measured
+from itda.dictionary.builder import MEASURED, SpacedSample, measured
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, whole
 from itda.labels import Batch, Labels
@@ -77,6 +77,7 @@ def select(
         norms=candidates.norms[kept],
         losses=candidates.losses[kept],
         moved=None if candidates.moved is None else candidates.moved[kept],
+        scale=candidates.scale,
         cfg=candidates.cfg | {"selected": {"from": len(candidates), "tokens": len(x), "rounds": rounds, "k": k}},
     )
     return _sampled(model, x, labels)
@@ -228,13 +229,13 @@ class _Sums:
 
 
 def _sampled(model: ITDA, x: Float[Tensor, "tokens d"], labels: Labels | None) -> ITDA:
-    """With a sample of `x`, which is centred; without labels none, since the one there was has codes of other atoms."""
-    cfg = {key: value for key, value in model.cfg.items() if key not in ("fvu", "sample_tokens")}
+    """With a sample of `x`, which is as the pursuit has it; without labels none: the old one's codes are of others."""
+    cfg = {key: value for key, value in model.cfg.items() if key not in MEASURED}
     model = replace(model, sample=None, cfg=cfg)
     if labels is None:
         return model
     sample = SpacedSample()
-    sample.add(Batch(x if model.mean is None else x + model.mean, labels), len(x), 0)
+    sample.add(Batch(model.restored(x), labels), len(x), 0)
     return measured(model, *sample.tokens())
 
 
@@ -243,7 +244,7 @@ def _how(model: ITDA) -> dict[str, Any]:
 
 
 def _checked(model: ITDA, activations: Any, labels: Labels | None) -> Tensor:
-    """The activations as float32 (tokens, d), less the dictionary's mean, on the CPU."""
+    """The activations as float32 (tokens, d), as the dictionary's pursuit has them, on the CPU."""
     x = as_tensor(activations)
     if x is None or x.ndim != 2 or x.shape[1] != model.d:
         shape = tuple(getattr(activations, "shape", ())) or type(activations).__name__
@@ -255,4 +256,4 @@ def _checked(model: ITDA, activations: Any, labels: Labels | None) -> Tensor:
     if (where := too_large(x)) is not None:
         raise InputError(f"`x` must be finite; the entry at {where} is {x[where].item()}. Drop or repair that token.")
     x = x.detach().float().cpu()
-    return x if model.mean is None else x - model.mean
+    return model.standardised(x)

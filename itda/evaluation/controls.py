@@ -38,7 +38,8 @@ def systems_of(
     if "gaussian" in wanted:
         every.append(_gaussian(dictionary, settings, seed))
     names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
-    return every + [replace(s, name=n, mean=dictionary.mean) for s, n in zip(systems, names, strict=True)]
+    own = zip(systems, names, strict=True)
+    return every + [replace(s, name=n, mean=dictionary.mean, scale=dictionary.scale) for s, n in own]
 
 
 def _random_tokens(dictionary: ITDA, held: Held, settings: Mapping[str, Any], seed: int) -> System:
@@ -47,8 +48,7 @@ def _random_tokens(dictionary: ITDA, held: Held, settings: Mapping[str, Any], se
 
 
 def _drawn(dictionary: ITDA, held: Held, seed: int) -> ITDA:
-    x = held.pool.float()
-    x = x if dictionary.mean is None else x - dictionary.mean.to(x.device)
+    x = dictionary.standardised(held.pool.float())
     x = x[x.square().sum(1) > 0]
     rows = np.random.default_rng([seed, 4]).permutation(len(x))[: len(dictionary)]
     return _plain(normalize(x[torch.from_numpy(np.sort(rows))]), dictionary)
@@ -62,7 +62,8 @@ def _gaussian(dictionary: ITDA, settings: Mapping[str, Any], seed: int) -> Syste
 
 def _plain(atoms: Tensor, dictionary: ITDA) -> ITDA:
     ones = torch.ones(len(atoms))
-    return ITDA(atoms.cpu(), Labels.counted(0, len(atoms)), dictionary.k, dictionary.mean, ones, ones, {})
+    own: dict[str, Any] = {"mean": dictionary.mean, "scale": dictionary.scale}
+    return ITDA(atoms.cpu(), Labels.counted(0, len(atoms)), dictionary.k, norms=ones, losses=ones, **own)
 
 
 def like(dictionary: ITDA, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def untrained(
     held = reader.read(other, "reading the untrained model")
     grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
     grow["nonneg"] = bool(dictionary.cfg.get("nonneg"))
+    grow |= {"max_norm": dictionary.cfg.get("max_norm"), "scale": None if dictionary.scale is None else "std"}
     wish = min(len(dictionary), len(held.pool))
     built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
     assert isinstance(built, ITDA)

@@ -21,18 +21,19 @@ from itda.dictionary.folder import EVAL
 from itda.dictionary.itda import ITDA
 from itda.disk import bytes_of, write_file
 from itda.errors import InputError, shortened
-from itda.evaluation import heldout, heldout_on_disk
+from itda.evaluation import heldout, heldout_on_disk, verdict
 from itda.evaluation import probing as probes
 from itda.evaluation.controls import CONTROLS, like, systems_of, untrained
 from itda.evaluation.measures import Bootstrap, cross_entropy, measure
 from itda.evaluation.systems import System
 from itda.labels import groups_of
+from itda.metrics import variance
 from itda.models import loading
 from itda.models.splice import spliced
 from itda.progress import Step, reporter
 from itda.reading.on_disk import is_stored
 from itda.reading.own_model import model_of
-from itda.report import drawing
+from itda.report import drawing_evaluation
 from itda.results import Report, finite
 from itda.settings import groups as g
 from itda.settings import pick, takes, verbs
@@ -50,11 +51,17 @@ NONE_ASKED = "it was asked for on 0 tokens (`ce_tokens`)"
 class Evaluation(Report):
     """What was measured of a dictionary and of its controls, in one table; made by `evaluate`.
 
-    `systems` are dicts by system, the dictionary first, each with: n_atoms; k; fvu, relative_error, cosine, l0, each
-    with its 95 % interval over documents; tails, quantiles of the relative error; above, the share of tokens beyond the
-    dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom; negative, the share of
-    negative coefficients; coherence; with_position_0, fvu and mean relative error of special tokens and position 0
-    too; positions, fvu by place in the row; ce (see `cross_entropy`), None where there is no language model.
+    `verdict` says whether the dictionary is better than random tokens (`itda.evaluation.verdict`), None where these
+    were not measured; `variance` where that of the activations lies (`itda.metrics.variance`); `denominator` what the
+    relative errors of tokens are relative to, the same in all of the table and for the threshold.
+
+    `systems` are dicts by system, the dictionary first, each with: n_atoms; k; fvu, fvu_robust without massive tokens,
+    relative_error, cosine, l0, each with its 95 % interval over documents; fvu_standardised, without massive tokens and
+    each coordinate over its deviation; median_error and tails, quantiles of the relative error; above, the share of
+    tokens beyond the dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom;
+    negative, the share of negative coefficients; coherence; with_position_0, fvu and mean relative error of special
+    tokens and position 0 too; positions, fvu by place in the row; ce (see `cross_entropy`), None where there is no
+    language model.
     `held_out` says which text was measured on, and where the random tokens are from; `no_ce` why there are no figures
     of cross-entropy, where there are none; `settings` all that was chosen, and of what model, dictionary, text and
     versions this is; `probing` is that of `itda.evaluation.probing.probe`.
@@ -65,6 +72,9 @@ class Evaluation(Report):
     hook_point: str
     tokens: int
     held_out: dict[str, Any]
+    denominator: str
+    variance: dict[str, Any]
+    verdict: dict[str, Any] | None
     systems: dict[str, dict[str, Any]]
     clean: dict[str, float] | None  # cross-entropies: clean, zero, mean; and the tokens predicted
     no_ce: str | None = None
@@ -91,7 +101,7 @@ class Evaluation(Report):
         raise AttributeError(f"an Evaluation has no {name!r}: it has {', '.join(first)}")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        return drawing.evaluation(self, options)
+        return drawing_evaluation.evaluation(self, options)
 
 
 @takes(verbs.EVALUATE)
@@ -151,19 +161,20 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     reader = heldout.Reader(split, hook, special_tokens, report)
     held = reader.read(hooked, "reading")
     every = systems_of(dictionary, held, wanted, settings, systems, seed)
-    found = _measured(every, held, dictionary, seed)
-    clean, no_ce = None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
+    found, said = _measured(every, held, dictionary, seed)
+    at_ce, clean, no_ce = None, None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
     if no_ce is None:
         rows = split.first(ce_tokens)
-        clean = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
+        clean, at_ce = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
+    _judged(said, at_ce)
     probing = None
     if labelled is not None:
         texts: dict[str, Any] = dict(special_tokens=special_tokens, seed=seed)
-        texts["context_length"] = split.stream.context_length
+        texts |= {"context_length": split.stream.context_length, "bos": split.stream.bos}
         probing = probes.probe(loading.load_model(hooked, hooks=hook), hook, every, labelled, **texts)
     if "untrained model" in wanted:
         other, there = untrained(dictionary, hooked, reader, settings, seed)
-        found |= _measured([other], there, dictionary, seed)
+        found |= _measured([other], there, dictionary, seed)[0]
     asked |= like(dictionary, settings) | dict(controls=wanted, special_tokens=special_tokens)
     report(None)
     return Evaluation(
@@ -172,6 +183,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
         hook_point=hook,
         tokens=int(held.scored.sum()),
         held_out=split.about,
+        **said,
         systems=_in_order(found),
         clean=clean,
         no_ce=no_ce,
@@ -208,7 +220,8 @@ def _on_disk(
         wanted = [control for control in wanted if control != "untrained model"]
         about["left_out"] = f"the untrained model, since {NO_MODEL}"
     every = systems_of(dictionary, held, wanted, settings, systems, seed)
-    found = _measured(every, held, dictionary, seed)
+    found, shown = _measured(every, held, dictionary, seed)
+    _judged(shown)
     report(None)
     said = stream.provenance
     asked |= like(dictionary, settings) | dict(controls=wanted, special_tokens=said.get("special_tokens"))
@@ -218,6 +231,7 @@ def _on_disk(
         hook_point=hook,
         tokens=len(held.x),
         held_out=about,
+        **shown,
         systems=_in_order(found),
         clean=None,
         no_ce=NO_MODEL,
@@ -226,9 +240,30 @@ def _on_disk(
     )
 
 
-def _measured(systems: Iterable[System], held: heldout.Held, dictionary: ITDA, seed: int) -> dict[str, dict[str, Any]]:
+def _measured(
+    systems: Iterable[System], held: heldout.Held, dictionary: ITDA, seed: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What is measured of all `systems`, and what there is to say of the activations and of all systems together."""
+    errors: dict[str, np.ndarray] = {}
     threshold = _threshold(dictionary)
-    return {s.name: measure(s, held.x, held.labels, held.scored, threshold, seed) for s in systems}
+    found = {s.name: measure(s, held.x, held.labels, held.scored, threshold, seed, errors) for s in systems}
+    draws = Bootstrap(groups_of(held.labels[held.scored]), seed)
+    where = variance(held.x[torch.from_numpy(held.scored)])
+    said = {"denominator": _denominator(dictionary), "variance": where, "verdict": verdict.of_errors(errors, draws)}
+    return found, said
+
+
+def _judged(said: dict[str, Any], cross_entropy: dict[str, Any] | None = None) -> None:
+    """Complete the verdict, if there is one."""
+    if said["verdict"] is not None:
+        said["verdict"] |= {"cross_entropy": cross_entropy}
+        said["verdict"]["overall"] = verdict.overall(said["verdict"])
+
+
+def _denominator(dictionary: ITDA) -> str:
+    """What errors of tokens are relative to: that of the dictionary's own loss, mean and scale."""
+    of = "|x|²" if dictionary.mean is None else "|x - mean|²"
+    return of if dictionary.scale is None else f"{of}, each coordinate over its deviation"
 
 
 def _in_order(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -255,13 +290,14 @@ def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: 
     probe = asked["probe"]
     asked |= {"probe": os.fspath(probe) if isinstance(probe, str | os.PathLike) else None}
     content = hashlib.sha256()
-    for tensor in (dictionary.atoms, dictionary.mean):
+    for tensor in (dictionary.atoms, dictionary.mean, dictionary.scale):
         content.update(b"" if tensor is None else bytes_of(tensor.contiguous()))
     own = {
         "sha256": content.hexdigest(),
         "n_atoms": len(dictionary),
         "itda_version": dictionary.cfg.get("itda_version"),
         "threshold": _threshold(dictionary),
+        **{name: True for name in ("selected", "refined") if dictionary.cfg.get(name)},
     }
     versions = {"itda": __version__, "torch": torch.__version__, "transformers": version("transformers")}
     return asked | {"dictionary": own, "model": model, "text": text, "versions": versions}
@@ -294,8 +330,13 @@ def _threshold(dictionary: ITDA) -> float | None:
 # -- cross-entropy ----------------------------------------------------------------------------------------------------
 
 
-def _cross_entropies(hooked, hook, rows, systems, held, found, special_tokens, seed, report) -> dict[str, float]:
-    """Put the scores of all systems into `found`; what the model loses without the hook point, for all of them."""
+def _cross_entropies(
+    hooked, hook, rows, systems, held, found, special_tokens, seed, report
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Put the scores of all systems into `found`.
+
+    Returns what the model loses without the hook point, for all of them, and the verdict on the cross-entropy.
+    """
     mean = held.x[torch.from_numpy(held.scored)].double().mean(0)
     replacements: dict[str, Any] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
     replacements |= {system.name: lambda x, run=system.run: run(x)[0] for system in systems}
@@ -312,4 +353,4 @@ def _cross_entropies(hooked, hook, rows, systems, held, found, special_tokens, s
     for system in systems:
         found[system.name]["ce"] = cross_entropy(out, system.name, draws)
     levels = {name: float(out.cross_entropy[name].mean()) for name in ("clean", "zero", "mean")}
-    return levels | {"tokens": len(at)}
+    return levels | {"tokens": len(at)}, verdict.of_cross_entropy(out.cross_entropy, draws)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from itda.evaluation.systems import System
 from itda.labels import groups_of
-from itda.metrics import ce_score, coherence, cosine
+from itda.metrics import ce_score, coherence, cosine, fvu_standardised, norm_limit, norms
 from itda.models.splice import Spliced
 
 TAILS = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999}
@@ -28,41 +28,67 @@ def measure(
     scored: Bool[ndarray, " tokens"] | None = None,
     threshold: float | None = None,
     seed: int = 0,
+    errors: dict[str, Float[ndarray, " scored"]] | None = None,
 ) -> dict[str, Any]:
     """What `Evaluation.systems` has of one system, but for cross-entropy, on the activations `x` with their `labels`.
 
-    `scored` marks the tokens that count; the others are in "with_position_0" alone.
+    `scored` marks the tokens that count; the others are in "with_position_0" alone. The errors of those that count,
+    |x - x_hat|^2 / |x - mean|^2 with coordinates over the scale if there is one, are left in `errors`.
     """
     scored = np.ones(len(x), bool) if scored is None else scored
-    errors, cosines, l0s, negative, used = [], [], [], 0, np.zeros(len(system.atoms), np.int64)
-    for start in range(0, len(x), CHUNK):
-        part, of = x[start : start + CHUNK], torch.from_numpy(scored[start : start + CHUNK])
-        x_hat, codes = system.run(part)
-        x_hat, codes, exact = x_hat.double().cpu(), codes.to("cpu"), part.double().cpu()
-        errors.append((exact - x_hat).square().sum(1).numpy())
-        cosines.append(cosine(exact, x_hat).numpy())
-        l0s.append(codes.l0().numpy())
-        values = codes.values[of]
-        negative += int((values < 0).sum())
-        used += np.bincount(codes.indices[of][values != 0].numpy(), minlength=len(used))
-    error, total = np.concatenate(errors), x.double().square().sum(1).cpu().numpy()
-    centred = x.double().cpu() if system.mean is None else x.double().cpu() - system.mean.double().cpu()
-    loss = error / np.maximum(centred.square().sum(1).numpy(), 1e-300)
-    relative = error / np.where(total > 0, total, 1.0)
-    l0 = np.concatenate(l0s)
+    size = norms(x)
+    usual = scored & (size <= norm_limit(size[scored]))
+    ran = _Run(system, x, scored, usual)
+    error, relative, used = ran.error, ran.relative, ran.used
     draws = Bootstrap(groups_of(labels[scored]), seed)
     known = relative[scored]
+    if errors is not None:
+        errors[system.name] = known
     fvu, interval = _fvu(x, error, scored, draws)
     out: dict[str, Any] = {"n_atoms": len(system.atoms), "k": system.k, "fvu": fvu, "fvu_interval": interval}
-    for name, values in {"relative_error": known, "cosine": np.concatenate(cosines)[scored], "l0": l0[scored]}.items():
-        out |= {name: float(values.mean()), f"{name}_interval": draws.of_mean(values.astype(float))}
+    out["fvu_robust"], out["fvu_robust_interval"] = _fvu(x, error, usual, Bootstrap(groups_of(labels[usual]), seed))
+    out["fvu_standardised"] = fvu_standardised(x, usual, ran.squared)
+    for name, each in {"relative_error": known, "cosine": ran.cosine[scored], "l0": ran.l0[scored]}.items():
+        out |= {name: float(each.mean()), f"{name}_interval": draws.of_mean(each.astype(float))}
+    out |= {"median_error": float(np.median(known))}
     out |= {"tails": {tail: float(np.quantile(known, q)) for tail, q in TAILS.items()}}
-    out |= {"above": None if threshold is None else float((~(loss[scored] <= threshold)).mean())}
-    out |= {"alive": float((used > 0).mean()), "negative": negative / max(1, int(used.sum())), "use": used.tolist()}
+    out |= {"above": None if threshold is None else float((~(known <= threshold)).mean())}
+    negative = ran.negative / max(1, int(used.sum()))
+    out |= {"alive": float((used > 0).mean()), "negative": negative, "use": used.tolist()}
     out |= {"coherence": coherence(system.atoms), "with_position_0": None, "ce": None}
     if not scored.all():
         out["with_position_0"] = {"fvu": _fvu(x, error)[0], "relative_error": float(relative.mean())}
-    return out | {"positions": _by_position(x, error, labels.position, scored), **system.cost}
+    return out | {"positions": _by_position(x, error, relative, labels.position, scored), **system.cost}
+
+
+class _Run:
+    """A system run on all tokens.
+
+    By token `error` |x - x_hat|^2, `relative` to |x - mean|^2 with coordinates over the scale, `cosine` and `l0`; of
+    those `scored`, how many have each atom `used`, and how many coefficients are `negative`; of those that are `usual`,
+    the sums of squared errors by coordinate, `squared` (d,).
+    """
+
+    def __init__(self, system: System, x: Tensor, scored: ndarray, usual: ndarray) -> None:
+        self.squared, self.negative = np.zeros(x.shape[1]), 0
+        self.used = np.zeros(len(system.atoms), np.int64)
+        mean = 0.0 if system.mean is None else system.mean.double().cpu()
+        scale = 1.0 if system.scale is None else system.scale.double().cpu()
+        found: list[tuple[ndarray, ...]] = []
+        for start in range(0, len(x), CHUNK):
+            part = x[start : start + CHUNK]
+            of, some = (torch.from_numpy(marks[start : start + CHUNK]) for marks in (scored, usual))
+            x_hat, codes = system.run(part)
+            x_hat, codes, exact = x_hat.double().cpu(), codes.to("cpu"), part.double().cpu()
+            rest, total = exact - x_hat, ((exact - mean) / scale).square().sum(1)
+            relative = (rest / scale).square().sum(1) / torch.where(total > 0, total, 1.0)
+            each = (rest.square().sum(1), relative, cosine(exact, x_hat), codes.l0())
+            found.append(tuple(values.numpy() for values in each))
+            self.squared += rest[some].square().sum(0).numpy()
+            values = codes.values[of]
+            self.negative += int((values < 0).sum())
+            self.used += np.bincount(codes.indices[of][values != 0].numpy(), minlength=len(self.used))
+        self.error, self.relative, self.cosine, self.l0 = map(np.concatenate, zip(*found, strict=True))
 
 
 class Bootstrap:
@@ -106,16 +132,17 @@ def _fvu(
         return value, interval_of(draws.sums(error) / spread)
 
 
-def _by_position(x: Tensor, error: ndarray, position: ndarray, scored: ndarray) -> list[dict[str, Any]]:
+def _by_position(
+    x: Tensor, error: ndarray, relative: ndarray, position: ndarray, scored: ndarray
+) -> list[dict[str, Any]]:
     """FVU, and mean |x|, at positions 0, 1, 2-3, 4-7, 8-15 and so on; of all tokens there, scored or not."""
     bucket = np.frexp(position)[1]
-    norms, out = x.double().square().sum(1).sqrt().cpu().numpy(), []
+    size, out = norms(x), []
     for b in np.unique(bucket).tolist():
         there = bucket == b
         part = {"first": 2 ** (b - 1) if b else 0, "last": 2**b - 1, "tokens": int(there.sum())}
-        part |= {"scored": int((there & scored).sum()), "norm": float(norms[there].mean())}
-        of = error[there] / np.where(norms[there] > 0, norms[there] ** 2, 1.0)
-        out.append(part | {"fvu": _fvu(x, error, there)[0], "relative_error": float(of.mean())})
+        part |= {"scored": int((there & scored).sum()), "norm": float(size[there].mean())}
+        out.append(part | {"fvu": _fvu(x, error, there)[0], "relative_error": float(relative[there].mean())})
     return out
 
 

@@ -17,8 +17,9 @@ from itda.dictionary.itda import ITDA
 class System:
     """Anything that writes activations as a sparse sum: `run` maps (tokens, d) to reconstructions and codes.
 
-    `atoms` (n_atoms, d) are its directions, of unit norm. Losses are compared with the threshold relative to `mean`
-    (d,): the dictionary's, also for what is measured beside it. `cost` is what is known of the making, for the table.
+    `atoms` (n_atoms, d) are its directions, of unit norm. Errors of tokens are relative to `mean` (d,) and over `scale`
+    (d,), if not None: the dictionary's, as its loss has them, also for what is measured beside it. `cost` is what is
+    known of the making, for the table.
     """
 
     name: str
@@ -28,6 +29,7 @@ class System:
     cost: dict[str, Any] = field(default_factory=dict)
     hook_point: str | None = None  # where it was made for, if it says so
     mean: Float[Tensor, " d"] | None = None
+    scale: Float[Tensor, " d"] | None = None
 
     @classmethod
     def of(cls, dictionary: ITDA, name: str, **settings: Any) -> System:
@@ -38,4 +40,5 @@ class System:
             return dictionary.decode(codes), codes
 
         k = settings.get("k")
-        return cls(name, dictionary.atoms, run, dictionary.k if k is None else k, mean=dictionary.mean)
+        own: dict[str, Any] = {"mean": dictionary.mean, "scale": dictionary.scale}
+        return cls(name, dictionary.atoms, run, dictionary.k if k is None else k, **own)

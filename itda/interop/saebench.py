@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError
-from itda.interop.saelens import _metadata
+from itda.interop.saelens import _metadata, check_unscaled
 from itda.provenance import section
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ def adapter(dictionary: ITDA, device: torch.device | str = "cpu", dtype: torch.d
     computed in float32 at least. `cfg` is SAEBench's and can be changed: where SAEBench loads the model, `model_name`
     has to be one that TransformerLens knows; what the dictionary does not say is None.
 
-    Raises `InputError` without SAEBench.
+    Raises `InputError` for a dictionary with a `scale`, and without SAEBench.
     """
+    check_unscaled(dictionary)
     try:
         from sae_bench.custom_saes.base_sae import BaseSAE
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises either

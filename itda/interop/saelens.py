@@ -43,7 +43,8 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
     the difference of the two latents of an atom is its coefficient. "itda" keeps n latents with signed codes, and needs
     `itda.interop.saelens.register()` before it is loaded. The labels go into `metadata` of cfg.json.
 
-    Raises `InputError` for a dictionary whose pursuit SAELens' own cannot do, and a folder that holds anything else.
+    Raises `InputError` for a dictionary whose pursuit SAELens' own cannot do, for one with a `scale`, and a folder that
+    holds anything else.
     """
     if not len(dictionary):
         raise InputError(
@@ -57,6 +58,7 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
             f"SAELens' own architecture does matching pursuit, and this dictionary has method {method!r}: export it "
             "with `architecture='itda'` (`--architecture itda`)."
         )
+    check_unscaled(dictionary)
     out = _target(out)
     signed = architecture == "matching_pursuit" and not dictionary.cfg.get("nonneg", False)
     atoms = torch.cat([dictionary.atoms, -dictionary.atoms]) if signed else dictionary.atoms
@@ -84,6 +86,15 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
     os.replace(out / NEXT, out / WEIGHTS)
     write_file(out / CFG, [(json.dumps(cfg, indent=1, allow_nan=False) + "\n").encode()])
     return out
+
+
+def check_unscaled(dictionary: ITDA) -> None:
+    """Raise `InputError` for a dictionary whose coordinates are over their deviations, which an SAE cannot say."""
+    if dictionary.scale is not None:
+        raise InputError(
+            f"{dictionary!r} was built with `scale` = 'std', and an SAE has one weight for all coordinates: build one "
+            "without `scale` (`--scale`) to hand it on."
+        )
 
 
 def _target(out: str | os.PathLike) -> Path:
@@ -230,6 +241,7 @@ def register() -> tuple[type, type]:
 
 def as_sae(dictionary: ITDA, device: str = "cpu") -> SAE:
     """`dictionary` as a SAELens SAE of architecture "itda", in memory."""
+    check_unscaled(dictionary)
     sae_class, cfg_class = register()
     from sae_lens.saes.sae import SAEMetadata
 

@@ -15,6 +15,10 @@ from itda.errors import InputError
 from itda.models.hooked_model import HookedModel
 from itda.text.prompts import Row, valid
 
+BUDGET = 1e9  # bytes of logits, the clean ones and those beside them
+COPIES = 4  # of the logits of a pass: as the head gives them and as they are picked, clean and spliced
+FLOAT32 = 4  # bytes
+PIECE = 32e6  # bytes of those whose probabilities are computed together
 Replacement = Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]]
 
 
@@ -41,33 +45,34 @@ def spliced(
     *,
     special_tokens: bool = False,
     batch_rows: int = 8,
+    budget: float = BUDGET,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Spliced:
     """Run `rows` through the language model as it is, and once more with every one of `replacements` at `hook`.
 
     A replacement is a function of activations (tokens, d), in the dtype and on the device of the model; it is given the
     valid tokens of a few rows at a time, and every other token passes untouched: padding, and unless `special_tokens`
-    special tokens and position 0. `progress` is told how many rows are done. Raises `InputError` for a model without a
-    language modelling head.
+    special tokens and position 0. The clean pass of a few rows serves all replacements.
+
+    Logits and what is computed of them take no more than `budget` bytes beside the model's own, where a vocabulary is
+    large: then fewer than `batch_rows` rows run together, and of a row that is too long by itself the logits come in
+    pieces, for which it is run once more each. `progress` is told how many rows are done. Raises `InputError` for a
+    model without a language modelling head.
     """
-    found: dict[str, list] = {name: [] for name in ("clean", *replacements)}
-    apart: dict[str, list] = {name: [] for name in replacements}
+    found: dict[str, list[Tensor]] = {name: [] for name in ("clean", *replacements)}
+    apart: dict[str, list[Tensor]] = {name: [] for name in replacements}
     prompts, positions, done = [], [], 0
-    for group in _groups(rows, batch_rows):
+    tokens = max(1, int(budget / (COPIES * FLOAT32 * model.vocabulary)))
+    for group in _groups(rows, batch_rows, tokens):
         ids, mask, chosen = _table(group, special_tokens)
-        target = ids[:, 1:].clone()
-        there = mask[:, 1:].bool()
-        row, place = there.nonzero(as_tuple=True)
-        prompts.append(np.array([r.prompt for r in group])[row.numpy()])
-        positions.append(place.numpy() + 1)
-        clean = _log_probabilities(model.logits(ids, mask), there)
-        goal = target[there].to(clean.device)[:, None]
-        found["clean"].append(-clean.gather(1, goal)[:, 0].double().cpu())
-        for name, function in replacements.items():
-            logits = model.logits(ids, mask, {hook: _at(chosen, function)})
-            other = _log_probabilities(logits, there)
-            found[name].append(-other.gather(1, goal)[:, 0].double().cpu())
-            apart[name].append((clean.exp() * (clean - other)).sum(1).double().cpu())
+        runs = {name: {hook: _at(chosen, function)} for name, function in replacements.items()}
+        for places in _places(ids.shape[1], tokens if len(group) == 1 else None):
+            after = torch.arange(1, ids.shape[1]) if places is None else places + 1
+            target, there = ids[:, after], mask[:, after].bool()
+            row, place = there.nonzero(as_tuple=True)
+            prompts.append(np.array([r.prompt for r in group])[row.numpy()])
+            positions.append(after[place].numpy())
+            _predict(model, (ids, mask, places), (target, there), runs, found, apart)
         done += len(group)
         progress(done)
     if not prompts:
@@ -76,6 +81,28 @@ def spliced(
     out.cross_entropy = {name: torch.cat(parts).numpy() for name, parts in found.items()}
     out.kl = {name: torch.cat(parts).numpy() for name, parts in apart.items()}
     return out
+
+
+def _predict(model, text, wanted, runs, found, apart) -> None:
+    """Run a few rows clean, and once with each of `runs`: cross-entropies into `found`, divergences into `apart`."""
+    (ids, mask, places), (target, there) = text, wanted
+    clean = _those(model.logits(ids, mask, None, places), there)
+    goal = target[there].to(clean.device)
+    piece = max(1, int(PIECE / (FLOAT32 * model.vocabulary)))
+    level = torch.cat([part.float().logsumexp(1) for part in clean.split(piece)]) if len(clean) else clean.sum(1)
+    pick = torch.arange(len(goal), device=clean.device)
+    found["clean"].append((level - clean[pick, goal].float()).double().cpu())
+    for name, replace in runs.items():
+        other = _those(model.logits(ids, mask, replace, places), there)
+        losses, divergences = [], []
+        for at in pick.split(piece):
+            mine = other[at].float()
+            mine -= mine.logsumexp(1, keepdim=True)
+            real = clean[at].float() - level[at, None]
+            losses.append(-mine.gather(1, goal[at, None])[:, 0].double().cpu())
+            divergences.append((real.exp() * (real - mine)).sum(1).double().cpu())
+        found[name] += losses
+        apart[name] += divergences
 
 
 def _at(chosen: Tensor, function: Replacement) -> Replacement:
@@ -90,18 +117,28 @@ def _at(chosen: Tensor, function: Replacement) -> Replacement:
     return replaced
 
 
-def _log_probabilities(logits: Tensor, there: Tensor) -> Float[Tensor, "predicted vocabulary"]:
-    """Of the tokens after those that stand there, float32."""
-    return logits[:, :-1][there.to(logits.device)].float().log_softmax(1)
+def _those(logits: Tensor, there: Tensor) -> Float[Tensor, "predicted vocabulary"]:
+    """Of the tokens before those that stand there, as the model gives them."""
+    return logits[:, : there.shape[1]][there.to(logits.device)]
 
 
-def _groups(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def _places(length: int, tokens: int | None) -> Iterator[Int[Tensor, " places"] | None]:
+    """Positions of a row whose logits are computed together; None for all."""
+    if tokens is None or length - 1 <= tokens:
+        yield None
+        return
+    yield from torch.arange(length - 1).split(tokens)
+
+
+def _groups(rows: Iterable[Row], size: int, tokens: int) -> Iterator[list[Row]]:
+    """Up to `size` rows at a time, of no more than so many tokens with what they are filled up by, or one row alone."""
     group: list[Row] = []
     for row in rows:
-        group.append(row)
-        if len(group) == size:
+        longest = max(len(each.ids) for each in (*group, row))
+        if group and (len(group) == size or (len(group) + 1) * longest > tokens):
             yield group
             group = []
+        group.append(row)
     if group:
         yield group
 

@@ -16,12 +16,14 @@ from itda.labels import Labels
 from itda.provenance import is_number
 from itda.report import drawing
 from itda.report.drawing import SHOWN
+from itda.report.usual import massive_atoms, usual_norm
 from itda.results import Report
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 BINS = 12
+MATCHES = ("token", "in token", "part of it")  # how an atom's token has to do with what was looked for
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,8 +38,9 @@ class Summary(Report):
     norms: dict[str, float]  # quantiles of the atoms' norms before they were normalised
     losses: dict[str, float]  # of their admission losses
     moved: dict[str, float] | None  # of refined atoms, quantiles of the cosine with the activation of their label
-    most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
+    most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label, massive
     first: list[dict[str, Any]]
+    massive: dict[str, Any]  # atoms whose |x| is beyond five times the usual_norm, the median of the sample
 
     @property
     def threshold(self) -> str | None:
@@ -62,6 +65,7 @@ class AtomReport(Report):
     n_atoms: int
     label: dict[str, Any]
     norm: float
+    massive: bool  # whether its |x| is beyond five times the median of the sample
     loss: float
     moved: float | None  # of a refined atom, the cosine with the activation of its label
     sample_tokens: int
@@ -77,11 +81,11 @@ class AtomReport(Report):
 
 @dataclass(frozen=True, repr=False)
 class Found(Report):
-    """The atoms of a token; made by `find`."""
+    """The atoms of a token or a word; made by `find`."""
 
     text: str
     n_atoms: int  # of the dictionary
-    atoms: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label
+    atoms: list[dict[str, Any]]  # atom, match (token, in token, part of it), uses in the sample, norm, loss, label
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return drawing.found(self, options)
@@ -112,31 +116,46 @@ def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
         norms=_quantiles(dictionary.norms.numpy()),
         losses=_quantiles(dictionary.losses.numpy()),
         moved=None if dictionary.moved is None else _quantiles(dictionary.moved.numpy()),
-        most_used=[_listed(dictionary, uses, i) for i in most.tolist()],
-        first=[_listed(dictionary, uses, i) for i in range(min(n, SHOWN))],
+        most_used=_flagged(dictionary, [_listed(dictionary, uses, i) for i in most.tolist()]),
+        first=_flagged(dictionary, [_listed(dictionary, uses, i) for i in range(min(n, SHOWN))]),
+        massive={"atoms": sum(massive_atoms(dictionary, [*range(n)])), "usual_norm": usual_norm(dictionary)},
     )
 
 
 def find(dictionary: ITDA | str | os.PathLike, text: str) -> Found:
-    """The atoms whose token has `text` in it, upper and lower case alike; those that are this token alone come first.
+    """The atoms whose token is `text`, has it in it, or is a part of it where it stands, upper and lower case alike.
 
-    Of these, and of the others, the most used in the sample come first. A token without text (`<token 17>`) is found by
-    its whole name only. Raises `InputError` for a dictionary whose labels have no text at all.
+    They come in this order (`match`), since tokenizers cut words: of "whale", " wh" and "ale" are found where they
+    follow each other. Of each kind the most used in the sample come first. A token without text (`<token 17>`) is found
+    by its whole name only. Raises `InputError` for a dictionary whose labels have no text at all.
     """
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"`text` (`--find`) is {shortened(text)}: pass some characters of the token to find.")
     dictionary = ITDA.of(dictionary)
     uses, wanted, labels = _uses(dictionary), text.strip().casefold(), dictionary.labels
-    tokens = [labels.token(i).casefold() for i in range(len(labels))]
     spelt = (labels.row >= 0) & (labels.end > labels.start)
-    found = [i for i, t in enumerate(tokens) if wanted == t.strip() or (spelt[i] and text.casefold() in t)]
-    if not found and len(labels) and not spelt.any():
+    matches = {i: kind for i in range(len(labels)) if (kind := _match(labels, i, wanted, bool(spelt[i])))}
+    if not matches and len(labels) and not spelt.any():
         raise InputError(
             f"The labels of {dictionary!r} have no text, as it was built on plain activations: name an atom by its "
             "number, with `atom_report` (`--atom`)."
         )
-    found.sort(key=lambda i: (tokens[i].strip() != wanted, 0 if uses is None else -uses[i]))
-    return Found(text, dictionary.n_atoms, [_listed(dictionary, uses, i) for i in found])
+    found = sorted(matches, key=lambda i: (MATCHES.index(matches[i]), 0 if uses is None else -uses[i]))
+    listed = [{"match": matches[i], **_listed(dictionary, uses, i)} for i in found]
+    return Found(text, dictionary.n_atoms, _flagged(dictionary, listed))
+
+
+def _match(labels: Labels, i: int, wanted: str, spelt: bool) -> str | None:
+    """How token `i` has to do with the text `wanted`, which is in lower case; None if it has not."""
+    before, token, after = (part.casefold() for part in labels.context(i, len(wanted), len(wanted)))
+    if token.strip() == wanted:
+        return "token"
+    if not spelt or wanted in token:
+        return "in token" if spelt else None
+    around, first = before + token + after, max(0, len(before) - len(wanted) + 1)
+    place = around.find(wanted, first)  # the first that reaches into the token
+    begin = len(before) + len(token) - len(token.lstrip())  # a blank in front is no part of a word
+    return "part of it" if 0 <= place < len(before) + len(token) and place + len(wanted) > begin else None
 
 
 def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = SHOWN, bins: int = BINS) -> AtomReport:
@@ -161,6 +180,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
         n_atoms=n,
         label=dictionary.labels.describe(atom),
         norm=float(dictionary.norms[atom]),
+        massive=massive_atoms(dictionary, [atom])[0],
         loss=float(dictionary.losses[atom]),
         moved=None if dictionary.moved is None else float(dictionary.moved[atom]),
         sample_tokens=len(sampled),
@@ -185,6 +205,12 @@ def _listed(dictionary: ITDA, uses: ndarray | None, i: int) -> dict[str, Any]:
     used = None if uses is None else int(uses[i])
     numbers = {"atom": i, "uses": used, "norm": float(dictionary.norms[i]), "loss": float(dictionary.losses[i])}
     return numbers | {"label": dictionary.labels.describe(i)}
+
+
+def _flagged(dictionary: ITDA, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a list, each with whether its atom is a massive token."""
+    massive = massive_atoms(dictionary, [row["atom"] for row in rows])
+    return [{**row, "massive": flag} for row, flag in zip(rows, massive, strict=True)]
 
 
 def _quantiles(values: ndarray) -> dict[str, float]:

@@ -13,12 +13,16 @@ import torch
 
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, shortened
+from itda.metrics import MASSIVE
+from itda.provenance import section
 from itda.pursuit import METHODS, MOST_STEPS, encode
 from itda.pursuit.gram import Gram
 from itda.reading.own_model import model_of
 from itda.report import drawing
+from itda.report.usual import massive_atoms, share_with_less, usual_norm
 from itda.results import Report
 from itda.settings import takes, verbs
+from itda.text.reread import settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -31,7 +35,8 @@ class Decomposition(Report):
     """One activation as a sparse sum of atoms; made by `decompose`.
 
     `atoms` are dicts, one per atom in the order of first choice: atom, coefficient (its steps added up), share (of the
-    activation's energy |x - mean|^2 that its steps explained), cumulative, and label (as `Labels` has it).
+    activation's energy |x - mean|^2 that its steps explained), cumulative, label (as `Labels` has it), and massive:
+    whether its |x| is beyond five times the median. Of a dictionary with a scale, energies have coordinates over that.
     """
 
     model: str
@@ -44,9 +49,13 @@ class Decomposition(Report):
     end: int  # and the one after its last
     norm: float  # |x|
     from_mean: float  # |x - mean|; |x| of a dictionary without a mean
+    usual_norm: float  # the median |x| of the dictionary's sample
+    massive: bool  # whether |x| is beyond five times that
+    scaled: bool  # whether the dictionary has a scale, so that shares and the error are of x - mean over it
     k: int
     method: str
     relative_error: float  # |x - x_hat|^2 / |x - mean|^2
+    usual_error: float | None  # the share of sampled tokens with less; None with other settings than the dictionary's
     atoms: list[dict[str, Any]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -69,7 +78,7 @@ def decompose(
     """
     dictionary = ITDA.of(dictionary)
     hooked, hook = model_of(dictionary.cfg, settings)
-    row = _row(text, hooked)
+    row = _row(text, hooked, settings_of(section(dictionary.cfg, "stream")).get("bos", "auto"))
     places = np.flatnonzero(~row.special)
     spans = np.stack([row.starts, row.ends], axis=1)[places] - row.text_start
     tokens = [row.text[start:end] for start, end in spans.clip(0)]
@@ -78,9 +87,14 @@ def decompose(
     if not bool(torch.isfinite(x).all()):
         raise InputError(f"The activation of {tokens[which]!r} is not finite: use a wider `dtype`, such as 'float32'.")
     k, method = settings["k"] or dictionary.k, settings["method"] or dictionary.cfg.get("method", "mp")
-    rest = x if dictionary.mean is None else x - dictionary.mean.double()
+    rest, norm, usual = dictionary.standardised(x), float(x.norm()), usual_norm(dictionary)
     nonneg = dictionary.cfg.get("nonneg", False) if settings["nonneg"] is None else settings["nonneg"]
     atoms, relative_error = _pursued(dictionary, rest, k, method, nonneg)
+    own = (dictionary.k, dictionary.cfg.get("method", "mp"), bool(dictionary.cfg.get("nonneg", False)))
+    less = None
+    if (k, method, bool(nonneg)) == own:
+        spent = (part["coefficient"] * dictionary.atoms[part["atom"]].double() for part in atoms)
+        less = share_with_less(dictionary, rest, sum(spent, torch.zeros_like(rest)))
     return Decomposition(
         model=str(hooked.provenance(hook)["id"]),
         hook_point=hook,
@@ -90,17 +104,21 @@ def decompose(
         position=int(places[which]),
         start=int(row.starts[places[which]]),
         end=int(row.ends[places[which]]),
-        norm=float(x.norm()),
-        from_mean=float(rest.norm()),
+        norm=norm,
+        from_mean=norm if dictionary.mean is None else float((x - dictionary.mean.double()).norm()),
+        usual_norm=usual,
+        massive=norm > MASSIVE * usual,
+        scaled=dictionary.scale is not None,
         k=k,
         method=method,
         relative_error=relative_error,
+        usual_error=less,
         atoms=atoms,
     )
 
 
 def _pursued(
-    dictionary: ITDA, x: torch.Tensor, k: int, method: str, nonneg: bool
+    dictionary: ITDA, x: torch.Tensor, k: int, method: str, nonneg: bool = False
 ) -> tuple[list[dict[str, Any]], float]:
     """The atoms of the pursuit of `x` (d,) float64, steps of one atom put together, and the relative error."""
     if not isinstance(k, int) or not 1 <= k <= MOST_STEPS:
@@ -122,17 +140,19 @@ def _pursued(
         part["share"] += share
     for part, total in zip(parts.values(), itertools.accumulate(p["share"] for p in parts.values()), strict=True):
         part["cumulative"] = total
+    for part, massive in zip(parts.values(), massive_atoms(dictionary, [*parts]), strict=True):
+        part["massive"] = massive
     return list(parts.values()), float(energy[-1] / energy[0]) if energy[0] else 0.0
 
 
-def _row(text: str, hooked):
-    """`text` as one row of a token stream."""
+def _row(text: str, hooked, bos: str | None):
+    """`text` as one row of a token stream, opened as the dictionary's rows were."""
     from itda.text.prompts import TokenStream
 
     if not isinstance(text, str) or not text:
         raise InputError(f"`text` is {shortened(text)}: pass some words.")
     limit = hooked.max_length or ENDLESS
-    rows = list(itertools.islice(TokenStream([text], hooked.tokenizer, context_length=limit), 2))
+    rows = list(itertools.islice(TokenStream([text], hooked.tokenizer, context_length=limit, bos=bos), 2))
     if len(rows) > 1:
         raise InputError(f"`text` has more tokens than the {limit} that the model has positions for: shorten it.")
     if rows[0].special.all():

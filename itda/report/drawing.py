@@ -6,10 +6,12 @@ The reports are of type Any here: they know how they are drawn, and imports go o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from itda.errors import one_line
-from itda.provenance import section
+from itda.metrics import concentrated
+from itda.provenance import is_number, section
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -19,6 +21,20 @@ if TYPE_CHECKING:
 SHOWN, FOUND = 12, 40  # rows of a table in the terminal
 CONTEXT = 100  # columns of a token in its context at most
 ATOMS = "uses: sampled tokens that use it; norm: of its activation, from the mean; loss: when it was admitted"
+# Figures of a dictionary on its sample, in `cfg`, and what they are called.
+QUALITY = {
+    "fvu": "FVU",
+    "fvu_robust": "robust",
+    "fvu_standardised": "standardised",
+    "relative_error": "mean error",
+    "median_error": "median",
+}
+MARK = "†"  # after the number of an atom that is a massive token
+MASSIVE_ATOMS = f"{MARK} a massive token, of |x| beyond 5 times the median: it may stand for no more than that"
+EXPLAINED = (
+    "coefficient: how much of the atom is added (below 0: of its opposite); share: of |x - mean|² what it explains; "
+    "error: what all of them leave; FVU: the same of many tokens together"
+)
 PLAIN_WIDTH = 120  # columns where there is no terminal
 
 
@@ -31,14 +47,18 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text.assemble(before, *_marked(token), after, overflow="fold")
     centred = report.from_mean != report.norm
     mean = f", {report.from_mean:.4g} from the mean" if centred else ""
-    error = f"error {report.relative_error:.3f} of {'|x - mean|²' if centred else '|x|²'}"
+    weighed = ", each coordinate over its deviation" if report.scaled else ""
+    error = f"error {report.relative_error:.3f} of {'|x - mean|²' if centred else '|x|²'}{weighed}"
+    if report.usual_error is not None:
+        error += f" ({report.usual_error:.0%} of sampled tokens have less)"
+    massive = f", massive: {report.norm / report.usual_norm:.0f} times the median" if report.massive else ""
     same = [i for i, other in enumerate(report.tokens) if other.strip() == report.tokens[report.token].strip()]
     more = ", ..." if len(same) > SHOWN else ""
     alike = f" (one of {', '.join(map(str, same[:SHOWN]))}{more})" if len(same) > 1 else ""
     yield Text(
         one_line(
             f"token {report.token}{alike} of 0 to {len(report.tokens) - 1} · {report.model} · {report.hook_point} · "
-            f"norm {report.norm:.4g}{mean} · k = {report.k} · {error} · atoms as they were chosen"
+            f"norm {report.norm:.4g}{massive}{mean} · k = {report.k} · {error} · atoms as they were chosen"
         ),
         style="dim",
     )
@@ -49,7 +69,7 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
         bar = _bar(part["cumulative"], 10)
         table.add_row(
             f"{part['coefficient']:+.4g}",
-            f"{part['atom']}",
+            f"{part['atom']}{MARK * part['massive']}",
             f"{part['share']:.1%}",
             f"{bar} {part['cumulative']:6.1%}",
             in_context(part["label"], width),
@@ -57,6 +77,9 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     yield table
     if rest := report.atoms[SHOWN:]:
         yield Text(f"and {len(rest)} more atoms with {sum(p['share'] for p in rest):.1%} together", style="dim")
+    if any(part["massive"] for part in report.atoms):
+        yield Text(MASSIVE_ATOMS, style="dim")
+    yield Text(EXPLAINED, style="dim")
 
 
 def summary(report: Any, options: ConsoleOptions) -> RenderResult:
@@ -79,18 +102,26 @@ def summary(report: Any, options: ConsoleOptions) -> RenderResult:
             yield Text()
             yield _atoms(title, rows, options)
     yield Text(ATOMS, style="dim")
+    if any(row["massive"] for row in (*report.most_used, *report.first)):
+        yield Text(MASSIVE_ATOMS, style="dim")
 
 
 def found(report: Any, options: ConsoleOptions) -> RenderResult:
     """The atoms of a token."""
     from rich.text import Text
 
-    said = f"{counted(len(report.atoms), 'atom')} of {report.n_atoms:,} with {report.text!r} in their token"
+    kinds = [atom["match"] for atom in report.atoms]
+    whole = len(kinds) - kinds.count("part of it")
+    theirs = "its token" if whole == 1 else "their token"
+    said = f"{counted(whole, 'atom')} of {report.n_atoms:,} with {report.text!r} in {theirs}"
+    said += f", {len(kinds) - whole:,} whose token is a part of it" if whole < len(kinds) else ""
     yield Text(one_line(said), style="bold", overflow="fold")
     if report.atoms:
         yield _atoms("label in context", report.atoms[:FOUND], options)
         rest = len(report.atoms) - FOUND
         yield Text(ATOMS + (f"; {rest:,} more are in --json" if rest > 0 else ""), style="dim")
+        if any(row["massive"] for row in report.atoms[:FOUND]):
+            yield Text(MASSIVE_ATOMS, style="dim")
 
 
 def _atoms(title: str, rows: list[dict[str, Any]], options: ConsoleOptions) -> Table:
@@ -98,7 +129,7 @@ def _atoms(title: str, rows: list[dict[str, Any]], options: ConsoleOptions) -> T
     table, width = columns("atom", "uses", "norm", "loss", label=title), room(options, 36)
     for row in rows:
         uses = "" if row["uses"] is None else f"{row['uses']:,}"
-        numbers = (f"{row['atom']}", uses, digits(row["norm"]), digits(row["loss"]))
+        numbers = (f"{row['atom']}{MARK * row['massive']}", uses, digits(row["norm"]), digits(row["loss"]))
         table.add_row(*numbers, in_context(row["label"], width))
     return table
 
@@ -112,12 +143,14 @@ def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
     yield in_context(report.label, room(options, 0, 2 * CONTEXT))
     if report.moved is not None:
         yield Text(f"refined: cosine {digits(report.moved)} with the activation of this label", style="bold")
-    share = report.uses / max(1, report.sample_tokens)
-    yield Text(
-        f"norm {digits(report.norm)} · admission loss {digits(report.loss)} · used for {report.uses:,} of "
-        f"{report.sample_tokens:,} sampled tokens ({share:.1%}), for {report.negative:,} with a negative coefficient",
-        style="dim",
+    used = (
+        f"used for {report.uses:,} of {report.sample_tokens:,} sampled tokens "
+        f"({report.uses / report.sample_tokens:.1%}), for {report.negative:,} with a negative coefficient"
+        if report.sample_tokens
+        else "no sample was kept, so its uses are not known (itda.refine keeps one if it is given `labels`)"
     )
+    norm = f"{digits(report.norm)}{', massive' * report.massive}"
+    yield Text(f"norm {norm} · admission loss {digits(report.loss)} · {used}", style="dim")
     table, edges = columns("from", "to", "tokens", label="coefficients"), report.histogram["edges"]
     for low, high, count in zip(edges, edges[1:], report.histogram["counts"], strict=False):
         bar = _bar(count / max(report.histogram["counts"]), 30, "")
@@ -147,8 +180,11 @@ def _facts(report: Any) -> list[tuple[str, str]]:
         rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
         facts += [("stream", f"{str(stream['hash'])[:12]}, {rows}")]
     if threshold := report.threshold:
-        centred = ", centred" if cfg.get("center") else ""
-        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}{centred}")]
+        how = ", centred" if cfg.get("center") else ""
+        how += ", each coordinate over its deviation" if cfg.get("scale") else ""
+        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}{how}")]
+    if facts_of_massive := left_out(section(cfg, "massive")):
+        facts += [("left out", facts_of_massive)]
     refined, selected = section(cfg, "refined"), section(cfg, "selected")
     if selected:
         how = f"on {_whole(selected.get('tokens'))} tokens in {_whole(selected.get('rounds'))} rounds"
@@ -158,11 +194,32 @@ def _facts(report: Any) -> list[tuple[str, str]]:
         median, least = (digits(report.moved[name]) for name in ("median", "min"))
         facts += [("refined", f"{how}; cosine of atoms with their labels' activations: median {median}, least {least}")]
     if report.sample is not None:
-        fvu = cfg.get("fvu")
-        quality = f"FVU {fvu:.4f}, " if isinstance(fvu, float) else ""
+        quality = f"{said}, " if (said := quality_of(cfg)) else ""
         facts += [("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {report.sample['tokens']:,} tokens")]
+        facts += [("where its variance is", few)] if (few := concentrated(section(cfg, "variance"))) else []
+    if massive := report.massive["atoms"]:
+        limit = 5 * report.massive["usual_norm"]
+        facts += [("massive atoms", f"{massive:,} of |x| beyond {digits(limit)}, 5 times the median")]
         facts += [("atoms in use", f"{report.sample['share_alive']:.1%} in the sample")]
     return facts
+
+
+def left_out(massive: Mapping[str, Any]) -> str:
+    """What tokens were left out for their size, of what."""
+    of = {"left_out": "admission", "left_out_of_mean": "the mean"}
+    parts = [f"{_whole(massive[name])} of {what}" for name, what in of.items() if massive.get(name)]
+    norm: Any = massive.get("norm")
+    return f"tokens of |x| beyond {digits(norm)}: {', '.join(parts)}" if parts and is_number(norm) else ""
+
+
+def quality_of(cfg: Mapping[str, Any]) -> str:
+    """FVU, robust and standardised, with mean and median error, as far as `cfg` has them."""
+    return ", ".join(f"{said} {fraction(cfg[name])}" for name, said in QUALITY.items() if is_number(cfg.get(name)))
+
+
+def fraction(value: float) -> str:
+    """Four places; of what would be 0.000 then, two digits."""
+    return f"{value:.1e}" if 0 < value < 0.0005 else f"{value:.4f}"
 
 
 def counted(n: int, what: str) -> str:
@@ -224,76 +281,3 @@ def in_context(label: dict[str, Any], width: int) -> Text:
     if cell_len(after) > right:
         after = set_cell_size(after, max(0, right - 1)) + "…" * (right > 0)
     return Text.assemble(before, *_marked(token), after, no_wrap=True)
-
-
-def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
-    """A row for the dictionary and for each control, and what they were measured on."""
-    from rich.text import Text
-
-    yield Text(one_line(f"{report.dictionary} at {report.hook_point} of {report.model}"), style="bold", overflow="fold")
-    held = report.held_out
-    documents = counted(held["documents"], "document")
-    where = f"{report.tokens:,} tokens of {documents}, held out by {held['by']}"
-    drawn = f"; random tokens are from {held['random_tokens_from']}" if "random tokens" in report.systems else ""
-    yield Text(f"{where}{drawn}", style="dim")
-    scores = any(row["ce"] for row in report.systems.values())
-    ce = ("CE score", "95 %", "KL") if scores else ()
-    table = columns("atoms", "FVU", "95 %", "error", "L0", *ce, "alive", first="system", label="")
-    tails = ("90 %", "99 %", "99.9 %")
-    threshold = section(report.settings, "dictionary").get("threshold")
-    above = "above" if threshold is None else f"above {digits(threshold)}"
-    rest = (above, "cosine", *(("CE from mean",) if scores else ()), "negative", "coherence")
-    more = columns(*tails, *rest, first="errors at", label="")
-    for name, row in report.systems.items():
-        parts = [f"{row['n_atoms']:,}", f"{row['fvu']:.4f}", _span(row["fvu_interval"]), f"{row['relative_error']:.4f}"]
-        parts += [f"{row['l0']:.1f}", *(_scores(row["ce"]) if scores else ()), _share(row["alive"])]
-        table.add_row(Text(one_line(name)), *parts)
-        parts = [*(f"{row['tails'][tail]:.3f}" for tail in tails), _share(row["above"]), f"{row['cosine']:.4f}"]
-        parts += [f"{row['ce']['score_mean']:.4f}" if row["ce"] else "-"] if scores else []
-        more.add_row(Text(one_line(name)), *parts, _share(row["negative"]), digits(row["coherence"]["max"]))
-    yield Text()
-    yield table
-    yield Text()
-    yield more
-    if report.clean:
-        levels = ", ".join(f"{name} {report.clean[name]:.3f}" for name in ("clean", "mean", "zero"))
-        yield Text(f"cross-entropy of {report.clean['tokens']:,} tokens, in nats: {levels}", style="dim")
-    elif report.no_ce:
-        yield Text(f"no cross-entropy: {one_line(report.no_ce)}", style="dim")
-    if report.probing:
-        yield Text()
-        yield from _probes(report.probing)
-    first = next(iter(report.systems.values()))
-    if first["with_position_0"]:
-        both = first["with_position_0"]
-        line = f"with position 0 and special tokens: FVU {both['fvu']:.4f}, error {both['relative_error']:.4f}"
-        yield Text(line, style="dim")
-    places = [f"{part['first']:,}: {part['fvu']:.4f}" for part in first["positions"] if math.isfinite(part["fvu"])]
-    yield Text(f"FVU of positions from {', '.join(places)}", style="dim")
-
-
-def _probes(probing: dict[str, Any]) -> RenderResult:
-    """Accuracies of linear probes, by system and number of latents."""
-    from rich.text import Text
-
-    tops = list(next(iter(probing["systems"].values())))
-    table = columns(*tops, first="probe on", label="")
-    for name, scores in probing["systems"].items():
-        table.add_row(Text(one_line(name)), *(f"{scores[top]:.3f}" for top in tops))
-    yield table
-    said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, "
-    said += f"each against as many of the rest: 0.5 is chance, one text is {1 / probing['test']:.3f}"
-    said += f"; {counted(probing['repeated'], 'repeated text')} left out" if probing["repeated"] else ""
-    yield Text(said, style="dim")
-
-
-def _span(interval: Any) -> str:
-    return f"{interval[0]:.3f}-{interval[1]:.3f}" if interval and math.isfinite(interval[0]) else "-"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.1%}"
-
-
-def _scores(ce: dict[str, Any] | None) -> tuple[str, ...]:
-    return (f"{ce['score']:.4f}", _span(ce["score_interval"]), f"{ce['kl']:.4f}") if ce else ("-",) * 3

@@ -40,6 +40,12 @@ class Rows(TypedDict, total=False):
     context_length: Annotated[int, Setting(128, "tokens in a row", least=1, kept=True)]
     truncate: Annotated[bool, Setting(False, "use only the first row of each document (a .txt is one)", kept=True)]
     pack: Annotated[bool, Setting(False, "join all documents into one", kept=True)]
+    bos: Annotated[
+        Literal["auto", "always", "never"] | None,
+        Setting(
+            "auto", "open rows with BOS: auto where the tokenizer does so itself; always where it has one", kept=True
+        ),
+    ]
 
 
 class Order(TypedDict, total=False):
@@ -52,7 +58,10 @@ class Source(TypedDict, total=False):
     """Text rows"""
 
     column: Annotated[str, Setting("text", "the column that holds the text of a record", kept=True)]
-    split: Annotated[str, Setting("train", "the split of a data set", kept=True)]
+    split: Annotated[
+        str | None,
+        Setting(None, "the split of a data set; train if not given, and all of a folder without one", kept=True),
+    ]
     config: Annotated[str | None, Setting(None, "the configuration of a data set", kept=True)]
     data_revision: Annotated[str | None, Setting(None, "branch, tag or commit of a data set on the hub", kept=True)]
 
@@ -174,7 +183,15 @@ class Growth(TypedDict, total=False):
         Literal["sequential", "batch", "paper"],
         Setting("sequential", "one token after another; a batch at a time; or as the published code does"),
     ]
-    center: Annotated[bool, Setting(True, "subtract the mean of the first tokens")]
+    center: Annotated[bool, Setting(True, "subtract the mean of the first tokens, massive ones left out of it")]
+    max_norm: Annotated[
+        float | None,
+        Setting(None, "never admit a token whose |x| is beyond so many times the median norm; 5 for massive ones"),
+    ]
+    scale: Annotated[
+        Literal["std"] | None,
+        Setting(None, "std divides each coordinate by its deviation, in loss and pursuit; not if not given"),
+    ]
     max_atoms: Annotated[int | None, Setting(None, "stop at so many atoms", least=1)]
     chunk_size: Annotated[
         int, Setting(4096, "tokens encoded together; changes memory and speed, never the result", least=1)

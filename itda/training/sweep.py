@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,9 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from itda.disk import as_input_error, checked_path, json_object, locked, make_folder, write_file
+from itda.disk import as_input_error, checked_path, json_object, make_folder, write_file
 from itda.errors import InputError, Interrupted, one_line
+from itda.locks import locked
+from itda.metrics import concentrated
 from itda.progress import Progress, Step, reporter
+from itda.provenance import section
+from itda.report.drawing import QUALITY, columns
 from itda.results import Report, finite
 from itda.settings import takes, verbs
 from itda.training.cluster import POLL, Crew, Surroundings, check_unshared, check_workers, connected, shares
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 RESULTS, TABLE, FORMAT = "results.json", "results.csv", "itda sweep"
 MEASURED = ("hook_point", "k", "threshold", "n_atoms", "fvu", "tokens", "seconds")
+ERRORS = tuple(QUALITY)[1:]  # beside FVU
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +42,9 @@ class Sweep(Report):
 
     A row has the `settings` that the grid names, the `folder`, and of the dictionary `hook_point`, `k`, `threshold`,
     `n_atoms`, `fvu` on its sample, `tokens` judged, and `seconds` of the pass that made it (and the other layers of
-    that pass). `problem` says why there is none, else it is None.
+    that pass); then of the same sample `fvu_robust`, `fvu_standardised`, `relative_error` and `median_error` (as
+    `itda.training.train.Trained` has them), and in `concentrated` the sentence where few tokens or one coordinate hold
+    most of the variance. `problem` says why there is none, else it is None.
     """
 
     path: str
@@ -61,17 +69,32 @@ class Sweep(Report):
         several = [name for name, values in self.grid.items() if len(values) > 1 and name not in MEASURED]
         several = [name for name in several if name not in ONE_PASS]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for name in (*several, *MEASURED):
-            table.add_column(name, justify="right" if name in MEASURED[1:] else "left")
-        table.add_column("folder", overflow="fold")
-        for row in self.rows:
-            place = next(row["settings"][kind] for kind in ONE_PASS if kind in row["settings"])
-            measured = [row["hook_point"] or place, *(row[name] for name in MEASURED[1:])]
-            cells = [row["settings"].get(name) for name in several] + measured
+        places, named = _places(self.rows)
+        for name in (*several, named, *MEASURED[1:]):
+            table.add_column(name, justify="right" if name in MEASURED[1:] else "left", no_wrap=True)
+        table.add_column("folder", overflow="fold")  # what is too wide is folded here, and no number is cut
+        for row, place in zip(self.rows, places, strict=True):
+            cells = [*(row["settings"].get(name) for name in several), place, *(row[name] for name in MEASURED[1:])]
             last = Text(one_line(row["problem"] or row["folder"]), style="red" if row["problem"] else "")
             table.add_row(*(Text(one_line(_cell(cell))) for cell in cells), last)
         yield table
+        yield from self._errors([*several, named], several, places)
         yield Text(f"{len(self.rows) - len(self.problems)} dictionaries in {self.path}, {self.skipped} there before")
+
+
+    def _errors(self, names: list[str], several: list[str], places: list[str]) -> RenderResult:
+        """What there is of errors beside FVU."""
+        from rich.text import Text
+
+        table = columns(*QUALITY.values(), label="", first=" ".join(names))
+        for row, place in zip(self.rows, places, strict=True):
+            which = " ".join(_cell(value) for value in (*(row["settings"].get(name) for name in several), place))
+            table.add_row(Text(one_line(which)), *(_cell(row[name]) for name in QUALITY))
+        yield Text()
+        yield table
+        for said in dict.fromkeys(row["concentrated"] for row in self.rows if row["concentrated"]):
+            which = ", ".join(row["folder"] for row in self.rows if row["concentrated"] == said)
+            yield Text(one_line(f"{which}: {said}"), overflow="fold")
 
 
 @takes(verbs.SWEEP)
@@ -185,11 +208,13 @@ class _Table:
         note = read_note(self._out / job.name, job)
         for place in job.places:
             settings = {name: job.settings.get(name, default(name)) for name in self._grid if name != job.kind}
-            row = {"settings": {**settings, job.kind: place}, "folder": job.name, **dict.fromkeys(MEASURED)}
+            row: dict[str, Any] = {"settings": {**settings, job.kind: place}, "folder": job.name}
+            row |= dict.fromkeys((*MEASURED, *ERRORS, "concentrated"))
             problem = outcome.missing.get(place, outcome.problem)
             if found := finished(self._out / job.name, note, place):
                 cfg, hook, seconds = found
-                row |= {name: cfg.get(name) for name in MEASURED}
+                row |= {name: cfg.get(name) for name in (*MEASURED, *ERRORS)}
+                row["concentrated"] = concentrated(section(cfg, "variance"))
                 row |= {"hook_point": hook, "seconds": seconds, "folder": f"{job.name}/{hook}"}
                 self._done.add((job.name, place))
             self._rows[job.name, place] = row | {"problem": None if found else problem}
@@ -209,10 +234,11 @@ class _Table:
         names = [name for name in self._grid if name not in MEASURED]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*names, *MEASURED, "folder", "problem"])
+        measured = (*MEASURED, *ERRORS, "folder", "problem")
+        writer.writerow([*names, *measured])
         for row in self.rows:
             given = [row["settings"].get(name) for name in names]
-            writer.writerow(given + [row[name] for name in (*MEASURED, "folder", "problem")])
+            writer.writerow(given + [row[name] for name in measured])
         write_file(self._out / TABLE, [text.getvalue().encode()])
 
 
@@ -270,6 +296,18 @@ def _check_ours(out: Path) -> None:
     for name in (RESULTS, TABLE):
         if (out / name).exists() and not ours:
             raise InputError(f"{out / name} is not of a sweep: choose another folder, or move it away.")
+
+
+def _places(rows: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """What tells the hook points of `rows` apart, shortly, and what that is called; folders have the whole names."""
+    asked = [next(row["settings"][kind] for kind in ONE_PASS if kind in row["settings"]) for row in rows]
+    whole = [str(asked[i] if row["hook_point"] is None else row["hook_point"]) for i, row in enumerate(rows)]
+    every = list(dict.fromkeys(whole))
+    short = [found[1] if (found := re.search(r"(?:^|\.)(-?\d+(\..*)?)$", place)) else place for place in every]
+    if len(set(short)) < len(every) or short == every:
+        return whole, "hook point" if any("." in place for place in every) else "layer"
+    number = dict(zip(every, short, strict=True))
+    return [number[place] for place in whole], "layer"
 
 
 def _cell(value: Any) -> str:

@@ -15,13 +15,16 @@ from itda.dictionary import folder
 from itda.dictionary.build import build
 from itda.dictionary.builder import Builder
 from itda.dictionary.itda import ITDA
-from itda.disk import STATES, checked_path, locked
+from itda.disk import STATES, checked_path
 from itda.errors import InputError, Interrupted
+from itda.locks import locked
+from itda.metrics import concentrated
 from itda.models import hidden_states
 from itda.models.streamed_model import StreamedModel
 from itda.progress import Progress, Step, reporter
 from itda.reading.activations import activations
 from itda.reading.on_disk import is_stored
+from itda.report.drawing import QUALITY, left_out, quality_of
 from itda.results import Report
 from itda.settings import groups, names, pick, takes, verbs
 from itda.training.cluster import check_unshared
@@ -42,7 +45,13 @@ class Trained(Report):
     tokens: int  # judged
     threshold: float  # the last one, where it was corrected on the way
     k: int
-    fvu: float  # on a sample of the tokens
+    fvu: float  # on a sample of the tokens, as what follows
+    fvu_robust: float  # without massive tokens
+    fvu_standardised: float  # without these, and each coordinate over its deviation
+    relative_error: float  # mean over tokens
+    median_error: float
+    variance: dict[str, Any]  # where that of the activations lies (`itda.metrics.variance`)
+    massive: dict[str, Any] | None  # the |x| from which tokens were left out, and how many of what
     settled_share: float | None  # of all decisions (which atom, admit or not), those taken in float64
     seconds: float  # of this call: loading, reading, building and saving
     tokens_per_second: float | None  # reading and building; None if nothing was left to read
@@ -51,7 +60,8 @@ class Trained(Report):
         speed = f", reading and building at {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
         return (
             f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} (threshold "
-            f"{self.threshold:.4g}, k = {self.k}, FVU {self.fvu:.4f}) in {self.seconds:.1f} s{speed}"
+            f"{self.threshold:.4g}, k = {self.k}, {quality_of(vars(self))}) in {self.seconds:.1f} s{speed}"
+            + "".join(f"\n{line}" for line in (left_out(self.massive or {}), concentrated(self.variance)) if line)
         )
 
 
@@ -228,7 +238,8 @@ def _kept(target: Path) -> int:
 
     try:
         with safe_open(target / folder.CHECKPOINT, framework="pt") as file:
-            return int(json.loads(file.metadata()["state"])["seen"])
+            state = json.loads(file.metadata()["state"])
+            return int(state["position"] if "head" in state else state["seen"])  # the head waits to be judged
     except Exception:  # there is none, or none that is of use
         return 0
 
@@ -242,7 +253,9 @@ def _trained(model: ITDA, path: Path, watch: _Watch, began: float) -> Trained:
         tokens=cfg["tokens"],
         threshold=cfg["threshold"],
         k=model.k,
-        fvu=cfg["fvu"],
+        variance=cfg["variance"],
+        massive=cfg.get("massive"),
+        **{name: cfg[name] for name in QUALITY},
         settled_share=round(watch.last.settled, 6) if watch.last else None,
         seconds=round(time.monotonic() - began, 3),
         tokens_per_second=round(watch.last.tokens_per_second, 1) if watch.last else None,
