@@ -45,6 +45,7 @@ HOMES = {
                      "reading/activations"},
     "datasets": {"text/documents"},
     "accelerate": {"models/parameters"},
+    "peft": {"models/adapters"},
     "nnsight": {"models/nnsight_model"},
     "ray": {"training/cluster"},
     "matplotlib": {"report/plots"},

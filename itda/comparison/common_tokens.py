@@ -24,7 +24,7 @@ from itda.devices import free_bytes
 from itda.errors import InputError, shortened
 from itda.labels import Batch, Labels
 from itda.models.hooked_model import HookedModel
-from itda.models.hub import checked_name, load_tokenizer
+from itda.models.hub import load_tokenizer, place_of
 from itda.models.loading import load_model, untrained
 from itda.progress import Step, reporter
 from itda.reading.activations import activations
@@ -48,6 +48,7 @@ class Reading:
     labels: Labels
     valid: int
     provenance: dict[str, dict]
+    n_layers: int | None = None  # blocks of the model, read or not
 
     def __repr__(self) -> str:
         return f"Reading({self.name}, {len(self)} tokens at {len(self.activations)} hook points)"
@@ -64,6 +65,11 @@ class Reading:
     def hook_points(self) -> tuple[str, ...]:
         """Canonical names of the hook points."""
         return tuple(self.activations)
+
+    @property
+    def layers(self) -> list[int | None]:
+        """The block of each hook point; None where it is in none, or that is not known."""
+        return [self.provenance.get(hook, {}).get("model", {}).get("layer") for hook in self.activations]
 
     def batch(self, hook: str) -> Batch:
         """All activations at `hook` with their labels, as `itda.build` takes them."""
@@ -108,7 +114,8 @@ def read(
         )
         what = f"reading {name} ({i + 1} of {len(models)})" if len(models) > 1 else f"reading {name}"
         source = activations(model, streams[i], **every, **how)
-        readings.append(Reading(name, *gather(source, where_common[i], len(models) - i, what, report)))
+        read_here = gather(source, where_common[i], len(models) - i, what, report)
+        readings.append(Reading(name, *read_here, n_layers=model.n_layers))
     if report:
         report(None)
     return readings
@@ -125,7 +132,7 @@ def _checked(models: Sequence[Any], layer: Any, hook: Any, names: Sequence[str] 
             )
     for model in models:
         if not isinstance(model, HookedModel):
-            checked_name(str(model))  # says what is wrong with a path before its tokenizer is asked for
+            place_of(str(model))  # says what is wrong with a path before its tokenizer is asked for
     if layer is not None and hook is not None:
         raise InputError("Both `layer` and `hook` were given: choose one of them.")
     said = [model._layout.model if isinstance(model, HookedModel) else str(model) for model in models]

@@ -35,6 +35,9 @@ class Group(NamedTuple):
     mask: Int[Tensor, "rows length"]
 
 
+KEEP = "logits_to_keep"  # what transformers calls the positions whose logits a forward pass is to compute
+
+
 class HookedModel:
     """A model with the hook points at which it is read; made by `load`.
 
@@ -50,9 +53,11 @@ class HookedModel:
         layout: Layout,
         hooks: Iterable[int | str],
         missing: frozenset[str] = frozenset(),
+        origin: Mapping[str, Any] | None = None,  # what else its provenance says
     ):
         self.module, self.tokenizer, self.n_layers = module, tokenizer, layout.n_layers
         self._base, self._layout, self._missing = base, layout, missing
+        self._origin = dict(origin or {})
         self._is_causal = False  # once it was looked at
         self._fetched: dict[str, bytes] = {}  # samples of parameters that are not simply there
         self._vocabulary = parameters.embedding(base).weight.shape[0]
@@ -72,7 +77,7 @@ class HookedModel:
         """Run two rows of three tokens: are the hook points reached, in which order, and with what before them?"""
         ran: list[str] = []  # modules with parameters of their own, as they start
         before: dict[str, frozenset[str]] = {}
-        watched = [(name, m) for name, m in self._base.named_modules() if m._parameters]
+        watched = [(name, m) for name, m in self._base.named_modules() if m._parameters or parameters.is_packed(m)]
         handles = [m.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, m in watched]
         for path in self._paths:
             module = self._base.get_submodule(path)
@@ -104,11 +109,12 @@ class HookedModel:
         """The parameters that decide an activation: of the modules that `ran` before it, and of all their blocks."""
         blocks = {self._layout.layer(name) for name in ran} - {None}
         names = parameters.stored(self._base)
-        return [n for n in names if n.rpartition(".")[0] in ran or self._layout.layer(n) in blocks]
+        idle = parameters.idle(self._base)
+        return [n for n in names if n not in idle and (n.rpartition(".")[0] in ran or self._layout.layer(n) in blocks)]
 
     def at(self, hooks: Iterable[int | str], tokenizer: Any) -> HookedModel:
         """The same model, to be read at other hook points."""
-        return HookedModel(self.module, self._base, tokenizer, self._layout, hooks, self._missing)
+        return HookedModel(self.module, self._base, tokenizer, self._layout, hooks, self._missing, self._origin)
 
     def canonical(self, hook: int | str) -> str:
         """The name that `hook` (a layer, a path, a TransformerLens name) has here; `InputError` if none has it."""
@@ -120,7 +126,7 @@ class HookedModel:
         if path not in self._paths:
             raise InputError(f"`{hook}` is not read here: pass one of {', '.join(self.hook_points)}.")
         name = self._layout.name(path)
-        method = parameters.quantization(self._base.config)
+        method = parameters.quantised(self._base)
         return {
             "id": self._layout.model,
             "revision": getattr(self._base.config, "_commit_hash", None),
@@ -132,6 +138,7 @@ class HookedModel:
             "model_type": self._layout.model_type,
             "tokenizer_hash": self._tokenizer_hash,
             **({"quantization": method} if method else {}),  # the activations are not those of the checkpoint's weights
+            **self._origin,
         }
 
     @cached_property
@@ -144,7 +151,8 @@ class HookedModel:
         Whole blocks count, and nothing after them; so it is one for a model cut or whole, with its head or without,
         in float32 or in the half precision of its checkpoint. (A float32 checkpoint read in float16 is rounded.)
         """
-        return fingerprint({name: self._sample(name) for name in self._paths[path]})
+        samples = {name: self._sample(name) for name in self._paths[path]}
+        return fingerprint(samples | parameters.scales(self._base, self._paths[path]))
 
     def _sample(self, name: str) -> bytes:
         """`sample_of` a parameter, kept where its values have to be fetched from disk, or unpacked."""
@@ -184,17 +192,29 @@ class HookedModel:
         ids: Int[Tensor, "rows length"] | Int[ndarray, "rows length"],
         mask: Any,
         replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        places: Int[Tensor, " places"] | None = None,
     ) -> Float[Tensor, "rows length vocabulary"]:
         """The logits of the language model, run as it is or with other activations in place of its own.
 
         `replace` has by hook point a function of the activations there (rows, length, d) whose result, of the same
-        shape, the model goes on with. Raises `InputError` for a model without a language modelling head, and for one
-        that sees the tokens it is to predict.
+        shape, the model goes on with. With `places`, the logits are of these positions of every row, and no others are
+        computed where the model can be told so. Raises `InputError` for a model without a language modelling head, and
+        for one that sees the tokens it is to predict.
         """
         ids, mask = self._checked(ids, mask)
         self._check_causal()
         found = {self._layout.path(hook): function for hook, function in (replace or {}).items()}
-        return self._logits(ids, mask, found)
+        if places is None:
+            return self._logits(ids, mask, found)
+        if type(self)._logits is HookedModel._logits and KEEP in inspect.signature(self.module.forward).parameters:
+            return self._language_model(ids, mask, found, **{KEEP: places.to(self.device)})
+        found_all = self._logits(ids, mask, found)
+        return found_all[:, places.to(found_all.device)]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are embeddings of, and logits at each place."""
+        return self._vocabulary
 
     @property
     def predicts(self) -> bool:
@@ -232,6 +252,9 @@ class HookedModel:
         self._is_causal = True
 
     def _logits(self, ids: Tensor, mask: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        return self._language_model(ids, mask, replace)
+
+    def _language_model(self, ids: Tensor, mask: Tensor, replace: Mapping[str, Any], **more: Any) -> Tensor:
         mine, reached = threading.get_ident(), set()
 
         def replacer(path: str, output: Any) -> Any:
@@ -243,9 +266,8 @@ class HookedModel:
             return with_rows(output, replace[path](x))
 
         with self._hooked(replace, replacer):
-            out = self.module(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self._taken_by(self.module)
-            )
+            more |= self._taken_by(self.module)
+            out = self.module(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **more)
         assert reached == set(replace), "a hook point was not reached"
         return out.logits
 

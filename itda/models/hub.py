@@ -4,27 +4,55 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from itda.disk import json_object
 from itda.errors import InputError
 
+ADAPTER, GGUF = "adapter_config.json", ".gguf"
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
-def checked_name(model: str, subfolder: str = "") -> str:
-    """`model`; what is a path, or looks like one, must be a folder with a config and safetensors."""
+
+def place_of(model: str, subfolder: str = "", gguf_file: str | None = None) -> tuple[str, str | None]:
+    """Where the model `model` is, folder or hub id, and the name of its GGUF file if it is one, `gguf_file` if given.
+
+    What is a path, or looks like one, must be a GGUF file, or a folder with a config and safetensors, with a GGUF file
+    alone, or with an adapter.
+    """
     folder = Path(model).expanduser()
-    if not (os.path.exists(folder) or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model):
-        return model  # a hub id
-    folder = folder / subfolder
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+    if not (os.path.exists(folder) or is_path):
+        return model, gguf_file  # a hub id
     wanted = "pass a folder that `save_pretrained` wrote, or the id of a model on the Hugging Face hub."
+    if os.path.isfile(folder) and folder.suffix.lower() == GGUF:
+        return str(folder.parent), _checked_gguf(folder)
+    place, folder = str(folder), folder / subfolder
     if not os.path.isdir(folder):
         raise InputError(f"`{model}` is {'a file' if os.path.exists(folder) else 'not there'}: {wanted}")
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise InputError(f"The folder `{model}` holds no {gguf_file}: pass the name of a GGUF file in it.")
+        return place, _checked_gguf(folder / gguf_file)
+    if (folder / ADAPTER).is_file():
+        return place, None
+    weights = any(folder.glob("*.safetensors"))
+    packed = sorted(path for path in folder.iterdir() if path.suffix.lower() == GGUF)
+    if packed and not weights:
+        if len(packed) > 1:
+            raise InputError(
+                f"The folder `{model}` holds {len(packed)} GGUF files ({packed[0].name} for one): pass the path of one."
+            )
+        return place, _checked_gguf(packed[0])
     if not (folder / "config.json").is_file():
-        raise InputError(f"The folder `{model}` holds no config.json, so it is not a model: {wanted}")
-    if not any(folder.glob("*.safetensors")):
+        raise InputError(_no_model(model, is_path, wanted))
+    if not weights:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
         raise InputError(
             f"The folder `{model}` holds its weights as a pickle only, which could run any code and is not read: "
@@ -32,7 +60,46 @@ def checked_name(model: str, subfolder: str = "") -> str:
             if pickles
             else f"The folder `{model}` holds no weights (no *.safetensors): {wanted}"
         )
-    return str(Path(model).expanduser())
+    return place, None
+
+
+def _no_model(model: str, is_path: bool, wanted: str) -> str:
+    """What is said of a folder without a config; one that the hub may have a model of the name of hides that."""
+    if is_path or not _HUB_ID.fullmatch(model):
+        return f"The folder `{model}` holds no config.json, so it is not a model: {wanted}"
+    return (
+        f"The folder `{model}` here holds no config.json, so it is not a model, and it hides the model `{model}` of "
+        "the Hugging Face hub, if there is one: rename the folder, or work in another, to use that."
+    )
+
+
+def _checked_gguf(path: Path) -> str:
+    if _PART.search(path.name):
+        raise InputError(
+            f"`{path.name}` is one of several parts of a GGUF file, which transformers does not read: merge them with "
+            "`llama-gguf-split --merge`, or pass the model as safetensors."
+        )
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise InputError(f"`{path.name}` is a GGUF file, which needs {missing[0]}: `pip install 'itda[gguf]'`.")
+    return path.name
+
+
+def file_of(model: str, file: str, where: Mapping[str, Any]) -> str | None:
+    """The local path of a file of a model, downloaded if need be; None if it has none of that name.
+
+    `where` has arguments of `from_pretrained` that say where on the hub the model is.
+    """
+    from transformers.utils import cached_file
+
+    told = {name: value for name, value in where.items() if name not in ("trust_remote_code", "gguf_file")}
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(model, file, **quietly, **told)
+
+
+def commit_of(path: str) -> str | None:
+    """The commit of a file or folder in the cache of the hub; None for one that is elsewhere."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", Path(path).as_posix())
+    return found[1] if found else None
 
 
 @contextmanager
@@ -116,9 +183,12 @@ def load_tokenizer(tokenizer: Any, **hub) -> Any:
         return tokenizer
     with quiet():
         try:
-            found = _auto_tokenizer(str(tokenizer), **hub)
+            name, own = _tokenizer_place(str(tokenizer))
+            found = _auto_tokenizer(name, **hub | own)
             if len(found) <= len(found.all_special_ids):  # what transformers 5 makes up where there are no files
                 raise OSError("it has no vocabulary")
+        except InputError:
+            raise
         except Exception as error:
             if "trust_remote_code" in str(error):
                 raise InputError(_sentence(str(tokenizer), None, error)) from error
@@ -127,6 +197,22 @@ def load_tokenizer(tokenizer: Any, **hub) -> Any:
                 "pass one with `tokenizer=`, loaded or as an id or folder."
             ) from error
         return found
+
+
+def _tokenizer_place(name: str) -> tuple[str, dict[str, str]]:
+    """Where the tokenizer of a model that is called `name` is, where that is a GGUF file or an adapter without one."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == GGUF and path.is_file():
+        return str(path.parent), {"gguf_file": _checked_gguf(path)}
+    if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json")):
+        if len(packed := [file for file in path.iterdir() if file.suffix.lower() == GGUF]) == 1:
+            return str(path), {"gguf_file": _checked_gguf(packed[0])}
+        base = json_object(path / ADAPTER).get("base_model_name_or_path")
+        if isinstance(base, str) and base:
+            return base, {}
+        if _HUB_ID.fullmatch(name) and not (path / "config.json").is_file():
+            raise InputError(_no_model(name, False, ""))
+    return name, {}
 
 
 def _auto_tokenizer(tokenizer: str, **hub) -> Any:

@@ -11,12 +11,13 @@ from torch import nn
 
 from itda.devices import checked_device, free_bytes
 from itda.errors import InputError
+from itda.models.adapters import unwrapped as unwrapped_module
 from itda.models.classes import base_of
 from itda.models.hooked_model import HookedModel
 from itda.models.hub import load_tokenizer
 from itda.models.layout import Layout
 from itda.models.nnsight_model import TracedModel, remote_model, unwrapped
-from itda.models.pretrained import causal, pretrained, random_model, survey
+from itda.models.pretrained import Survey, adapted, causal, pretrained, random_model, survey
 from itda.models.shared_model import shared
 from itda.models.streamed_model import StreamedModel
 from itda.settings import takes, verbs
@@ -56,6 +57,10 @@ def load_model(
         place = checked_device(how["device"])
         found = survey(model, place, how)
         streams = how["stream_layers"]
+        if streams:
+            found.unpacked("stream_layers")
+        if found.adapter is not None:
+            return _hooked(*adapted(found, tokenizer, place), found, hooks)
         if streams or (streams is None and found.bytes(hooks) > 0.9 * free_bytes(place)):
             return StreamedModel(
                 found, hooks, tokenizer, device=place, state_gb=how["state_gb"], folder=how["state_dir"]
@@ -74,6 +79,7 @@ def load_model(
         return model.at(hooks, tokenizer)
     from transformers import PreTrainedModel
 
+    model, origin = unwrapped_module(model)
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"`model` is a {type(model).__name__}: pass a Hugging Face `PreTrainedModel`, the id of one, or its folder."
@@ -82,7 +88,7 @@ def load_model(
         raise InputError("`model` is a loaded module, which does not know its tokenizer: pass `tokenizer=` too.")
     base = base_of(model)
     layout = Layout.of(base, model.config._name_or_path or type(model).__name__)
-    return HookedModel(model, base, load_tokenizer(tokenizer), layout, hooks)
+    return HookedModel(model, base, load_tokenizer(tokenizer), layout, hooks, origin=origin)
 
 
 def _traced(model: Any, tokenizer: Any, hooks: list[int | str], how: dict[str, Any]) -> HookedModel:
@@ -93,6 +99,13 @@ def _traced(model: Any, tokenizer: Any, hooks: list[int | str], how: dict[str, A
         return remote_model(model, tokenizer, hooks, how)
     model, tokenizer = unwrapped(model, tokenizer)
     return TracedModel.of(load_model(model, tokenizer, hooks=hooks, **(how | {"backend": "hooks"})))
+
+
+def _hooked(whole: Any, tokenizer: Any, found: Survey, hooks: list[int | str]) -> HookedModel:
+    """A whole model that was loaded by name."""
+    base = base_of(whole)
+    origin = found.adapter.origin if found.adapter is not None else {}
+    return HookedModel(whole, base, tokenizer, Layout.of(base, found.name), hooks, origin=origin)
 
 
 @takes(verbs.LOAD)
@@ -108,7 +121,7 @@ def language_model(
         found = survey(model, place, settings)
         with_head = causal(found, tokenizer, place) if found.bytes() <= 0.9 * free_bytes(place) else None
         if with_head is not None:
-            return load_model(*with_head, hooks=hooks)
+            return _hooked(*with_head, found, [hooks] if isinstance(hooks, int | str) else list(hooks))
     return load_model(model, tokenizer, hooks=hooks, **settings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -43,12 +43,28 @@ def quantization(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def quantised(base: Any) -> str | None:
+    """How the weights of a loaded model are quantised: what its config says, or the library that packed them."""
+    if (method := quantization(base.config)) is not None:
+        return method
+    if any(is_packed(module) for module in base.modules()):
+        return "torch"
+    kinds = {type(p).__module__.partition(".")[0] for p in base.parameters() if hasattr(p, "__tensor_flatten__")}
+    return next((kind for kind in sorted(kinds) if kind != "torch"), None)  # those of torch are spread, not quantised
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether this is a module of torch's own quantisation, whose weight is no parameter and is unpacked by a call."""
+    return not module._parameters and callable(getattr(module, "weight", None))
+
+
 def stored(base: Any) -> list[str]:
     """The names of what a checkpoint of `base` holds its weights in.
 
     These are its parameters, and the saved buffers of a quantised model, where some methods keep what they pack.
     """
     names = [name for name, _ in base.named_parameters()]
+    names += [f"{path}.weight" for path, module in base.named_modules() if path and is_packed(module)]
     if quantization(base.config) is not None:
         for path, module in base.named_modules():
             own = module._buffers.keys() - module._non_persistent_buffers_set
@@ -60,6 +76,8 @@ def is_there(base: Any, name: str) -> bool:
     """Whether the values of the parameter `name` can be read as they stand."""
     path, _, own = name.rpartition(".")
     values = getattr(base.get_submodule(path), own)
+    if not isinstance(values, Tensor):
+        return False
     return not (values.is_meta or hasattr(values, "__tensor_flatten__"))
 
 
@@ -68,6 +86,9 @@ def present(base: Any, name: str) -> Iterator[Tensor]:
     """The parameter `name` of `base` with its values, which accelerate may have to fetch for as long as this lasts."""
     path, _, own = name.rpartition(".")
     module: nn.Module = base.get_submodule(path)
+    if is_packed(module):
+        yield module.weight().detach().dequantize()  # type: ignore[operator]
+        return
     if not getattr(module, own).is_meta:
         yield plain(getattr(module, own))
         return
@@ -89,3 +110,41 @@ def plain(values: Tensor) -> Tensor:
     if not hasattr(values, "__tensor_flatten__"):  # which tensors have that are made of others
         return values
     return values.full_tensor() if hasattr(values, "full_tensor") else values.dequantize()
+
+
+# -- adapters of peft in the modules ----------------------------------------------------------------------------------
+
+
+def idle(base: Any) -> set[str]:
+    """The parameters of adapters that are there and not at work."""
+    out: set[str] = set()
+    for path, module in _with_adapters(base):
+        at_work = () if module.disable_adapters else module.active_adapters
+        for name, _ in module.named_parameters(prefix=path):
+            parts = set(name[len(path) + 1 :].split("."))
+            if "base_layer" not in parts and any(other in parts for other in _names(module) if other not in at_work):
+                out.add(name)
+    return out
+
+
+def scales(base: Any, names: Iterable[str]) -> dict[str, bytes]:
+    """By what adapters are multiplied in the modules of the parameters `names`: no weight says it to a fingerprint."""
+    owners = {name.partition(".base_layer.")[0] for name in names if ".base_layer." in name}
+    out: dict[str, bytes] = {}
+    for path, module in _with_adapters(base):
+        scaling = getattr(module, "scaling", None)
+        if path in owners and isinstance(scaling, dict) and not module.disable_adapters:
+            said = sorted((name, float(scaling[name])) for name in module.active_adapters if name in scaling)
+            out[f"{path}.scaling"] = f"{path}.scaling {said} ".encode()
+    return out
+
+
+def _with_adapters(base: Any) -> list[tuple[str, Any]]:
+    known = ("base_layer", "active_adapters", "disable_adapters")
+    return [(path, module) for path, module in base.named_modules() if all(hasattr(module, name) for name in known)]
+
+
+def _names(module: Any) -> set[str]:
+    """The names of the adapters in a module."""
+    layers = (getattr(module, name, ()) for name in getattr(module, "adapter_layer_names", ()))
+    return {name for layer in layers if hasattr(layer, "keys") for name in layer}

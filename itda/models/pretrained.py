@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 
 from itda.devices import checked_device
 from itda.errors import InputError
+from itda.models.adapters import Adapter, adapter_of, put_on
 from itda.models.classes import auto_class, base_of, class_with_head, empty, named_kinds
-from itda.models.hub import checked_name, door, load_tokenizer, quiet
+from itda.models.hub import door, file_of, load_tokenizer, place_of, quiet
 from itda.models.layout import Layout
 from itda.settings import names, verbs
 
 _SPREAD = ("device_map", "tp_plan", "distributed_config")  # arguments with which transformers chooses the devices
 PLACED = ("device_map", "quantization_config", "tp_plan", "tp_size", "distributed_config")  # of `from_pretrained`
-_HUB_ARGUMENTS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download")
+_HUB_ARGUMENTS = ("token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 
 
 def pretrained(
@@ -40,7 +42,7 @@ def pretrained(
         how = found.hub | _dtype_argument(found.dtype) | found.kwargs
         base, missing = _load(found, layout, keep, **how)
         if layout is None:
-            layout = Layout.of(base, found.model)
+            layout = Layout.of(base, found.name)
         if not any(found.kwargs.get(name) for name in _SPREAD):
             base = aligned(base.to(device))
     return base.eval(), tokenizer, layout, missing
@@ -50,12 +52,14 @@ def pretrained(
 class Survey:
     """What is known of a model by name before any of its weights is read."""
 
-    model: str
+    name: str  # as it was given
+    model: str  # the folder or hub id of its weights
     config: Any
     whole: Any  # what its class makes of that, without storage for its weights; None where it cannot be built so
     hub: dict[str, Any]  # where on the hub it is
     dtype: torch.dtype | str
     kwargs: dict[str, Any]  # for `from_pretrained`
+    adapter: Adapter | None = None  # that belongs on it
 
     @cached_property
     def skeleton(self) -> Any:
@@ -65,7 +69,7 @@ class Survey:
     @cached_property
     def layout(self) -> Layout:
         """Where its blocks are."""
-        return Layout.of(self.skeleton, self.model)
+        return Layout.of(self.skeleton, self.name)
 
     def again(self) -> Survey:
         """The same, with a skeleton of its own."""
@@ -74,13 +78,19 @@ class Survey:
     @contextmanager
     def door(self) -> Iterator[None]:
         """Whatever the libraries that load say on the way is not shown, and an error of theirs becomes a sentence."""
-        with quiet(), door(self.model, self.hub["revision"]):
+        # Of a GGUF file there is a bar that no setting turns off.
+        unsaid = redirect_stderr(io.StringIO()) if self.hub.get("gguf_file") else nullcontext()
+        with quiet(), door(self.name, self.hub["revision"]), unsaid:
             yield
 
     def tokenizer(self, given: Any = None) -> Any:
         """The tokenizer that is given, loaded or not, or the model's own."""
         with self.door():
-            return load_tokenizer(self.model, **self.hub) if given is None else load_tokenizer(given)
+            if given is not None:
+                return load_tokenizer(given)
+            if self.adapter is not None and file_of(self.adapter.folder, "tokenizer_config.json", {}) is not None:
+                return load_tokenizer(self.adapter.folder)
+            return load_tokenizer(self.model, **self.hub)
 
     def bytes(self, hooks: Sequence[int | str] | None = None) -> int:
         """What the weights that `hooks` need, or all, take in memory; 0 where that cannot be told."""
@@ -99,11 +109,20 @@ class Survey:
 
     def fetch(self, file: str) -> str | None:
         """The local path of a file of the model, downloaded if need be; None if it has none of that name."""
-        from transformers.utils import cached_file
+        with door(self.name, self.hub["revision"]):
+            return file_of(self.model, file, self.hub)
 
-        where = {name: value for name, value in self.hub.items() if name != "trust_remote_code"}
-        with door(self.model, self.hub["revision"]):
-            return cached_file(self.model, file, _raise_exceptions_for_missing_entries=False, **where)
+    def unpacked(self, how: str) -> None:
+        """Raise `InputError` unless its own safetensors are the model, as reading it with the setting `how` takes."""
+        packed = "an adapter" if self.adapter is not None else "a GGUF file" if self.hub.get("gguf_file") else None
+        if packed is not None:
+            advice = (
+                "merge it into its model (`merge_and_unload`) and" if self.adapter is not None else "read it whole and"
+            )
+            raise InputError(
+                f"`{self.name}` is {packed}, and `{how}` needs a model in safetensors: {advice} save it "
+                "(`save_pretrained`), and pass that folder."
+            )
 
     def part(self, keep: Callable[[str], bool], tensors: dict[str, Tensor]) -> tuple[Any, frozenset[str]]:
         """The base model with the modules whose paths `keep` names, from `tensors`; and what these lack.
@@ -133,17 +152,54 @@ def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | Non
     dtype = _dtype(how.get("dtype") or "auto", device)
     kwargs = {name: value for name, value in how.items() if name not in names(verbs.Loading)}
     kwargs |= {"device_map": how["device_map"]} if how.get("device_map") is not None else {}
-    model = checked_name(str(model), kwargs.get("subfolder", ""))
+    name = str(model)
+    place, packed = place_of(name, kwargs.get("subfolder", ""), kwargs.get("gguf_file"))
     hub, kwargs = _hub_arguments(kwargs, revision=revision, trust_remote_code=trust_remote_code)
-    with quiet(), door(model, revision):
+    hub |= {"gguf_file": packed} if packed is not None else {}
+    with quiet(), door(name, revision):
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(model, **hub)
-        return Survey(model, config, empty(auto_class(config), config, trust_remote_code), hub, dtype, kwargs)
+        if not hub.get("gguf_file") and (adapter := adapter_of(place, hub)) is not None:
+            return _of_adapter(replace(adapter, name=name), device, how)
+        config = AutoConfig.from_pretrained(place, **hub)
+        return Survey(name, place, config, empty(auto_class(config), config, trust_remote_code), hub, dtype, kwargs)
+
+
+def _of_adapter(adapter: Adapter, device: torch.device, how: Mapping[str, Any]) -> Survey:
+    """What is known of the model that an adapter belongs on."""
+    own = {name: value for name, value in how.items() if name not in ("revision", "subfolder")}
+    try:
+        found = survey(adapter.base, device, own | {"revision": adapter.base_revision})
+    except InputError as error:
+        why = str(error).rstrip(".")
+        raise InputError(
+            f"`{adapter.name}` is an adapter of `{adapter.base}`, and that cannot be loaded ({why}): "
+            "write where it is into `base_model_name_or_path` of its adapter_config.json."
+        ) from error
+    if found.adapter is not None:
+        raise InputError(
+            f"`{adapter.name}` is an adapter of `{adapter.base}`, which is an adapter too: merge that into its model "
+            "(`merge_and_unload`), save it, and name the folder as `base_model_name_or_path`."
+        )
+    return replace(found, name=adapter.name, adapter=adapter)
+
+
+def adapted(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, Any]:
+    """The whole model that was surveyed with its adapter on it, and its tokenizer."""
+    assert found.adapter is not None
+    plain = replace(found, name=found.model, adapter=None)
+    whole, tokenizer = causal(plain, tokenizer := found.tokenizer(tokenizer), device) or (
+        pretrained(plain, [], tokenizer, device)[0],
+        tokenizer,
+    )
+    with found.door():
+        return put_on(whole, found.adapter).to(device), tokenizer
 
 
 def causal(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, Any] | None:
     """The whole causal language model that was surveyed, head and all, with its tokenizer; None if it has no head."""
+    if found.adapter is not None:
+        return adapted(found, tokenizer, device)
     with found.door():
         loader = class_with_head(found.config, found.skeleton, found.hub["trust_remote_code"])
     if loader is None:
@@ -176,10 +232,8 @@ def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: b
     """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
     name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__
     with quiet(), door(str(name), None):
-        from transformers import AutoConfig
-
         if isinstance(model, str | Path):
-            model = AutoConfig.from_pretrained(checked_name(str(model)), trust_remote_code=trust_remote_code)
+            model = survey(model, torch.device("cpu"), {"trust_remote_code": trust_remote_code}).config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = copy.deepcopy(model)

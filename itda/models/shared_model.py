@@ -117,6 +117,7 @@ def shared(model: Any, tokenizer: Any, hooks: Sequence[int | str], size: int, ho
         raise InputError(f"`{placed[0]}` says how weights are kept, and so does `tensor_parallel`: choose one of them.")
     place = _place(how["device"], size)
     found = survey(model, place, how)
+    found.unpacked("tensor_parallel")
     _check_plan(found, size)
     team = Team(found.model, size, place.type, (found.model, list(hooks), dict(how)))
     try:
