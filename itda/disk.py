@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itda.errors import InputError
+from itda.errors import InputError, shortened
+from itda.shortages import shortage
 
-LEFTOVER = re.compile(r"\..*\.tmp-[0-9a-f]{16}")  # what a killed writer leaves behind
+_LEFTOVER = re.compile(r"\.(.+)\.tmp-[0-9a-f]{16}", re.DOTALL)  # what a killed writer leaves behind
 STATES, STATES_MANIFEST = "states", "states.json"  # the folder of hidden states, in that of what is trained on them
 _STATE = re.compile(r"(hidden|kept)-\d+\.bin")
 DTYPES = {
@@ -92,12 +92,22 @@ def small_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def leftover_of(name: str) -> str | None:
+    """The file that a killed writer of ours was to write, if this is the name of what it left; else None.
+
+    A name of this form alone proves nothing: whoever removes it has to know the file as one of ours.
+    """
+    found = _LEFTOVER.fullmatch(name)
+    return found[1] if found else None
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed writers of the file `path` left beside it."""
-    for place in path.parent.glob(f".{path.name}.tmp-*"):
-        if LEFTOVER.fullmatch(place.name):
-            with suppress(OSError):
-                place.unlink()
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            if leftover_of(name) == path.name:
+                with suppress(OSError):
+                    (path.parent / name).unlink()
 
 
 def is_states(path: Path) -> bool:
@@ -107,7 +117,7 @@ def is_states(path: Path) -> bool:
 
 def is_state(name: str) -> bool:
     """Whether a file of this name in the folder of states is one of them."""
-    return name == STATES_MANIFEST or _STATE.fullmatch(name) is not None or LEFTOVER.fullmatch(name) is not None
+    return name == STATES_MANIFEST or _STATE.fullmatch(name) is not None or leftover_of(name) == STATES_MANIFEST
 
 
 def sync_folder(folder: Path) -> None:
@@ -122,44 +132,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def as_input_error(what: str, advice: str) -> Iterator[None]:
-    """Say an error of the operating system in one sentence."""
+    """Say an error of the operating system in one sentence; one that comes of a shortage as `Shortage`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{what}, because the disk is full: free some space or {advice}.") from error
-        raise InputError(f"{what} ({error.strerror or error}): {advice}.") from error
-
-
-@contextmanager
-def locked(target: Path, doing: str) -> Iterator[None]:
-    """Make the folder, and keep another process from `doing` the same meanwhile, where the system can do that.
-
-    It is the folder itself that is locked, so nothing is left behind; a folder that was made and not used goes again.
-    """
-    new = not target.is_dir()
-    make_folder(target)
-    descriptor = None
-    try:
-        with suppress(ImportError):  # Windows
-            import fcntl
-
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"Another process is {doing} {target}: wait for it to end, or choose another folder."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if new:
-            with suppress(OSError):
-                target.rmdir()
+    except (OSError, MemoryError) as error:
+        if (said := shortage(error, what, advice)) is not None:
+            raise said from error
+        raise InputError(f"{what} ({getattr(error, 'strerror', None) or error}): {advice}.") from error
 
 
 def sealed_json(document: dict, indent: int | None = 2) -> bytes:
@@ -169,11 +148,48 @@ def sealed_json(document: dict, indent: int | None = 2) -> bytes:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in the file of JSON `path`; an empty one where there is anything else, or nothing that can be read."""
-    with suppress(OSError, ValueError, RecursionError):
-        document = json.loads(path.read_bytes())
-        return document if isinstance(document, dict) else {}
-    return {}
+    """The object in the file of JSON `path`; an empty one where there is anything else, or nothing that can be read.
+
+    Raises `Shortage` where it could not be read for want of something: then nothing is known of it.
+    """
+    try:
+        document = strict_json(small_file(path))
+    except (ValueError, RecursionError):
+        return {}
+    except (OSError, MemoryError) as error:
+        if (said := shortage(error, f"{path} could not be read")) is not None:
+            raise said from error
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def strict_json(data: bytes) -> Any:
+    """What a file of JSON says; `ValueError` where a key stands twice, of which readers take either."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(found)
+        if len(document) < len(found):
+            twice = next(key for i, (key, _) in enumerate(found) if key in dict(found[:i]))
+            raise TwiceError(shortened(twice))
+        return document
+
+    return json.loads(data, object_pairs_hook=pairs)
+
+
+class TwiceError(ValueError):
+    """A key stands twice in an object of JSON."""
+
+
+def unspeakable(document: Any) -> str | None:
+    """Where a number is in a document that JSON has no word for (NaN, Infinity), though Python reads one; or None."""
+    left: list[tuple[str, Any]] = [("", document)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return name
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        left += [(f"{name}.{key}".strip("."), item) for key, item in items]
+    return None
 
 
 def is_sealed(data: bytes, document: dict) -> bool:
@@ -192,7 +208,9 @@ def read_sealed(
     """
     format, newest = kind
     try:
-        document = json.loads(data)
+        document = strict_json(data)
+    except TwiceError as error:
+        raise damaged(f"has the key {error} twice in one object") from error
     except (ValueError, RecursionError) as error:
         raise damaged("is not JSON") from error
     if not isinstance(document, dict) or document.get("format") != format:
@@ -268,3 +286,39 @@ def safetensors_head(
 def bytes_of(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor; its strides may still be odd where it has one entry or none."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def read_safetensors(data: Any) -> dict[str, tuple[str, list[int], int, int]]:
+    """What the header of the safetensors file `data` says, by name: dtype, shape, and where it starts and ends in it.
+
+    Raises `ValueError` unless the file is one, has no metadata, and holds the tensors without gaps. Only for the dtypes
+    in `DTYPES`, whose sizes are known here, are shapes held against bytes.
+    """
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise ValueError("its header is longer than the file")
+    header = strict_json(bytes(data[8 : 8 + size]))
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError("its header is no object of objects")
+    if "__metadata__" in header:
+        raise ValueError("it has metadata, and none was wanted")
+    sizes, found = {name: dtype.itemsize for dtype, name in DTYPES.items()}, {}
+    for name, entry in header.items():
+        if set(entry) != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
+            raise ValueError(f"its header does not say what {shortened(name)} is")
+        numbers = entry["shape"], entry["data_offsets"]
+        if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
+            raise ValueError(f"its header gives no counts for {shortened(name)}")
+        start, end = entry["data_offsets"] if len(entry["data_offsets"]) == 2 else (0, -1)
+        each = sizes.get(entry["dtype"])
+        if each is not None and end - start != each * math.prod(entry["shape"]):
+            raise ValueError(f"the shape of {shortened(name)} does not fit its bytes")
+        found[name] = entry["dtype"], entry["shape"], 8 + size + start, 8 + size + end
+    at = 8 + size
+    for _, _, start, end in sorted(found.values(), key=lambda one: one[2:]):
+        if start != at or end < start:
+            raise ValueError("its tensors do not follow one another")
+        at = end
+    if at != len(data):
+        raise ValueError("it is not as long as its header says")
+    return found

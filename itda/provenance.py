@@ -6,17 +6,23 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 
+VERSIONS = "versions."  # in an `identity`, before the name of a library
+# Of a stream, what was read of it so far or lay beside it: that it is the same text its hash says.
+COUNTED = ("stream.hash", "stream.documents", "stream.files", "stream.unread")
 FINGERPRINT = "model.fingerprint"  # of the weights, in an `identity`; what is read block by block says it late
 
 
 def identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What a provenance says that must be equal for a reading to go on, without what changes on the way."""
+    """What a provenance says that must be equal for a reading to go on, without what changes on the way.
+
+    The last bits of activations depend on the versions of the libraries that read them, so these are part of it.
+    """
     flat = {f"{part}.{key}": v for part in ("model", "stream") for key, v in provenance.get(part, {}).items()}
     flat |= {key: value for key, value in provenance.items() if key not in ("model", "stream", "versions")}
-    flat.pop("stream.hash", None)
-    return flat
+    flat |= {VERSIONS + library: version for library, version in section(provenance, "versions").items()}
+    return {name: value for name, value in flat.items() if name not in COUNTED}
 
 
 def checked_rest(stream: Any, hashes: set[str | None], work: str) -> Iterator:
@@ -35,6 +41,28 @@ def checked_rest(stream: Any, hashes: set[str | None], work: str) -> Iterator:
     # All of it may have been read before; then rows without valid tokens may have been hashed after the last ones.
     if hashes - {None, stream.skipped_hash, stream.hash}:
         raise changed
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What two identities do not agree on, weights last, which say least; versions that were not taken down agree."""
+    for name in sorted(
+        was.keys() | now.keys(), key=lambda name: (name == FINGERPRINT, name.startswith(VERSIONS), name)
+    ):
+        unknown = name.startswith(VERSIONS) and None in (was.get(name), now.get(name))
+        if was.get(name) != now.get(name) and not unknown:
+            return name
+    return None
+
+
+def said_of(name: str, was: Any, now: Any) -> str:
+    """How work "was begun" differs from what is asked for now in `name`, and what to do to go on."""
+    if name.startswith(VERSIONS):
+        library = name.removeprefix(VERSIONS)
+        return (
+            f"{library} {was}, and this is {library} {now}, whose activations may differ in their last bits: install "
+            "the former version to go on"
+        )
+    return f"{name} = {shortened(was)}, and now it is {shortened(now)}: give the former settings to go on"
 
 
 def section(cfg: Mapping[str, Any], key: str) -> dict[str, Any]:

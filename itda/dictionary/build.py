@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,6 +24,7 @@ from itda.dictionary.itda import ITDA
 from itda.dictionary.threshold import TRIES
 from itda.errors import InputError
 from itda.labels import Batch, Labels
+from itda.locks import locked
 from itda.progress import Progress, Step, reporter
 from itda.provenance import FINGERPRINT, checked_rest, identity
 from itda.settings import pick, takes, verbs
@@ -53,8 +56,8 @@ def build(stream: Iterable, **settings: Unpack[verbs.Build]) -> ITDA | dict[str,
                 the threshold for `n_atoms` is chosen, and with None at the end
     checkpoint  the folder the dictionary will be saved to (with several, the folder of their folders): progress is
                 kept there every `checkpoint_seconds`, and a build that finds some goes on from it, to the same result
-    stop        asked after every batch; when it says True, the checkpoint is written and `KeyboardInterrupt` raised.
-                Also while a threshold is chosen, before there is anything to keep
+    stop        asked after every batch, and while a threshold is chosen; when it says True, the checkpoint is written
+                and `KeyboardInterrupt` raised
 
     Returns an `ITDA`; from a stream of dicts, a dict of them by hook point. The result is a function of the
     activations, their order and the settings alone. Raises `InputError` for settings out of range, activations that are
@@ -63,13 +66,25 @@ def build(stream: Iterable, **settings: Unpack[verbs.Build]) -> ITDA | dict[str,
     if isinstance(stream, Tensor | np.ndarray) and stream.ndim == 2:
         stream = [stream]
     grow: dict[str, Any] = pick(verbs.Grow, settings)
-    tokens, checkpoint, stop = settings["tokens"], settings["checkpoint"], settings["stop"]
+    tokens, checkpoint = settings["tokens"], settings["checkpoint"]
     if grow["n_atoms"] is not None:
         grow["total"] = _length(stream, tokens)
     Builder(**grow)  # bad settings are refused before anything is read
     names, items = _peek(stream)
     builders = {name: Builder(**grow) for name in names}
     folders = {} if checkpoint is None else {name: Path(checkpoint) / _file_name(name) for name in names}
+    with ExitStack() as held:
+        for folder in folders.values():
+            check_writable_target(folder)
+            held.enter_context(locked(Path(os.path.realpath(folder)), "building into", within=True))
+        return _built(stream, items, builders, folders, settings)
+
+
+def _built(
+    stream: Any, items: Iterator | None, builders: dict[str, Builder], folders: dict[str, Path], settings: Any
+) -> ITDA | dict[str, ITDA]:
+    """Go on from the checkpoints that there are, read the rest, and finish."""
+    tokens, checkpoint, stop, names = settings["tokens"], settings["checkpoint"], settings["stop"], list(builders)
     start = _resume(builders, folders, stream)
     if tokens is not None and start > tokens:
         raise InputError(
@@ -89,7 +104,9 @@ def build(stream: Iterable, **settings: Unpack[verbs.Build]) -> ITDA | dict[str,
     for said in provenance.values():
         if "hash" in said.get("stream", {}):
             # What was read of it, which is more than was judged where another dictionary was full later.
-            said["stream"] |= {"hash": read, "tokens": max(builder.position for builder in builders.values())}
+            tokens = max(builder.position for builder in builders.values())
+            documents = {"documents": stream.documents(tokens)} if hasattr(stream, "documents") else {}
+            said["stream"] |= {"hash": read, "tokens": tokens, **documents}
     for name, said in provenance.items():
         if said.get("model", {}).get("fingerprint", "") is None:  # streamed, and all of it read before
             said["model"]["fingerprint"] = builders[name].fingerprint
@@ -103,13 +120,13 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     total = tokens if tokens is not None else getattr(stream, "tokens", None)
     position = start
     read, kept = getattr(stream, "hash", None), start
-    for builder in builders.values():
-        builder.tell = _teller(report, stop)
+    for name, builder in builders.items():
+        builder.tell = _teller(report, stop, name or (getattr(stream, "hook_points", ()) or [""])[0])
     patience = min(max(1.0, checkpoint_seconds), threading.TIMEOUT_MAX)
     for item, hashed in _ahead(stream, items, patience):
         if item is None:  # it takes its time, as a model that is streamed does before its first
             if folders and position > kept:
-                _save(stream, read, builders, folders)
+                _save(stream, read, builders, folders, position)
                 kept, saved = position, time.monotonic()
             if stop():
                 raise KeyboardInterrupt
@@ -120,22 +137,22 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
         if tokens is not None:
             size = min(size, tokens - position)
         atoms = sum(map(len, builders.values()))
-        for name, (activations, labels) in batches.items():
-            skipped = min(size, max(0, builders[name].position - position))  # its checkpoint may be ahead of the others
-            if skipped:
-                builders[name].pass_over(activations[:skipped])
-            if skipped < size:
-                builders[name].update(activations[skipped:size], labels[skipped:size])
+        try:
+            _give(batches, builders, position, size)
+        except _Stopped:
+            if folders:
+                _save(stream, read, builders, folders, position + size)
+            raise
         position += size
         now = time.monotonic()
         if report:
             after = sum(map(len, builders.values()))
             share = (after - atoms) / max(1, size * len(builders))
             settled = max(builder.settled for builder in builders.values())
-            report(Progress(position, total, after, share, now - began, start, settled))
+            report(Progress(position, _likely(stream, total), after, share, now - began, start, settled))
         stopping = stop()
         if folders and (stopping or now - saved > checkpoint_seconds):
-            _save(stream, read, builders, folders)
+            _save(stream, read, builders, folders, position)
             kept, saved = position, time.monotonic()
         if stopping:
             raise KeyboardInterrupt
@@ -149,26 +166,53 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
                 f"The stream ends after {position:,} tokens, and the unfinished build has read {ahead:,}: give the "
                 "same activations to go on, or another folder to start anew."
             )
-    if _settled(builders) and report:
+    try:
+        waited = _settled(builders)
+    except _Stopped:
+        if folders:
+            _save(stream, read, builders, folders, position)
+        raise
+    if waited and report:
         atoms, settled = sum(map(len, builders.values())), max(builder.settled for builder in builders.values())
         share = atoms / max(1, position * len(builders))
         report(Progress(position, total, atoms, share, time.monotonic() - began, start, settled))
     if folders:  # what comes next, and saving one after another, may be killed too
-        _save(stream, read, builders, folders)
+        _save(stream, read, builders, folders, position)
     if report:
         report(None)
     return read
 
 
-def _teller(report: Callable[[Any], None] | None, stop: Callable[[], bool]) -> Callable[[int], None]:
-    """What a builder calls while it chooses a threshold."""
-    began = time.monotonic()
+class _Stopped(KeyboardInterrupt):
+    """A builder was stopped while it chose a threshold, in the state of a whole number of batches."""
+
+
+def _give(batches: dict[str, Batch], builders: dict[str, Builder], position: int, size: int) -> None:
+    """The first `size` tokens of an item, which begins at `position`, to every builder."""
+    for name, (activations, labels) in batches.items():
+        skipped = min(size, max(0, builders[name].position - position))  # its checkpoint may be ahead of the others
+        if skipped:
+            builders[name].pass_over(activations[:skipped])
+        if skipped < size:
+            builders[name].update(activations[skipped:size], labels[skipped:size])
+
+
+def _likely(stream: Any, total: int | None) -> int | None:
+    """How many tokens will be read: no more than `total`, and as many as the stream says it has."""
+    return min((n for n in (total, getattr(stream, "expected", None)) if n is not None), default=None)
+
+
+def _teller(report: Callable[[Any], None] | None, stop: Callable[[], bool], name: Any) -> Callable[[int], None]:
+    """What a builder calls while it chooses a threshold; `name` is its hook point, "" if that is not known."""
+    what, began = f"choosing a threshold for {name}" if name else "choosing a threshold", 0.0
 
     def tell(tried: int) -> None:
+        nonlocal began
+        began = began if tried else time.monotonic()  # of several builders, one begins after the other
         if report:
-            report(Step("choosing a threshold", tried, TRIES, time.monotonic() - began))
+            report(Step(what, tried, TRIES, time.monotonic() - began))
         if stop():
-            raise KeyboardInterrupt
+            raise _Stopped
 
     return tell
 
@@ -274,7 +318,6 @@ def _resume(builders: dict[str, Builder], folders: dict[str, Path], stream: Any)
     """Restore what checkpoints there are; how many tokens of the stream every builder has had."""
     identity = _identity(stream, builders)
     for name, folder in folders.items():
-        check_writable_target(folder)
         if not hasattr(stream, "hash"):
             builders[name].content = Content()
         checkpoints.restore(builders[name], folder, identity[name])
@@ -295,9 +338,15 @@ def _of_one_model(items: Iterator, stream: Any, builders: dict[str, Builder]) ->
     yield from items
 
 
-def _save(stream: Any, read: str | None, builders: dict[str, Builder], folders: dict[str, Path]) -> None:
+def _save(stream: Any, read: str | None, builders: dict[str, Builder], folders: dict[str, Path], position: int) -> None:
+    """Keep the state of every builder that has had just the first `position` tokens of the stream, hashed as `read`.
+
+    One that is ahead, since its checkpoint was, has not been compared with the stream yet: its checkpoint stays.
+    """
     identity = _identity(stream, builders)
     for name, folder in folders.items():
+        if builders[name].position != position:
+            continue
         builders[name].stream_hash = read
         if identity[name].get(FINGERPRINT, "") is None:  # streamed, and nothing read since it was restored
             identity[name][FINGERPRINT] = builders[name].fingerprint
@@ -305,7 +354,7 @@ def _save(stream: Any, read: str | None, builders: dict[str, Builder], folders: 
 
 
 def _identity(stream: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What must be equal for a build to go on: provenance, less what changes on the way and between versions."""
+    """What must be equal for a build to go on: provenance, less what changes on the way."""
     out = {}
     for name, provenance in _provenance(stream, names).items():
         out[name] = identity(provenance)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +15,46 @@ from torch import Tensor
 
 from itda.dictionary.builder import Builder
 from itda.dictionary.folder import CHECKPOINT
+from itda.dictionary.standard import Massive
 from itda.dictionary.threshold import Schedule
 from itda.disk import bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.errors import InputError, check_whole, one_line
-from itda.labels import LABEL_ARRAYS, Labels
-from itda.provenance import FINGERPRINT
+from itda.labels import LABEL_ARRAYS, Batch, Labels
+from itda.provenance import FINGERPRINT, VERSIONS, differing, said_of
+from itda.shortages import shortage
 
 VERSION = "1"
 
 
 def save(builder: Builder, folder: Path, identity: dict) -> None:
     """Write the state of `builder` to `folder`. `identity` says what it is built from (`restore` compares it)."""
-    if not builder.started:  # nothing judged yet: starting again costs little
+    if not builder.started and not builder.head:  # nothing read yet
         return
+    tensors, state = _judged(builder) if builder.started else _waiting(builder)
+    state |= {
+        "version": VERSION,
+        "settings": builder.settings,
+        "identity": identity,
+        "position": builder.position,
+        "stream_hash": builder.stream_hash,
+        "content_hash": builder.content and builder.content.hash(),
+    }
+    make_folder(folder)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"state": json.dumps(state)}
+    metadata["sha256"] = _digest(metadata["state"], tensors)
+    write_file(folder / CHECKPOINT, safetensors_chunks(tensors, metadata))
+
+
+def _waiting(builder: Builder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of one that has judged nothing: the tokens that wait, batch by batch."""
+    tensors = {f"head.{i}": batch.activations for i, batch in enumerate(builder.head)}
+    tensors |= _label_tensors("head_labels", Labels.concat(batch.labels for batch in builder.head))
+    return tensors, {"head": len(builder.head), "seen": 0}
+
+
+def _judged(builder: Builder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of one that has judged tokens."""
     dictionary = builder.dictionary
     sample, sample_labels = builder.sample.tokens()
     tensors = {
@@ -38,25 +66,16 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
         **_label_tensors("labels", Labels.concat(builder.labels)),
         **_label_tensors("sample_labels", sample_labels),
     }
-    if builder.mean is not None:
-        tensors["mean"] = builder.mean
+    tensors |= {name: t for name in ("mean", "scale") if (t := getattr(builder, name)) is not None}
     state = {
-        "version": VERSION,
-        "settings": builder.settings,
-        "identity": identity,
-        "position": builder.position,
         "seen": builder.seen,
-        "stream_hash": builder.stream_hash,
-        "content_hash": builder.content and builder.content.hash(),
         "schedule": asdict(builder.schedule) | {"losses": []},
         "counts": [dictionary.choices, dictionary.settled, dictionary.replayed],
         "stride": builder.sample.stride,
     }
-    make_folder(folder)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"state": json.dumps(state)}
-    metadata["sha256"] = _digest(metadata["state"], tensors)
-    write_file(folder / CHECKPOINT, safetensors_chunks(tensors, metadata))
+    if builder.massive is not None:
+        state["massive"] = builder.massive.to_json()
+    return tensors, state
 
 
 def restore(builder: Builder, folder: Path, identity: dict) -> bool:
@@ -83,17 +102,33 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
         _compare(state["settings"] | state["identity"], builder.settings | identity, path)
     except InputError:
         raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (
+        SafetensorError,
+        MemoryError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise _unreadable(path, error) from error
     try:
-        _check(state, tensors)
-        _fill(builder, state, tensors)
+        if "head" in state:
+            _fill_head(builder, state, tensors)
+        else:
+            _check(state, tensors)
+            _fill(builder, state, tensors)
     except Exception as error:  # whatever other tensors and values than `save` writes lead to
         raise _unreadable(path, error) from error
+    builder.position, builder.seen, builder.stream_hash = state["position"], state["seen"], state["stream_hash"]
+    builder.content_hash = state["content_hash"]
     return True
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
+    if (said := shortage(error, f"The checkpoint {path} could not be read")) is not None:
+        return said
     reason = one_line(f"{type(error).__name__}: {error}")
     return InputError(f"The checkpoint {path} cannot be read ({reason}): remove it to start again.")
 
@@ -103,18 +138,11 @@ def _check(state: dict, tensors: dict[str, Tensor]) -> None:
     n, d = tensors["atoms"].shape
     m, f32, f64 = len(tensors["sample"]), torch.float32, torch.float64
     wanted = {"atoms": (f32, n, d), "norms": (f64, n), "losses": (f64, n), "sample": (f32, m, d)}
-    wanted |= {"mean": (f32, d)} if "mean" in tensors else {}
+    wanted |= {name: (f32, d) for name in ("mean", "scale") if name in tensors}
     wanted["watched"] = (f64, tensors["watched"].numel())
     for prefix, rows in (("labels", n), ("sample_labels", m)):
-        wanted |= {f"{prefix}.{name}": (torch.int64, rows) for name in LABEL_ARRAYS}
-        texts = json.loads(tensors[f"{prefix}.texts"].numpy().tobytes())
-        wanted[f"{prefix}.text_start"] = (torch.int64, len(texts))
-        row = tensors[f"{prefix}.row"]
-        if not all(isinstance(text, str) for text in texts) or bool(((row < -1) | (row >= len(texts))).any()):
-            raise ValueError(f"the texts of `{prefix}` are not those of its rows")
-    for name, form in wanted.items():
-        if (tensors[name].dtype, *tensors[name].shape) != form:
-            raise ValueError(f"`{name}` has dtype {tensors[name].dtype} and shape {tuple(tensors[name].shape)}")
+        _check_labels(prefix, tensors, rows)
+    _check_forms(wanted, tensors)
     schedule = state["schedule"]
     counts = [("position", state["position"]), ("seen", state["seen"]), ("stride", state["stride"] - 1)]
     counts += [(name, schedule[name]) for name in ("total", "milestone")]
@@ -123,10 +151,29 @@ def _check(state: dict, tensors: dict[str, Tensor]) -> None:
         check_whole(name, count, 0)
         if count >= 1 << 62:
             raise ValueError(f"`{name}` is {count:.3g}")
+    if (massive := state.get("massive")) is not None:
+        counts = [count for name in ("left_out_of_mean", "left_out") if (count := massive[name]) is not None]
+        if type(massive["norm"]) is not float or not all(type(n) is int and 0 <= n < 1 << 62 for n in counts):
+            raise ValueError("what is said of massive tokens is no number")
     if not schedule["history"] or not all(type(threshold) is float for _, threshold in schedule["history"]):
         raise ValueError("the thresholds are no numbers")
     if not all(isinstance(state[name], str | None) for name in ("stream_hash", "content_hash")):
         raise ValueError("the hashes are no text")
+
+
+def _check_labels(prefix: str, tensors: dict[str, Tensor], rows: int) -> None:
+    texts = json.loads(tensors[f"{prefix}.texts"].numpy().tobytes())
+    row = tensors[f"{prefix}.row"]
+    if not all(isinstance(text, str) for text in texts) or bool(((row < -1) | (row >= len(texts))).any()):
+        raise ValueError(f"the texts of `{prefix}` are not those of its rows")
+    wanted = {f"{prefix}.{name}": (torch.int64, rows) for name in LABEL_ARRAYS}
+    _check_forms(wanted | {f"{prefix}.text_start": (torch.int64, len(texts))}, tensors)
+
+
+def _check_forms(wanted: dict[str, tuple], tensors: dict[str, Tensor]) -> None:
+    for name, form in wanted.items():
+        if (tensors[name].dtype, *tensors[name].shape) != form:
+            raise ValueError(f"`{name}` has dtype {tensors[name].dtype} and shape {tuple(tensors[name].shape)}")
 
 
 def _digest(state: str, tensors: dict[str, Tensor]) -> str:
@@ -138,7 +185,8 @@ def _digest(state: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
-    builder.mean = tensors.get("mean")
+    builder.mean, builder.scale = tensors.get("mean"), tensors.get("scale")
+    builder.massive = None if state.get("massive") is None else Massive(**state["massive"])
     builder.prepare(tensors["atoms"].shape[1], "cpu")
     builder.dictionary.load(tensors["atoms"], tensors["norms"].tolist(), tensors["losses"].tolist())
     builder.dictionary.choices, builder.dictionary.settled, builder.dictionary.replayed = state["counts"]
@@ -146,18 +194,38 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
     builder.labels = [_labels("labels", tensors)]
     builder.sample.stride = state["stride"]
     builder.sample.activations, builder.sample.labels = [tensors["sample"]], [_labels("sample_labels", tensors)]
-    builder.position, builder.seen, builder.stream_hash = state["position"], state["seen"], state["stream_hash"]
-    builder.content_hash = state["content_hash"]
+
+
+def _fill_head(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
+    """Give `builder` the tokens that waited, after the checks of `_check`."""
+    check_whole("head", state["head"], 1)
+    parts = [tensors.pop(f"head.{i}") for i in range(state["head"])]
+    sizes, d = [len(part) for part in parts], parts[0].shape[1]
+    if any(part.ndim != 2 or part.shape[1] != d or not part.dtype.is_floating_point for part in parts):
+        raise ValueError("the tokens at its head are no activations of one size")
+    _check_labels("head_labels", tensors, sum(sizes))
+    if type(state["position"]) is not int or state["position"] != sum(sizes) or state["seen"] != 0:
+        raise ValueError(f"`position` is {state['position']!r} after {sum(sizes)} tokens")
+    if not all(isinstance(state[name], str | None) for name in ("stream_hash", "content_hash")):
+        raise ValueError("the hashes are no text")
+    labels, at = _labels("head_labels", tensors), 0
+    for part, size in zip(parts, sizes, strict=True):
+        builder.head.append(Batch(part, labels[at : at + size]))
+        at += size
 
 
 def _compare(was: dict, wanted: dict, path: Path) -> None:
     wanted = json.loads(json.dumps(wanted))
-    for name in sorted(was.keys() | wanted.keys(), key=lambda name: (name == FINGERPRINT, name)):  # which says least
-        if was.get(name) != wanted.get(name):
-            raise InputError(
-                f"The unfinished training in {path.parent} was started with {name} = {was.get(name)!r}, and this one "
-                f"has {wanted.get(name)!r}: give the former settings to go on, or remove {path} to start anew."
+    if (name := differing(was, wanted)) is not None:
+        if name.startswith(VERSIONS):
+            said = said_of(name, was.get(name), wanted.get(name))
+        else:
+            said = (
+                f"{name} = {was.get(name)!r}, and this one has {wanted.get(name)!r}: give the former settings to go on"
             )
+        raise InputError(
+            f"The unfinished training in {path.parent} was started with {said}, or remove {path} to start anew."
+        )
 
 
 def _label_tensors(prefix: str, labels: Labels) -> dict[str, Tensor]:

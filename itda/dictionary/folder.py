@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,30 +12,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from itda.disk import (
     ELSEWHERE,
-    LEFTOVER,
     STATES,
     as_input_error,
     checked_path,
     is_states,
     json_object,
+    leftover_of,
+    read_safetensors,
     read_sealed,
     sealed_json,
     small_file,
     sync_folder,
+    unspeakable,
     write_through,
 )
 from itda.errors import InputError, one_line, shortened
+from itda.locks import PATIENCE, is_locked, locked, settled, stamp_of
 from itda.provenance import is_number
 
 FORMAT, VERSION = "itda", 1
 MANIFEST, ATOMS, LABELS, SAMPLE = "cfg.json", "atoms.safetensors", "labels.parquet", "sample.parquet"
 EVAL = "eval.json"  # what `itda eval` measured of the dictionary beside it; never part of it
+EVAL_FORMAT = "itda-evaluation"
+_EVAL_KEYS = {"dictionary", "hook_point", "held_out", "systems", "settings"}  # of one without a format, as all were
 CHECKPOINT = "checkpoint.safetensors"  # of a training that has not finished; never part of a dictionary
 RESERVED = ("format", "version", "sha256", "n_atoms", "d", "files")  # keys of cfg.json that the format itself writes
+_STAGE = "itda"  # the folder `.itda.tmp-*`, in which a dictionary is written
 MOST = 1 << 53  # tokens: what is more float64 cannot count
 
 
@@ -46,9 +54,9 @@ _TEXT = "a text", lambda value: type(value) is str
 # What settings are, where the library reads them again; each may be null, or not there.
 _SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("tokens", "batch_rows"), _COUNT),
-    **dict.fromkeys(("threshold", "fvu"), _NUMBER),
+    **dict.fromkeys(("threshold", "fvu", "max_norm"), _NUMBER),
     **dict.fromkeys(("special_tokens", "padding", "nonneg", "center"), _FLAG),
-    **dict.fromkeys(("method", "loss", "admission"), _TEXT),
+    **dict.fromkeys(("method", "loss", "admission", "scale"), _TEXT),
     "model": {"layer": _WHOLE, "d": _COUNT}
     | dict.fromkeys(("id", "revision", "hook_point", "dtype", "fingerprint", "tokenizer_hash"), _TEXT),
     "stream": {"context_length": _COUNT, "tokens": _COUNT, "seed": _WHOLE, "truncate": _FLAG, "pack": _FLAG}
@@ -108,21 +116,25 @@ def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, 
 
     A new folder is written beside its place and renamed into it. An old one is written inside the folder, then the old
     manifest goes first and the new one comes last, so a kill at any moment leaves the old dictionary, the new one, or
-    none. Raises `InputError` as `check_writable_target` and `write_file` do.
+    none. The folder is locked meanwhile; another writer is waited for. Raises `InputError` as `check_writable_target`
+    and `write_file` do, and where the other one does not end.
     """
     target = check_writable_target(path)
-    new = not target.is_dir()
-    # Inside an existing folder and not beside it: that folder may be a mount point, or its parent read-only.
-    stage = (target.parent if new else target) / f".itda.tmp-{secrets.token_hex(8)}"
-    with as_input_error(f"{target} could not be written", ELSEWHERE):
-        if new:
-            target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(target, patience=PATIENCE, within=True) as new,
+        as_input_error(f"{target} could not be written", ELSEWHERE),
+    ):
+        check_writable_target(target)  # once more: others may have written while it was waited for
+        # Inside an existing folder and not beside it: that folder may be a mount point, or its parent read-only.
+        stage = (target.parent if new else target) / f".{_STAGE}.tmp-{secrets.token_hex(8)}"
         try:
             stage.mkdir()
             entries = {name: _write(stage / name, chunks) for name, chunks in files.items()}
             _write(stage / MANIFEST, [_manifest_bytes(n_atoms, d, entries, settings)])
             sync_folder(stage)
             if new:
+                if os.name == "nt":  # where nothing is renamed over an empty folder
+                    target.rmdir()
                 os.rename(stage, target)
         except BaseException:
             with suppress(OSError):
@@ -166,7 +178,7 @@ def _move_in(stage: Path, target: Path, names: list[str]) -> None:
     os.replace(stage / MANIFEST, target / MANIFEST)
     sync_folder(target)
     for path in sorted(target.iterdir()):
-        if LEFTOVER.fullmatch(path.name):
+        if _is_leftover(path):
             _remove_leftover(path)
 
 
@@ -182,8 +194,8 @@ def _remove_leftover(path: Path) -> None:
 def _check_nothing_foreign(folder: Path) -> None:
     """Raise unless all that `folder` holds was written by this library."""
     names = sorted(os.listdir(folder))
-    leftovers = [n for n in names if LEFTOVER.fullmatch(n) and _is_leftover(folder / n)]
-    ours = {CHECKPOINT, EVAL, *leftovers}
+    leftovers = [n for n in names if _is_leftover(folder / n)]
+    ours = {CHECKPOINT, EVAL} if is_evaluation(folder / EVAL) else {CHECKPOINT}
     # File names alone prove nothing: `labels.parquet` may be anybody's data.
     if any(_is_manifest(folder / place / MANIFEST) for place in ("", *leftovers)):
         ours |= {MANIFEST, ATOMS, LABELS, SAMPLE}
@@ -197,7 +209,19 @@ def _check_nothing_foreign(folder: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    return path.is_file() or (path.is_dir() and set(os.listdir(path)) <= {ATOMS, LABELS, SAMPLE, MANIFEST})
+    """Whether this is what a killed writer of a dictionary left, by its name, kind and what is in it."""
+    of = leftover_of(path.name)
+    if path.is_symlink():
+        return False
+    if of == _STAGE:
+        return path.is_dir() and set(os.listdir(path)) <= {ATOMS, LABELS, SAMPLE, MANIFEST}
+    return of in (CHECKPOINT, EVAL) and path.is_file()
+
+
+def is_evaluation(path: Path) -> bool:
+    """Whether the file `path` is what `itda eval` writes; anybody may have an eval.json."""
+    document = json_object(path)
+    return document.get("format", EVAL_FORMAT) == EVAL_FORMAT and set(document) >= _EVAL_KEYS
 
 
 def _is_manifest(path: Path) -> bool:
@@ -209,29 +233,55 @@ def _is_manifest(path: Path) -> bool:
 
 def read_manifest(path: str | os.PathLike) -> dict:
     """The manifest of the dictionary at `path`, after checking it and the size and sha256 of every file it names."""
-    folder = Path(path)
-    with as_input_error(f"{folder} could not be read", "give the folder of a saved ITDA"):
-        if not os.path.lexists(folder):
-            raise InputError(f"There is no folder {folder}: give the folder of a saved ITDA.")
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder, and an ITDA is one: give the folder that `{MANIFEST}` is in.")
-        if not (folder / MANIFEST).is_file():
-            if (folder / CHECKPOINT).is_file():
-                raise InputError(f"The training of {folder} has not finished: the same `itda train` command goes on.")
-            if inside := sorted(path.parent.name for path in folder.glob(f"[!.]*/{MANIFEST}")):
-                raise InputError(
-                    f"{folder} holds the ITDAs {', '.join(inside)}: give the folder of one, {folder / inside[0]}."
-                )
-            if (folder / "config.json").is_file():
-                raise InputError(f"{folder} is a model: give the folder of a dictionary that was built on one.")
+    return _whole(Path(path), False)[0]
+
+
+def read_files(path: str | os.PathLike) -> tuple[dict, dict[str, bytearray]]:
+    """The manifest of the dictionary at `path`, and the bytes of every file it names, all of them checked.
+
+    It is these bytes that are to be used: whoever opens a file again by its name may find another one there.
+    """
+    return _whole(Path(path), True)
+
+
+def _whole(folder: Path, kept: bool) -> tuple[dict, dict[str, bytearray]]:
+    """The manifest and, if they are to be kept, the files; of one dictionary, while others may replace it."""
+
+    def read() -> tuple[dict, dict[str, bytearray]]:
+        with as_input_error(f"{folder} could not be read", "give the folder of a saved ITDA"):
+            manifest = _found_manifest(folder)
+            return manifest, {
+                name: _checked_file(folder / name, entry, kept) for name, entry in manifest["files"].items()
+            }
+
+    def is_being_replaced() -> bool:
+        with suppress(OSError):
+            stages = [name for name in os.listdir(folder) if leftover_of(name) == _STAGE]
+            return any((folder / stage / MANIFEST).exists() for stage in stages) and is_locked(folder)
+        return False
+
+    return settled(read, lambda: stamp_of(folder / MANIFEST), is_being_replaced)
+
+
+def _found_manifest(folder: Path) -> dict:
+    if not os.path.lexists(folder):
+        raise InputError(f"There is no folder {folder}: give the folder of a saved ITDA.")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder, and an ITDA is one: give the folder that `{MANIFEST}` is in.")
+    if not (folder / MANIFEST).is_file():
+        if (folder / CHECKPOINT).is_file():
+            raise InputError(f"The training of {folder} has not finished: the same `itda train` command goes on.")
+        if inside := sorted(path.parent.name for path in folder.glob(f"[!.]*/{MANIFEST}")):
             raise InputError(
-                f"{folder} has no {MANIFEST}: it is not an ITDA, or one whose training did not finish; give the "
-                "folder of a saved ITDA, or train it again."
+                f"{folder} holds the ITDAs {', '.join(inside)}: give the folder of one, {folder / inside[0]}."
             )
-        manifest = _parse_manifest(folder / MANIFEST)
-        for name, entry in manifest["files"].items():
-            _check_file(folder / name, entry)
-    return manifest
+        if (folder / "config.json").is_file():
+            raise InputError(f"{folder} is a model: give the folder of a dictionary that was built on one.")
+        raise InputError(
+            f"{folder} has no {MANIFEST}: it is not an ITDA, or one whose training did not finish; give the "
+            "folder of a saved ITDA, or train it again."
+        )
+    return _parse_manifest(folder / MANIFEST)
 
 
 def damaged(path: Path, what: str) -> InputError:
@@ -247,6 +297,8 @@ def _parse_manifest(path: Path) -> dict:
             raise damaged(path, f"says {key} = {manifest.get(key)!r}, but a count was wanted")
     if wrong := wrong_setting(manifest):
         raise damaged(path, f"says {wrong}")
+    if (where := unspeakable(manifest)) is not None:
+        raise damaged(path, f"has a number in {shortened(where)} that JSON has no word for (null was wanted)")
     files = manifest.get("files")  # the names are compared with ours, never used as paths
     if not isinstance(files, dict) or not {ATOMS, LABELS} <= set(files) <= {ATOMS, LABELS, SAMPLE}:
         named = ", ".join(map(repr, files)) if isinstance(files, dict) else repr(files)
@@ -257,40 +309,50 @@ def _parse_manifest(path: Path) -> dict:
     return manifest
 
 
-def _check_file(path: Path, entry: dict) -> None:
+def _checked_file(path: Path, entry: dict, kept: bool) -> bytearray:
+    """The bytes of a file, if they are to be kept, after their number and sha256 were compared."""
     if not path.is_file():
         raise damaged(path, "is missing")
-    size = path.stat().st_size
-    if size != entry["size"]:
-        raise damaged(path, f"has {size} bytes where {MANIFEST} says {entry['size']}, so it was cut short or replaced")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != entry["sha256"]:
+    digest, at = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["size"]:  # before memory is taken
+            came = f"has {size} bytes where {MANIFEST} says {entry['size']}"
+            raise damaged(path, f"{came}, so it was cut short or replaced")
+        data = bytearray(size if kept else min(size, 1 << 20))
+        with memoryview(data) as memory:
+            while count := file.readinto(memory[at:] if kept else memory):
+                digest.update(memory[at : at + count] if kept else memory[:count])
+                at += count
+    if at != size or digest.hexdigest() != entry["sha256"]:
         raise damaged(path, "is damaged or was changed (its sha256 differs)")
+    return data
 
 
-def read_atoms(path: Path, n_atoms: int, d: int) -> dict[str, Tensor]:
-    """The tensors atoms (n_atoms, d), norms, losses and, if there, moved (n_atoms,), and mean (d,), all float32.
+def read_atoms(data: bytearray, path: Path, n_atoms: int, d: int) -> dict[str, Tensor]:
+    """The tensors atoms (n_atoms, d), norms, losses and, if there, moved (n_atoms,), mean and scale (d,), all float32.
 
-    Shapes are compared before anything is allocated; the library has compared them with the size of the file.
+    They are made of `data`, the bytes of the file `path`, which is used up.
     """
-    from safetensors import SafetensorError, safe_open
-
-    shapes = {"atoms": [n_atoms, d], "losses": [n_atoms], "mean": [d], "moved": [n_atoms], "norms": [n_atoms]}
-    some = {"mean", "moved"}  # only where atoms are centred, or refined
+    shapes = {"atoms": [n_atoms, d], "losses": [n_atoms], "moved": [n_atoms], "norms": [n_atoms]}
+    shapes |= {"mean": [d], "scale": [d]}
+    some = {"mean", "moved", "scale"}  # only where atoms are centred, refined, or weighed
     try:
-        with safe_open(path, "pt") as file:
-            names = sorted(file.keys())
-            if set(names) | some != set(shapes):
-                wanted = f"{sorted(set(shapes) - some)}, mean if centred, moved if refined, were wanted"
-                raise damaged(path, f"holds the tensors {names}, but {wanted}")
-            for name in names:
-                part = file.get_slice(name)
-                if part.get_dtype() != "F32" or part.get_shape() != shapes[name]:
-                    came = f"{part.get_dtype()} {part.get_shape()}"
-                    raise damaged(path, f"has `{name}` as {came}, but {MANIFEST} wants F32 {shapes[name]}")
-            return {name: file.get_tensor(name).clone() for name in names}  # a copy: not tied to the file
-    except (SafetensorError, OSError) as error:
+        found = read_safetensors(data)
+    except (ValueError, RecursionError) as error:
         raise damaged(path, f"is not a readable safetensors file ({error})") from error
+    if set(found) | some != set(shapes):
+        wanted = f"{sorted(set(shapes) - some)}, mean if centred, moved if refined, scale if weighed, were wanted"
+        raise damaged(path, f"holds the tensors {sorted(found)}, but {wanted}")
+    out = {}
+    for name in sorted(found):
+        dtype, shape, start, end = found[name]
+        if dtype != "F32" or shape != shapes[name]:
+            raise damaged(path, f"has `{name}` as {dtype} {shape}, but {MANIFEST} wants F32 {shapes[name]}")
+        count = math.prod(shape)
+        whole = data if start % 4 == 0 else data[start:end]  # others than our writer may not align
+        offset = start if whole is data else 0
+        part = torch.frombuffer(whole, dtype=torch.float32, count=count, offset=offset) if count else torch.empty(0)
+        # Those that are small get memory of their own, so that they can be sent without the others.
+        out[name] = part.view(shape) if name == "atoms" else part.view(shape).clone()
+    return out

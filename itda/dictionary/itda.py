@@ -21,12 +21,13 @@ from torch import Tensor
 from itda.codes import Codes
 from itda.dictionary import folder, tables
 from itda.disk import safetensors_chunks
-from itda.errors import InputError, first_line
+from itda.errors import InputError, first_line, one_line, shortened
 from itda.labels import Labels
 from itda.pursuit import as_tensor, pursue
+from itda.shortages import shortages_told
 
 UNIT_NORM_TOLERANCE = 1e-5
-TENSORS = ("atoms", "norms", "losses", "mean", "moved")
+TENSORS = ("atoms", "norms", "losses", "mean", "moved", "scale")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class ITDA:
     """A dictionary of `n_atoms` activations of size `d`; all tensors are float32.
 
     `atoms` are the dictionary, (n_atoms, d), rows of unit norm; `labels` what each of them is; `k` the pursuit steps.
-    `mean` (d,) is subtracted from activations before they are encoded, unless None. `norms` are the atoms' norms
-    before they were normalised (after centring), `losses` their admission losses (NaN for the first and for seeds).
+    `mean` (d,) is subtracted from activations before they are encoded, unless None; then they are divided by `scale`
+    (d,), the deviation of each coordinate, unless None. `norms` are the atoms' norms before they were normalised (after
+    both), `losses` their admission losses (NaN for the first and for seeds).
     `cfg` says where the dictionary comes from and how it was built, a JSON object; `sample` is there to be looked at.
     `moved` (n_atoms,) is None unless the atoms were refined (`itda.refine`): then it is the cosine of each with the
     activation of its label, which it is no more.
@@ -59,6 +61,12 @@ class ITDA:
     cfg: dict = field(default_factory=dict)
     sample: Sample | None = None
     moved: Float[Tensor, " n_atoms"] | None = None
+    scale: Float[Tensor, " d"] | None = None
+
+    def __post_init__(self) -> None:
+        stream = self.cfg.get("stream") if isinstance(self.cfg, dict) else None
+        if isinstance(stream, dict) and isinstance(self.labels, Labels):
+            self.labels = replace(self.labels, stream=stream)  # so that they know whose they are by themselves
 
     @property
     def n_atoms(self) -> int:
@@ -76,6 +84,7 @@ class ITDA:
     def __repr__(self) -> str:
         model = _source(self)
         words = [f"{self.n_atoms} atoms", f"d={self.d}", f"k={self.k}"] + ["centred"] * (self.mean is not None)
+        words += ["standardised"] * (self.scale is not None)
         words += [str(model[key]) for key in ("id", "hook_point") if model.get(key)]
         return f"ITDA({', '.join(words)})"
 
@@ -89,10 +98,10 @@ class ITDA:
         tol: float = 0.0,
         backend: str = "auto",
     ) -> Codes:
-        """Codes of the activations `x` (..., d), less the mean, by `itda.pursue`; settings default to the dictionary's.
+        """Codes of activations `x` (..., d), `standardised`, by `itda.pursue`; settings default to the dictionary's.
 
         `x` is moved to the device of the dictionary, where its codes are too (`model.to("cuda")` moves that). The laws
-        of `pursue` hold for `x - mean`; an atom's own activation encodes to itself. Raises `InputError`.
+        of `pursue` hold for what is pursued; an atom's own activation encodes to itself. Raises `InputError`.
         """
         if (found := as_tensor(x)) is None:
             kind = getattr(x, "dtype", type(x).__name__)
@@ -100,10 +109,8 @@ class ITDA:
         x = found.to(self.atoms.device)
         if x.ndim < 1 or x.shape[-1] != self.d:
             raise InputError(f"`x` has shape {tuple(x.shape)}: pass activations (..., {self.d}), as {self!r} encodes.")
-        if self.mean is not None:
-            x = x - self.mean  # float16 and bfloat16 become float32 here
         return pursue(
-            x,
+            self.standardised(x),
             self.atoms,
             k=self.k if k is None else k,
             method=self.cfg.get("method", "mp") if method is None else method,
@@ -113,11 +120,22 @@ class ITDA:
         )
 
     def decode(self, codes: Codes) -> Float[Tensor, "*batch d"]:
-        """The activations (..., d) that `codes` stand for, with the mean added back; dtype of the codes."""
+        """The activations (..., d) that `codes` stand for, times the scale, the mean added back; dtype of the codes."""
         if not isinstance(codes, Codes):
             raise InputError(f"`codes` is of type {type(codes).__name__}: pass what `encode` or `pursue` gave.")
-        x_hat = codes.decode(self.atoms)
-        return x_hat if self.mean is None else x_hat + self.mean.to(x_hat.dtype)
+        return self.restored(codes.decode(self.atoms))
+
+    def standardised(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Activations as the pursuit has them: less the mean and over the scale, as far as the dictionary has these."""
+        if self.mean is not None:
+            x = x - self.mean.to(x.device)  # float16 and bfloat16 become float32 here
+        return x if self.scale is None else x / self.scale.to(x.device)
+
+    def restored(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """What `standardised` gives as activations again; dtype of `x`."""
+        if self.scale is not None:
+            x = x * self.scale.to(x.device, x.dtype)
+        return x if self.mean is None else x + self.mean.to(x.device, x.dtype)
 
     def reconstruct(self, x: Float[Tensor, "*batch d"] | ndarray, **settings) -> Float[Tensor, "*batch d"]:
         """`decode(encode(x))`, (..., d); `settings` as for `encode`. float32, or float64 for float64 `x`."""
@@ -134,6 +152,10 @@ class ITDA:
         A killed save leaves the old dictionary, the new one or none. Replaces an ITDA; raises `InputError` for a
         folder that holds anything else, a full disk, and an object that could not be loaded again.
         """
+        with shortages_told(f"{path} could not be written"):
+            self._write(path)
+
+    def _write(self, path: str | os.PathLike) -> None:
         problem = _problem(self)
         if problem:
             raise InputError(f"This ITDA cannot be saved, because {problem[1]}: mend that, or build it again.")
@@ -145,7 +167,8 @@ class ITDA:
                 t.detach().cpu().numpy() for t in (codes.indices, codes.values, self.sample.losses)
             )
             files[folder.SAMPLE] = tables.labels_chunks(self.sample.labels, (indices, values), losses)
-        settings = {"k": int(self.k), **{key: _plain(v, f"cfg[{key!r}]") for key, v in self.cfg.items() if key != "k"}}
+        plain = _plain(self.cfg, "cfg")
+        settings = {"k": int(self.k), **{key: value for key, value in plain.items() if key != "k"}}
         if wrong := folder.wrong_setting(settings):
             raise InputError(f"This ITDA cannot be saved, because its `cfg` says {wrong}: mend that entry.")
         folder.write_folder(path, self.n_atoms, self.d, settings, files)
@@ -154,13 +177,18 @@ class ITDA:
     def load(cls, path: str | os.PathLike) -> ITDA:
         """Read the dictionary in the folder `path`, on the CPU, after checking all of it; `InputError` if it is bad."""
         path = Path(path)
-        manifest = folder.read_manifest(path)
+        with shortages_told(f"{path} could not be read"):
+            return cls._of_files(path, *folder.read_files(path))
+
+    @classmethod
+    def _of_files(cls, path: Path, manifest: dict, data: dict[str, bytearray]) -> ITDA:
+        """What a manifest and the `data` of the files that it names say, which were at `path`."""
         n_atoms, d = manifest["n_atoms"], manifest["d"]
-        tensors = folder.read_atoms(path / folder.ATOMS, n_atoms, d)
-        labels, _ = tables.read_labels(path / folder.LABELS, n_atoms)
+        tensors = folder.read_atoms(data.pop(folder.ATOMS), path / folder.ATOMS, n_atoms, d)
+        labels, _ = tables.read_labels(path / folder.LABELS, n_atoms, data=data.pop(folder.LABELS))
         sample = None
-        if folder.SAMPLE in manifest["files"]:
-            sampled, parts = tables.read_labels(path / folder.SAMPLE, sample=True)
+        if folder.SAMPLE in data:
+            sampled, parts = tables.read_labels(path / folder.SAMPLE, sample=True, data=data.pop(folder.SAMPLE))
             indices, values, losses = (torch.from_numpy(parts[name]) for name in ("indices", "values", "losses"))
             sample = Sample(sampled, Codes(indices, values, n_atoms), losses)
         cfg = {key: value for key, value in manifest.items() if key not in folder.RESERVED}
@@ -231,7 +259,8 @@ def _problem(model: ITDA) -> tuple[str, str] | None:
         return folder.MANIFEST, f"k = {model.k!r} is not a count of pursuit steps"
     if model.atoms.ndim != 2:
         return atoms, f"`atoms` has shape {tuple(model.atoms.shape)}, but (n_atoms, d) was wanted"
-    shapes = {"atoms": (n, model.d), "norms": (n,), "losses": (n,), "mean": (model.d,), "moved": (n,)}
+    shapes = {"atoms": (n, model.d), "norms": (n,), "losses": (n,), "moved": (n,)}
+    shapes |= {"mean": (model.d,), "scale": (model.d,)}
     for name, shape in shapes.items():
         tensor = getattr(model, name)
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
@@ -245,21 +274,38 @@ def _problem(model: ITDA) -> tuple[str, str] | None:
         row = int(wrong[0])
         kind = "unit norm" if math.isfinite(size[row]) else "finite entries"
         return atoms, f"`atoms` must have rows of {kind}, and row {row} has norm {size[row]:.7g}"
-    for name in ("norms", "mean", "moved"):
+    for name in ("norms", "mean", "moved", "scale"):
         tensor = getattr(model, name)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             return atoms, f"`{name}` must be finite, and entry {int((~torch.isfinite(tensor)).nonzero()[0])} is not"
+    if model.scale is not None and bool((model.scale <= 0).any()):
+        return atoms, f"`scale` must be above 0, and entry {int((model.scale <= 0).nonzero()[0])} is not"
     pairs, first, count = np.unique(model.labels.pairs(), axis=0, return_index=True, return_counts=True)
     if len(pairs) != n:
         prompt, position = pairs[count > 1][0]
         twice = f"(prompt {prompt}, position {position}) stands {count[count > 1][0]} times"
         return folder.LABELS, f"labels must be unique, and {twice}, first in row {first[count > 1][0]}"
+    if negative := _negative(model.labels):
+        return folder.LABELS, negative
     if any(key in model.cfg for key in folder.RESERVED):
         return folder.MANIFEST, f"`cfg` may not have the keys {', '.join(folder.RESERVED)}, which the format writes"
     return None if model.sample is None else _sample_problem(model.sample, n)
 
 
+def _negative(labels: Labels) -> str | None:
+    """The first number of `labels` that is less than there can be; -1 says that there is none, where there may be."""
+    for name in tables.COLUMNS:
+        least = 0 if name in ("prompt", "position") else -1
+        wrong = np.flatnonzero(getattr(labels, name) < least)
+        if len(wrong):
+            value = int(getattr(labels, name)[wrong[0]])
+            return f"`{name}` of row {wrong[0]} is {value}, and {least} is the least that it can be"
+    return None
+
+
 def _sample_problem(sample: Sample, n_atoms: int) -> tuple[str, str] | None:
+    if negative := _negative(sample.labels):
+        return folder.SAMPLE, negative
     indices, values = sample.codes.indices, sample.codes.values
     lengths = (len(sample.labels), len(indices), len(values), len(sample.losses))
     if len(set(lengths)) > 1 or indices.ndim != 2 or indices.shape != values.shape:
@@ -286,7 +332,12 @@ def _plain(value, name: str):
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):
-        return {str(key): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+        plain = {str(key): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+        if len(plain) < len(value):
+            keys = [str(key) for key in value]
+            twice = shortened(next(key for key in keys if keys.count(key) > 1))
+            raise InputError(f"`{name}` has two keys that are {twice} in JSON, where keys are text: rename one.")
+        return plain
     if isinstance(value, list | tuple):
         return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float):
@@ -315,6 +366,15 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise InputError(f"{what} ({why}).") from error
 
 
+_MARKUP = re.compile(r"[<>&|`*\[\]()!#\\~]|(?<!\w)_|_(?!\w)")  # within a word _ is no markup
+
+
+def _inert(value: object) -> str:
+    """`value` as text that Markdown and HTML show as it is: a setting may come from anywhere."""
+    text = one_line(" ".join(str(value).split()))
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)
+
+
 def _model_card(model: ITDA, repo_id: str) -> str:
     """README.md of a hub repository: the front matter the hub indexes, the settings, and how to load it."""
     source = _source(model)
@@ -326,7 +386,7 @@ def _model_card(model: ITDA, repo_id: str) -> str:
     settings = {"n_atoms": model.n_atoms, "d": model.d, "k": model.k, **model.cfg}
     settings |= {f"model.{key}": source.get(key) for key in ("id", "revision", "hook_point")}
     rows = [(key, v) for key, v in settings.items() if v is not None and not isinstance(v, dict | list)]
-    table = [f"| {key} | {' '.join(str(v).split()).replace('|', '&#124;')} |" for key, v in rows]
+    table = [f"| {_inert(key)} | {_inert(value)} |" for key, value in rows]
     lines = ["---", *front, "---", "", f"# {repo_id.split('/')[-1]}", ""]
     lines += ["A dictionary of real activations (inference-time decomposition of activations, arXiv 2505.17769).", ""]
     lines += ["| setting | value |", "|---|---|", *table, "", "```python", "import itda", ""]

@@ -13,6 +13,7 @@ from itda.dictionary.folder import MANIFEST, damaged
 from itda.disk import holds_text
 from itda.errors import InputError
 from itda.labels import Labels
+from itda.shortages import shortages_told
 
 COLUMNS = ("prompt", "position", "token_id", "document", "start", "end")
 TEXTS = ("before", "token", "after")
@@ -43,36 +44,47 @@ def labels_chunks(labels: Labels, codes: tuple[np.ndarray, np.ndarray] | None = 
     return [sink.getvalue()]
 
 
-def read_labels(path: Path, n: int | None = None, sample: bool = False) -> tuple[Labels, dict[str, np.ndarray]]:
-    """Labels of `n` rows (any number if None); of a sample also indices (n, k), values (n, k), losses (n,)."""
+def read_labels(
+    path: Path, n: int | None = None, sample: bool = False, data: bytes | bytearray | None = None
+) -> tuple[Labels, dict[str, np.ndarray]]:
+    """Labels of `n` rows (any number if None); of a sample also indices (n, k), values (n, k), losses (n,).
+
+    `data` are the bytes of the file `path` where they were read already.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            found, wanted = file.schema_arrow, _schema(sample)
-            if not found.equals(wanted):
-                came, want = (", ".join(f"{field.name}: {field.type}" for field in s) for s in (found, wanted))
-                raise damaged(path, f"has the columns {came}, but {want}, none nullable, were wanted")
-            if n is not None and file.metadata.num_rows != n:
-                raise damaged(path, f"has {file.metadata.num_rows} rows where {MANIFEST} says n_atoms = {n}")
-            _check_size(path, file.metadata)
-            table = file.read(use_threads=False)
-        return _labels_of(table), _codes_of(path, table) if sample else {}
+        with shortages_told(f"{path} could not be read"):
+            source = pa.py_buffer(path.read_bytes() if data is None else data)
+            with parquet.ParquetFile(pa.BufferReader(source)) as file:
+                found, wanted = file.schema_arrow, _schema(sample)
+                if not found.equals(wanted):
+                    came, want = (", ".join(f"{field.name}: {field.type}" for field in s) for s in (found, wanted))
+                    raise damaged(path, f"has the columns {came}, but {want}, none nullable, were wanted")
+                if file.metadata.metadata:
+                    raise damaged(path, "has metadata, and none was wanted")
+                if n is not None and file.metadata.num_rows != n:
+                    raise damaged(path, f"has {file.metadata.num_rows} rows where {MANIFEST} says n_atoms = {n}")
+                _check_size(path, file.metadata, source)
+                table = file.read(use_threads=False)
+            return _labels_of(table), _codes_of(path, table) if sample else {}
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise damaged(path, f"is not a readable parquet file ({error})") from error
 
 
-def _check_size(path: Path, metadata) -> None:
-    """Raise unless what the file unpacks to is what labels are, and has room."""
+def _check_size(path: Path, metadata, source) -> None:
+    """Raise unless what the file, the buffer `source`, unpacks to is what labels are, and has room."""
+    import pyarrow as pa
+
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
     values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
     if (need := 8.0 * max(values, rows * metadata.num_columns)) > 0.8 * free_bytes(torch.device("cpu")):
         raise damaged(path, f"unpacks to {need / 1e9:.1f} GB, more than is free")
-    if not holds_text(path, TEXTS, TEXT_BYTES * rows + PACKED * path.stat().st_size + (1 << 26)):
+    if not holds_text(pa.BufferReader(source), TEXTS, TEXT_BYTES * rows + PACKED * source.size + (1 << 26)):
         raise damaged(path, "unpacks to more text than labels have")
 
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from itda.disk import locked
 from itda.errors import InputError, shortened
+from itda.locks import locked
 from itda.models.hidden_states import States
 from itda.models.hooked_model import Group, HookedModel, Stop, fingerprint, rows_of, sample_of
 from itda.models.layout import Layout

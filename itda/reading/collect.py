@@ -14,12 +14,13 @@ from typing import Any, Unpack
 
 import torch
 
-from itda.disk import DTYPES, LEFTOVER, as_input_error, checked_path, locked, write_file
+from itda.disk import DTYPES, as_input_error, checked_path, write_file
 from itda.errors import InputError, Interrupted
 from itda.labels import Batch
+from itda.locks import locked
 from itda.models.streamed_model import StreamedModel
 from itda.progress import Step, reporter
-from itda.provenance import FINGERPRINT, checked_rest, identity
+from itda.provenance import FINGERPRINT, checked_rest, differing, identity, said_of
 from itda.pursuit import check_entries
 from itda.reading import shards, store
 from itda.reading.activations import activations
@@ -121,7 +122,8 @@ def _read(stream: Any, writer: Writer, tokens: int | None, report: Callable, sto
         writer.add(item, rest.hash)
         done += len(next(iter(item.values())).labels)
         seconds = (time.monotonic() - began) * done / (done - start)  # as if all of it had been read at this speed
-        report(Step("collecting", done, tokens, seconds))
+        total = min((n for n in (tokens, getattr(rest, "expected", None)) if n is not None), default=None)
+        report(Step("collecting", done, total, seconds))
         if stop():
             raise KeyboardInterrupt
     if not done:
@@ -169,7 +171,7 @@ class Writer:
     def open(self, stream: Any, overwrite: bool) -> None:
         """Find out what is there, and whether it can be added to."""
         for name in os.listdir(self.folder):
-            if LEFTOVER.fullmatch(name):
+            if store.is_leftover(self.folder / name):
                 with suppress(OSError):
                     (self.folder / name).unlink()
         if odd := [hook for hook in stream.hook_points if not store.HOOK_NAME.fullmatch(hook)]:
@@ -198,10 +200,8 @@ class Writer:
                     raise
                 anew = True
         if differs and not overwrite:
-            was, now = differs[1:]
             raise InputError(
-                f"{self.folder} was collected with {differs[0]} = {was!r}, and now it is {now!r}: give the former "
-                "settings to go on, another folder, or `overwrite` (`--overwrite`)."
+                f"{self.folder} was collected with {said_of(*differs)}, another folder, or `overwrite` (`--overwrite`)."
             )
         if anew or differs:
             self.begin(new)
@@ -299,10 +299,8 @@ def _difference(old: Contents, new: Contents) -> tuple[str, Any, Any] | None:
 def _differ(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """What two provenances do not agree on; weights that are not known yet agree with any."""
     was, now = identity(old), identity(new)
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name) and not (name == FINGERPRINT and None in (was.get(name), now.get(name))):
-            return name
-    return None
+    name = differing(was, now)
+    return None if name == FINGERPRINT and None in (was.get(name), now.get(name)) else name
 
 
 def _said(stream: Any) -> dict[str, dict]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from itda.devices import checked_device
-from itda.disk import DTYPES, LEFTOVER, as_input_error, read_sealed, sealed_json, small_file
-from itda.errors import InputError, whole
+from itda.disk import DTYPES, as_input_error, leftover_of, read_sealed, sealed_json, small_file, unspeakable
+from itda.errors import InputError, shortened, whole
 from itda.labels import Batch, Labels
 from itda.reading import shards
 from itda.reading.shards import Places, Shard, damaged
@@ -67,6 +67,8 @@ def read_contents(path: Path) -> Contents:
         data = small_file(path)
     foreign = InputError(f'{path} is not of activations on disk ("format": "{FORMAT}"): give the folder of a store.')
     document = read_sealed(data, (FORMAT, VERSION), partial(damaged, path), foreign, path)
+    if (where := unspeakable(document)) is not None:
+        raise damaged(path, f"has a number in {shortened(where)} that JSON has no word for (null was wanted)")
     try:
         return _parsed(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -217,6 +219,11 @@ class Store:
         return max(0, self._end - self.skipped)
 
     @property
+    def expected(self) -> int:
+        """How many tokens there are to read, skipped ones too."""
+        return self._end
+
+    @property
     def _end(self) -> int:
         total = self.contents.tokens
         return total if self._budget is None else min(total, self._budget)
@@ -250,6 +257,16 @@ class Store:
         for own in said.values():
             own["stream"] = {**own["stream"], "hash": self.hash}
         return said[self.hook_points[0]] if self.single else said
+
+    def documents(self, tokens: int) -> int:
+        """How many documents the first `tokens` are of; their labels are read for that."""
+        every, found, count = copy.copy(self), set[int](), 0
+        every.skipped = 0
+        for labels, _ in every.labels():
+            found.update(labels.document[: tokens - count].tolist())
+            if (count := count + len(labels)) >= tokens:
+                break
+        return len(found)
 
     def labels(self) -> Iterator[tuple[Labels, str]]:
         """The labels of every batch, and the stream's hash as of it; no activations are read."""
@@ -324,11 +341,18 @@ class Store:
                 yield found
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is what a killed writer of a store left, by its name and kind."""
+    of = leftover_of(path.name)
+    ours = of is not None and (of in (MANIFEST, JOURNAL) or OUR_FILES.fullmatch(of) is not None)
+    return ours and path.is_file() and not path.is_symlink()
+
+
 def foreign(folder: Path) -> str | None:
     """The first name in `folder` that is not part of a store; None if there is none, or no folder."""
     if not folder.is_dir():
         return None
-    names = sorted(name for name in os.listdir(folder) if not LEFTOVER.fullmatch(name))
+    names = sorted(name for name in os.listdir(folder) if not is_leftover(folder / name))
     if not names or is_store(folder):
         rest = [name for name in names if name not in (MANIFEST, JOURNAL) and not OUR_FILES.fullmatch(name)]
         return rest[0] if rest else None

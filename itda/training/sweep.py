@@ -89,11 +89,11 @@ class Sweep(Report):
         table = columns(*QUALITY.values(), label="", first=" ".join(names))
         for row, place in zip(self.rows, places, strict=True):
             which = " ".join(_cell(value) for value in (*(row["settings"].get(name) for name in several), place))
-            table.add_row(Text(one_line(which)), *(_cell(row[name]) for name in QUALITY))
+            table.add_row(Text(one_line(which)), *(_cell(row.get(name)) for name in QUALITY))
         yield Text()
         yield table
-        for said in dict.fromkeys(row["concentrated"] for row in self.rows if row["concentrated"]):
-            which = ", ".join(row["folder"] for row in self.rows if row["concentrated"] == said)
+        for said in dict.fromkeys(said for row in self.rows if (said := row.get("concentrated"))):
+            which = ", ".join(row["folder"] for row in self.rows if row.get("concentrated") == said)
             yield Text(one_line(f"{which}: {said}"), overflow="fold")
 
 
@@ -234,7 +234,7 @@ class _Table:
         names = [name for name in self._grid if name not in MEASURED]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        measured = (*MEASURED, *ERRORS, "folder", "problem")
+        measured = (*MEASURED, "folder", "problem", *ERRORS)
         writer.writerow([*names, *measured])
         for row in self.rows:
             given = [row["settings"].get(name) for name in names]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import itda
-from itda import disk
+from itda import locks
 from itda.errors import InputError
 from itda.models import hidden_states, loading, streamed_model
 from itda.models.hooked_model import Group
@@ -375,7 +375,7 @@ def test_one_process_at_a_time(home, tmp_path):
     with pytest.raises(InputError, match=r"Another process is keeping hidden states in .*states: wait for it to end"):
         itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)
     assert folder_bytes(tmp_path / "out" / "states") == there
-    with disk.locked(tmp_path / "out" / "model.layers.1", "training into"), pytest.raises(InputError, match="training"):
+    with locks.locked(tmp_path / "out" / "model.layers.1", "training into"), pytest.raises(InputError, match="training"):
         itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)
     reading.close()
     assert len(itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)) == 1

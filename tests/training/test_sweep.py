@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import itda
-from itda import disk
+from itda import locks
 from itda.cli.main import main
 from itda.dictionary import folder
 from itda.errors import Interrupted
@@ -340,7 +340,7 @@ def test_bad_files_are_refused(tmp_path, text, said, capfd):
 
 
 def test_one_process_at_a_time(grid, tmp_path):
-    with disk.locked(tmp_path / "out", "sweeping into"):
+    with locks.locked(tmp_path / "out", "sweeping into"):
         with pytest.raises(itda.InputError, match=r"Another process is sweeping into .*out: wait for it to end, or ch"):
             itda.sweep(grid, tmp_path / "out")
         assert not list((tmp_path / "out").iterdir())

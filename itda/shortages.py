@@ -1,0 +1,99 @@
+"""What a machine runs out of, memory, files, room on the disk or threads: said as that, never as damage to a file."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from itda.errors import InputError
+
+# By errno, and by what libraries say that have an exception of their own for it; the first that fits.
+_MEMORY, _FILES, _SYSTEM, _DISK, _THREADS = "memory", "files", "files of the system", "disk", "threads"
+_NUMBERS = {
+    errno.ENOMEM: _MEMORY,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _SYSTEM,
+    errno.ENOSPC: _DISK,
+    errno.EDQUOT: _DISK,
+    errno.EAGAIN: _THREADS,
+}
+_WORDS = {
+    _MEMORY: r"out of memory|not enough memory|(can't|cannot|unable to) allocate|bad_alloc|malloc of size|os error 12\b"
+    r"|failed to map segment|OutOfMemory",
+    _SYSTEM: r"too many open files in system|os error 23\b",
+    _FILES: r"too many open files|os error 24\b",
+    _DISK: r"no space left on device|disk quota exceeded|os error (28|122)\b",
+    _THREADS: r"can't start new thread|resource temporarily unavailable|os error 11\b",
+}
+_SAID = {
+    _MEMORY: (
+        "memory ran out",
+        "end other programs, raise the limit where one is set (`ulimit -v`), or take a machine with more",
+    ),
+    _FILES: (
+        "this process has as many files open as it may",
+        "raise the limit (`ulimit -n 4096` in this shell), and run it again",
+    ),
+    _SYSTEM: ("the system has as many files open as it can", "end other programs, and run it again"),
+    _DISK: ("the disk is full", "free some space or choose another place"),
+    _THREADS: (
+        "no more threads or processes can be started",
+        "end other programs, or raise the limit (`ulimit -u`), and run it again",
+    ),
+}
+
+
+class Shortage(InputError):
+    """The machine ran out of something: nothing is wrong with what was given, nor with any file."""
+
+
+def lacking(error: BaseException) -> str | None:
+    """What ran out, if that is what `error`, or one of those that led to it, is about; else None."""
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        if (kind := _kind(each)) is not None:
+            return kind
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return None
+
+
+def _kind(error: BaseException) -> str | None:
+    if isinstance(error, MemoryError):
+        return _MEMORY
+    if isinstance(error, OSError) and error.errno is not None:
+        return _NUMBERS.get(error.errno)
+    if isinstance(error, InputError) or not isinstance(error, Exception):
+        return None  # a sentence of ours may quote anything
+    text = str(error)[:4000]
+    return next((kind for kind, words in _WORDS.items() if re.search(words, text, re.IGNORECASE)), None)
+
+
+def shortage(error: BaseException, what: str = "It could not be done", advice: str = "") -> Shortage | None:
+    """`error` as one sentence if it comes of something that ran out, else None.
+
+    `what` was not done; `advice` is what else may be done where the disk is full.
+    """
+    kind = lacking(error)
+    if kind is None:
+        return None
+    if isinstance(error, Shortage):
+        return error
+    why, mend = _SAID[kind]
+    if kind == _DISK and advice:
+        mend = f"free some space or {advice}"
+    return Shortage(f"{what}, because {why}: {mend}.")
+
+
+@contextmanager
+def shortages_told(what: str) -> Iterator[None]:
+    """Raise `Shortage`, which says that `what`, for whatever inside comes of something that ran out."""
+    try:
+        yield
+    except Exception as error:
+        if (said := shortage(error, what)) is not None and said is not error:
+            raise said from error
+        raise
