@@ -82,7 +82,8 @@ class Place:
 
     def row(self, system, seconds=None, seen=None, **more):
         """What the tables have of one system."""
-        found = measure(system, self.held, self.held_labels)
+        # Errors are of |x|^2 in all rows: an SAE has no mean of its own, and rows of other runs stand beside these.
+        found = measure(replace(system, mean=None, scale=None), self.held, self.held_labels)
         row = dict(at=self.name, system=system.name, n_atoms=found["n_atoms"], k=system.k, L0=found["l0"])
         row["fvu"] = found["fvu"]
         row |= dict(low=found["fvu_interval"][0], high=found["fvu_interval"][1])

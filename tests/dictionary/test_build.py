@@ -10,11 +10,11 @@ import torch
 
 import itda
 from itda import metrics
-from itda.dictionary import admission, builder, folder
+from itda.dictionary import admission, builder, folder, refine, standard
 from itda.labels import Labels
 from itda.metrics import LOSSES
 from itda.progress import Progress, Step
-from itda.pursuit import dense, reference
+from itda.pursuit import LARGEST, dense, reference
 from tests.untyped import untyped
 
 # Algorithm 1 as it is printed; the mean that is subtracted by default has tests of its own.
@@ -367,11 +367,26 @@ def saved(model, path):
     return [file.read_bytes() for file in sorted(path.iterdir()) if file.name != folder.CHECKPOINT]
 
 
-@pytest.mark.parametrize("settings", [dict(threshold=0.02), dict(threshold=0.02, center=True), dict(n_atoms=300)])
+STANDARD = dict(center=True, max_norm=5.0, scale="std")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(threshold=0.02),
+        dict(threshold=0.02, center=True),
+        dict(n_atoms=300),
+        dict(threshold=0.1, **STANDARD),
+        dict(n_atoms=300, **STANDARD),
+    ],
+    ids=str,
+)
 def test_resumed_equals_uninterrupted(tmp_path, settings, monkeypatch):
     """Stopped after every few batches and started again, to the same bytes."""
     monkeypatch.setattr(builder, "MEAN_TOKENS", 1000)
     x = low_rank(6_000)
+    if "max_norm" in settings:
+        x[5::90, 7] = 3e4
     batches = x.split(200)
     want = saved(build(batches, k=4, **settings), tmp_path / "whole")
     stops = 0
@@ -589,6 +604,10 @@ BAD = [
     (dict(tokens=0), "`tokens` is 0"),
     (dict(tokens=-5, n_atoms=3), "`tokens` is -5"),
     (dict(chunk_size=0), "`chunk_size` is 0"),
+    (dict(max_norm=0.5), "`max_norm` is 0.5: pass how many times the median norm a token may have, 1 or more"),
+    (dict(max_norm=math.inf), "`max_norm` is inf"),
+    (dict(max_norm="five"), "`max_norm` is 'five'"),
+    (dict(scale="variance"), "`scale` is 'variance'; choose one of 'std'"),
 ]
 
 
@@ -719,3 +738,153 @@ def test_fvu_is_of_all_tokens_however_many_are_held(tokens, monkeypatch):
     assert metrics.fvu(x, x_hat) == pytest.approx(whole, rel=1e-12, nan_ok=True)
     assert metrics.fvu(x.numpy(), x_hat.numpy()) == pytest.approx(whole, rel=1e-12, nan_ok=True)
     assert math.isnan(metrics.fvu(x[:0], x_hat[:0]))
+
+
+# -- massive tokens, and coordinates over their deviations ------------------------------------------------------------
+
+
+def massive(tokens=1700, every=90):
+    """`low_rank` with one coordinate at some 10^4 times the others in a few tokens, as language models have them."""
+    x = low_rank(tokens)
+    x[5::every, 7] = 3e4
+    return x, np.delete(np.arange(tokens), np.arange(5, tokens, every))
+
+
+def test_massive_tokens_do_not_move_the_mean():
+    x, usual = massive()
+    model = itda.build(x.split(100), k=4, threshold=0.05)
+    torch.testing.assert_close(model.mean, x[torch.from_numpy(usual)].mean(0))
+    assert model.cfg["massive"] | {"norm": 0} == {"norm": 0, "left_out_of_mean": 19, "left_out": None}
+    assert 5 in rows_of(model)  # it is still an atom
+    # Where none is massive, the mean is the plain one to the last bit, and nothing is said.
+    plain = itda.build(low_rank().split(100), k=4, threshold=0.05)
+    assert torch.equal(plain.mean, torch.from_numpy(low_rank().double().numpy().mean(axis=0)).float())
+    assert not {"massive", "max_norm", "scale"} & set(plain.cfg) and plain.scale is None
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("settings", [dict(), dict(admission="batch"), dict(scale="std"), dict(loss="cosine")], ids=str)
+def test_tokens_beyond_max_norm_are_as_if_they_were_not_there(center, settings):
+    x, usual = massive()
+    how = dict(k=4, threshold=2e-3 if "loss" in settings else 0.05, center=center, **settings)
+    batches = x.split(100 if "admission" not in settings else len(x))
+    model, without = build(batches, max_norm=5.0, **how), build([x[torch.from_numpy(usual)]], **how)
+    assert rows_of(model) == usual[rows_of(without)].tolist() and 5 not in rows_of(model)
+    assert torch.equal(model.atoms, without.atoms) and model.cfg["massive"]["left_out"] == 19
+    assert model.cfg["tokens"] == len(x) and model.cfg["sample_tokens"] == len(x)
+    if center:
+        assert torch.equal(model.mean, without.mean)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(threshold=0.05), dict(n_atoms=300), dict(threshold=0.05, max_atoms=77)], ids=str
+)
+def test_standardised_and_without_massive_tokens_for_every_chunk_size(settings):
+    x, usual = massive(2600)
+    found = [
+        build(x.split(batch), k=4, chunk_size=chunk, **STANDARD, **settings)
+        for chunk, batch in [(1, 64), (37, 500), (4096, 10_000)]
+    ]
+    for model in found[1:]:
+        assert rows_of(model) == rows_of(found[0]) and torch.equal(model.atoms, found[0].atoms)
+        assert model.cfg["massive"] == found[0].cfg["massive"] and model.cfg["tokens"] == found[0].cfg["tokens"]
+    assert set(rows_of(found[0])) <= set(usual)
+    if "threshold" in settings:
+        rest = found[0].standardised(x)[torch.from_numpy(usual)]
+        want = usual[one_at_a_time(rest, 4, 0.05)].tolist()
+        assert rows_of(found[0]) == want[: settings.get("max_atoms")]
+    else:
+        assert abs(len(found[0]) - 300) <= 30
+
+
+def test_a_wished_size_is_met_where_half_of_the_stream_is_left_out():
+    x = gaussian(5000)
+    model = build(x.split(500), k=4, n_atoms=400, max_norm=1.0)
+    assert 2300 < model.cfg["massive"]["left_out"] < 2700 and abs(len(model) - 400) <= 40
+    assert rows_of(build(x.split(777), k=4, n_atoms=400, max_norm=1.0, chunk_size=31)) == rows_of(model)
+
+
+def test_which_tokens_are_beyond_is_not_a_matter_of_rounding():
+    x = gaussian(64, d=700)
+    size = metrics.norms(x)
+    exact = [math.sqrt(math.fsum(row * row)) for row in x.double().numpy()]
+    assert size == pytest.approx(exact, rel=1e-14)
+    assert (metrics.norms(x[3:4]) == size[3:4]).all() and (metrics.norms(x.numpy()) == size).all()
+    for row in range(64):
+        assert row in standard.within(x, size[row]) and row in standard.within(x[[row, row]], size[row]) + row
+        assert row not in standard.within(x, np.nextafter(size[row], 0))
+
+
+def test_each_coordinate_is_over_its_deviation(tmp_path):
+    x = low_rank()
+    x[:, 3] *= 1000  # which would be nearly all of the norm
+    model = itda.build(x.split(100), k=4, threshold=0.1, scale="std")
+    torch.testing.assert_close(model.scale, x.std(0, correction=0))
+    rest = (x - model.mean) / model.scale
+    assert rows_of(model) == one_at_a_time(rest, 4, 0.1) != rows_of(itda.build([x], k=4, threshold=0.1))
+    model.save(tmp_path / "d")
+    for d in (model, itda.ITDA.load(tmp_path / "d"), model.to("cpu")):
+        assert torch.equal(d.scale, model.scale) and "standardised" in repr(d) and d.cfg["scale"] == "std"
+        codes = d.encode(x)
+        assert torch.equal(codes.indices, itda.pursue(rest, d.atoms, k=4).indices)
+        torch.testing.assert_close(d.decode(codes), codes.decode(d.atoms) * d.scale + d.mean)
+        own = d.encode(x[rows_of(d)])
+        assert own.indices[:, 0].tolist() == list(range(len(d))) and own.values[:, 0].numpy() == pytest.approx(d.norms)
+    both = refine.refine(model, x, passes=1, labels=Labels.counted(0, len(x)))
+    chosen = refine.select(model, x, 20, labels=Labels.counted(0, len(x)))
+    assert torch.equal(both.scale, model.scale) and torch.equal(chosen.scale, model.scale)
+    assert both.cfg["fvu_standardised"] < model.cfg["fvu_standardised"] < chosen.cfg["fvu_standardised"]
+
+
+def test_a_unit_of_measure_changes_nothing_where_coordinates_are_over_their_deviations():
+    x = low_rank()
+    units = 2.0 ** torch.randint(-9, 9, (x.shape[1],), generator=torch.Generator().manual_seed(1))
+    one, other = (itda.build([y], k=4, threshold=0.1, scale="std") for y in (x, x * units))
+    assert rows_of(one) == rows_of(other) and torch.equal(one.atoms, other.atoms)
+
+
+def test_coordinates_that_hardly_move_are_not_blown_up():
+    x = gaussian(500, 12)
+    x[:, 2] = 3.0
+    x[:, 5] *= 1e-6
+    model = itda.build([x], k=3, threshold=0.3, scale="std")
+    assert model.scale[2] == model.scale[5] > 1e-4 and not model.atoms[:, [2, 5]].abs().max() > 0.01
+    same = itda.build([x[:1].expand(40, -1)], k=3, threshold=0.3, scale="std", center=False)
+    assert (same.scale == 1).all()
+    x[400, 2] = 0.9 * LARGEST[torch.float32]
+    with pytest.raises(itda.InputError, match=r"Coordinate 2 of an activation is .* deviations from its mean"):
+        itda.build([x], k=3, threshold=0.3, scale="std")
+
+
+def test_where_the_variance_lies_is_said():
+    x, usual = massive()
+    model = itda.build([x], k=4, threshold=0.05)
+    found = model.cfg["variance"]
+    spread = (x - x.mean(0)).square().sum(1)
+    assert (found["massive"], found["tokens"]) == (19, 1700)
+    assert found["massive_share"] == pytest.approx(float(spread[5::90].sum() / spread.sum()), rel=1e-5)
+    said = metrics.concentrated(found)
+    assert said.startswith("19 of 1,700 tokens hold 99% of the variance (|x| beyond 5 times the median, ")
+    rest = x[torch.from_numpy(usual)]
+    assert model.cfg["fvu_robust"] == pytest.approx(metrics.fvu(rest, model.reconstruct(rest)), rel=1e-4)
+    assert model.cfg["fvu"] < 1e-5 < 1e-3 < model.cfg["fvu_robust"]
+    inner = model.standardised(x)
+    error = metrics.relative_error(inner, model.encode(x).decode(model.atoms))
+    assert model.cfg["relative_error"] == pytest.approx(float(error.mean()))
+    assert model.cfg["median_error"] == pytest.approx(float(np.median(error)))
+
+
+def test_one_coordinate_that_holds_most_of_the_variance_is_said():
+    x = gaussian(800, 20)
+    x[:, 4] *= 9
+    found = metrics.reconstruction(x, x * torch.where(torch.arange(20) == 4, 0.95, 0.5))
+    single = [metrics.fvu(x[:, [i]], x[:, [i]] * (0.95 if i == 4 else 0.5)) for i in range(20)]
+    assert found["fvu"] == found["fvu_robust"] < 0.06 < found["fvu_standardised"]
+    assert found["fvu_standardised"] == pytest.approx(np.mean(single))
+    assert metrics.concentrated(found["variance"]).startswith("coordinate 4 of 20 holds 8")
+    assert metrics.concentrated(metrics.variance(gaussian(800, 20))) is None
+    few = gaussian(800, 20) + 60
+    few[3] = -60.0  # no longer than the others, but on the other side of the mean
+    assert metrics.concentrated(metrics.variance(few)).startswith("1 of 800 tokens holds")
+    for forged in ({}, {"massive_share": "x", "few_share": None}, {"massive_share": 0.9}):
+        assert metrics.concentrated(forged) is None or "0 of 0" in metrics.concentrated(forged)

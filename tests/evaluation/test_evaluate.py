@@ -12,9 +12,9 @@ import itda
 from itda import metrics
 from itda.cli.main import main
 from itda.errors import InputError
-from itda.evaluation import heldout
+from itda.evaluation import heldout, verdict
 from itda.evaluation.evaluate import evaluate
-from itda.evaluation.measures import cross_entropy, measure
+from itda.evaluation.measures import Bootstrap, cross_entropy, measure
 from itda.evaluation.systems import System
 from itda.labels import Labels
 from itda.models import loading
@@ -498,3 +498,144 @@ def test_what_cannot_be_measured_is_refused(home):
         evaluate(home / "d", ["<s>"], **QUICK)
     with pytest.raises(AttributeError, match="an Evaluation has no 'fvuu'"):
         _ = evaluate(home / "d", home / "new.jsonl", **QUICK).fvuu
+
+
+# -- verdict, denominators, massive tokens ----------------------------------------------------------------------------
+
+
+def system_of(name, d, atoms, k=4):
+    return System.of(replace(d, atoms=atoms, sample=None), name, k=k)
+
+
+def test_errors_have_the_denominator_of_the_threshold(home):
+    """Mean, tails and share above are of one quantity: that of the loss that admits."""
+    how = dict(k=6, n_atoms=40, layer=2, tokens=700, context_length=LENGTH, batch_rows=2, overwrite=True)
+    x, _ = activations(home, home / "new.jsonl")
+    said = {}
+    for name, settings in {
+        "plain": dict(center=False),
+        "centred": {},
+        "weighed": dict(scale="std", max_norm=5),
+    }.items():
+        itda.train(home / "model", home / "train.jsonl", home / name, **how, **settings)
+        d = itda.ITDA.load(home / name)
+        result = evaluate(d, home / "new.jsonl", tokens=10_000, ce_tokens=0, controls=False)
+        rest = d.standardised(x).double()
+        error = metrics.relative_error(rest, d.encode(x).decode(d.atoms).double()).numpy()
+        assert result.relative_error == pytest.approx(error.mean(), rel=1e-5)
+        assert result.median_error == pytest.approx(np.median(error), rel=1e-5)
+        assert result.tails["99 %"] == pytest.approx(np.quantile(error, 0.99), rel=1e-5)
+        assert result.above == pytest.approx((error > d.cfg["threshold"]).mean(), abs=2 / len(x))
+        assert result.fvu == pytest.approx(metrics.fvu(x, d.reconstruct(x)), rel=1e-5)
+        said[name] = result.denominator
+        assert f"divided by its {result.denominator}" in " ".join(str(result).split())
+        both = result.with_position_0["relative_error"]
+        special, _ = activations(home, home / "new.jsonl", special_tokens=True)
+        inner, inner_hat = d.standardised(special).double(), d.encode(special).decode(d.atoms).double()
+        assert both == pytest.approx(float(metrics.relative_error(inner, inner_hat).mean()), rel=1e-5)
+    weighed = "|x - mean|², each coordinate over its deviation"
+    assert said == {"plain": "|x|²", "centred": "|x - mean|²", "weighed": weighed}
+
+
+def test_controls_have_the_scale_of_the_dictionary(home):
+    itda.train(home / "model", home / "train.jsonl", home / "scaled", k=6, n_atoms=40, layer=2, tokens=700,
+               context_length=LENGTH, batch_rows=2, scale="std", overwrite=True)  # fmt: skip
+    d, seen = itda.ITDA.load(home / "scaled"), []
+
+    def run(x):
+        seen.append(x)
+        return x * 0.9, d.encode(x)
+
+    own = replace(System.of(d, "own"), run=run)
+    result = evaluate(d, home / "new.jsonl", tokens=300, ce_tokens=100, systems=[own])
+    x = torch.cat(seen[:1])
+    rest, left = d.standardised(x).double(), (0.1 * x / d.scale).double()
+    want = (left.square().sum(1) / rest.square().sum(1))[torch.from_numpy(np.ones(len(x), bool))]
+    tails = result.systems["own"]["positions"]
+    assert sum(part["tokens"] * part["relative_error"] for part in tails) / len(x) == pytest.approx(float(want.mean()))
+    rows = result.systems
+    assert rows["gaussian"]["relative_error"] > rows["random tokens"]["relative_error"] > rows["itda"]["relative_error"]
+    assert rows["untrained model"]["n_atoms"] > 30
+
+
+def test_the_verdict_is_that_of_the_figures(home):
+    d = itda.ITDA.load(home / "d")
+    result = evaluate(d, home / "new.jsonl", tokens=600, ce_tokens=300)
+    mine, theirs, found = result.systems["itda"], result.systems["random tokens"], result.verdict
+    assert found["error"]["change"] == pytest.approx(mine["relative_error"] / theirs["relative_error"] - 1)
+    assert found["tail"]["change"] == pytest.approx(mine["tails"]["99 %"] / theirs["tails"]["99 %"] - 1)
+    assert found["cross_entropy"]["change"] == pytest.approx(mine["ce"]["loss"] - theirs["ce"]["loss"])
+    for name in ("error", "tail", "cross_entropy"):
+        low, high = found[name]["interval"]
+        assert low <= found[name]["change"] <= high
+        assert found[name]["says"] == ("better" if high < 0 else "worse" if low > 0 else "not told apart")
+    lines = str(result).splitlines()
+    place = next(i for i, line in enumerate(lines) if f"than {len(d)} random tokens" in line or "told apart" in line)
+    assert place < next(i for i, line in enumerate(lines) if "FVU" in line)  # it begins with it
+    text = " ".join(str(result).split())
+    assert "to try: `itda train … --n-atoms N --candidates 6` keeps" in text and "`--refine 3` moves the atoms" in text
+    done = replace(result, settings={"dictionary": {"selected": True, "refined": True}})
+    assert "to try" not in str(done)
+    json.loads(json.dumps(result.to_json(), allow_nan=False))
+    bare = evaluate(d, home / "new.jsonl", **QUICK)
+    assert bare.verdict is None and "no verdict, since random tokens were not measured" in str(bare)
+
+
+def test_a_verdict_from_plain_errors():
+    groups, draw = np.arange(4000) // 20, np.random.default_rng(0)
+    base = draw.gamma(2.0, 0.1, 4000)
+    for factor, want in ((0.9, "better"), (1.1, "worse")):
+        found = verdict.of_errors({"itda": base * factor, "random tokens": base}, Bootstrap(groups, 0))
+        assert verdict.overall(found) == want == found["error"]["says"] == found["tail"]["says"]
+        assert found["error"]["interval"] == pytest.approx((factor - 1, factor - 1))
+        assert found["tail"]["interval"] == pytest.approx((factor - 1, factor - 1))
+    shuffled = {"itda": draw.permutation(base), "random tokens": base}
+    assert verdict.overall(verdict.of_errors(shuffled, Bootstrap(groups, 0))) == "not told apart"
+    heavy = {"itda": np.where(np.arange(4000) % 37 == 0, 3 * base + 1, 0.5 * base), "random tokens": base}
+    found = verdict.of_errors(heavy, Bootstrap(groups, 0))
+    assert (found["error"]["says"], found["tail"]["says"], verdict.overall(found)) == ("better", "worse", "mixed")
+    losses = {"itda": base + 0.01, "random tokens": base}
+    assert verdict.of_cross_entropy(losses, Bootstrap(groups, 0))["change"] == pytest.approx(0.01)
+    assert verdict.of_errors({"itda": base}, Bootstrap(groups, 0)) is None
+
+
+def test_the_quantile_of_a_draw_is_that_of_its_tokens():
+    groups, draw = np.arange(600) // 6, np.random.default_rng(1)
+    errors, draws = draw.random(600), Bootstrap(groups, 0)
+    found = verdict._quantiles(errors, draws)
+    assert len(found) == verdict.DRAWS
+    for i in (0, 7, 199):
+        every = np.repeat(errors, draws.weights[i, groups].astype(int))
+        assert np.quantile(every, 0.99, method="lower") <= found[i] <= np.quantile(every, 0.99, method="higher") + 1e-3
+
+
+def test_massive_tokens_stand_apart_and_are_said():
+    x = torch.randn(900, 16, generator=torch.Generator().manual_seed(1))
+    x[[4, 400]] = 0.0
+    x[[4, 400], 3] = 900.0
+    labels = replace(Labels.counted(0, 900), document=np.arange(900) // 10, prompt=np.arange(900) // 10)
+    d = itda.build([(x, labels)], k=3, threshold=0.3)
+    row = measure(System.of(d, "itda"), x, labels, None, 0.3)
+    usual = torch.ones(900, dtype=torch.bool)
+    usual[[4, 400]] = False
+    x_hat = d.reconstruct(x)
+    assert row["fvu"] < 1e-3 < row["fvu_robust"] == pytest.approx(metrics.fvu(x[usual], x_hat[usual]), rel=1e-5)
+    low, high = row["fvu_robust_interval"]
+    assert low < row["fvu_robust"] < high
+    weights = 1 / (x[usual] - x[usual].mean(0)).double().square().sum(0)
+    want = float(((x - x_hat)[usual].double().square().sum(0) * weights).mean())
+    assert row["fvu_standardised"] == pytest.approx(want, rel=1e-5)
+    said = metrics.concentrated(metrics.variance(x))
+    assert said.startswith("2 of 900 tokens hold 9") and "robust FVU leaves them out" in said
+
+
+def test_random_tokens_say_why_they_cohere(home):
+    d = itda.ITDA.load(home / "d")
+    result = evaluate(d, home / "new.jsonl", tokens=300, ce_tokens=0, controls=["random tokens"])
+    found = result.systems["random tokens"]["coherence"]
+    assert found["max"] > 0.99 and found["copies"] > 0
+    assert f"of random tokens {found['copies']:.1%} have another in nearly their direction" in " ".join(
+        str(result).split()
+    )
+    twice = torch.eye(6)[[0, 1, 2, 0, 3, 1]]
+    assert metrics.coherence(twice)["copies"] == pytest.approx(4 / 6)

@@ -7,7 +7,7 @@ import torch
 from itda.errors import InputError
 from itda.metrics import ce_score
 from itda.models import loading
-from itda.models.splice import spliced
+from itda.models.splice import COPIES, FLOAT32, spliced
 from itda.text.prompts import TokenStream
 from tests import tiny_models
 
@@ -145,3 +145,41 @@ def test_nothing_to_read():
     model = hooked()
     with pytest.raises(InputError, match="There is no row of text"):
         spliced(model, [], model.hook_points[0], {})
+
+
+def test_logits_stay_within_the_budget_and_the_clean_pass_serves_all():
+    model = hooked("llama")
+    rows, hook = rows_of(model), model.hook_points[0]
+    replacements = {"half": lambda x: x / 2, "same": torch.clone, "nothing": torch.zeros_like}
+    whole = spliced(model, rows, hook, replacements, batch_rows=4)
+    sizes, run = [], model.logits
+
+    def watched(ids, mask, replace=None, places=None):
+        out = run(ids, mask, replace, places)
+        sizes.append((replace is None, out.shape[0] * out.shape[1]))
+        return out
+
+    model.logits = watched
+    for tokens in (1000, 60, 24, 7, 1):  # four rows, two, one, pieces of one, a token at a time
+        sizes.clear()
+        budget = float(tokens * COPIES * FLOAT32 * model.vocabulary)
+        found = spliced(model, rows, hook, replacements, batch_rows=4, budget=budget)
+        assert max(size for _, size in sizes) <= max(tokens, 1)
+        assert sum(clean for clean, _ in sizes) * (1 + len(replacements)) == len(sizes)
+        assert (found.prompt == whole.prompt).all() and (found.position == whole.position).all()
+        for name in ("clean", *replacements):
+            assert np.allclose(found.cross_entropy[name], whole.cross_entropy[name], atol=1e-4)
+        assert (found.cross_entropy["same"] == found.cross_entropy["clean"]).all() and not found.kl["same"].any()
+        assert np.allclose(found.kl["half"], whole.kl["half"], atol=1e-4)
+
+
+def test_a_model_that_cannot_be_told_which_logits_to_give_gives_all(monkeypatch):
+    model = hooked()
+    ids, places = torch.arange(9)[None], torch.tensor([2, 5])
+    want = model.logits(ids, torch.ones(1, 9))[:, places]
+    assert torch.allclose(model.logits(ids, torch.ones(1, 9), None, places), want, atol=1e-5)
+    real = model.module.forward
+    monkeypatch.setattr(
+        model.module, "forward", lambda input_ids, attention_mask: real(input_ids, attention_mask=attention_mask)
+    )
+    assert torch.allclose(model.logits(ids, torch.ones(1, 9), None, places), want, atol=1e-5)
