@@ -63,16 +63,22 @@ def write_file(path: str | os.PathLike, chunks: Iterable, advice: str = ELSEWHER
     behind then.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
-    with as_input_error(f"{path} could not be written", advice):
-        try:
-            write_through(temporary, chunks)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    with as_input_error(f"{path} could not be written", advice), staged(path, chunks) as temporary:
+        os.replace(temporary, path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def staged(path: Path, chunks: Iterable) -> Iterator[Path]:
+    """A file of its own beside `path`, written through to the disk, to be moved there; after an error it is gone."""
+    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(8)}"
+    try:
+        write_through(temporary, chunks)
+        yield temporary
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_through(path: Path, chunks: Iterable) -> None:

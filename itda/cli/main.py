@@ -14,6 +14,8 @@ from itda.cli.look import decompose, demo, hooks, show
 from itda.cli.measure import eval_, export
 from itda.cli.train import collect, sweep, train
 from itda.errors import InputError
+from itda.progress import telling
+from itda.shortages import shortage
 
 COMMANDS = {
     command.name: command
@@ -54,19 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("ITDA_DEBUG", "0") not in ("", "0") or "--debug" in words
     words = [word for word in words if word != "--debug"]
+    here = f"`{' '.join(['itda', *words[:1]])}`"
     if sys.stdout is None:
         return terminal.fail("standard output is closed, and there is something to say on it: leave it open.", debug)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # whatever the text, and the encoding of the terminal
     try:
-        with terminal.signals.caught():
+        with terminal.signals.caught(), telling(terminal.say):
             _run(words)
         return 0
     except SystemExit as end:  # tyro, after its help
         return int(end.code or 0)
     except InputError as error:
-        return terminal.fail(str(error), debug)
+        return terminal.fail(str(shortage(error, f"{here} could not go on") or error), debug)
     except KeyboardInterrupt as error:
         return terminal.interrupted(error)
     except BrokenPipeError:
@@ -75,8 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         terminal.abandon_output()
         where = f"{error.filename}: " if error.filename else ""
+        if said := shortage(error, f"{here} could not go on ({where}{error.strerror or error})"):
+            return terminal.fail(str(said), debug)
         return terminal.fail(f"{where}{error.strerror or error}: check the place and its permissions.", debug)
     except Exception as error:
+        if said := shortage(error, f"{here} could not go on"):
+            return terminal.fail(str(said), debug)
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         terminal.fail(
             f"this should not have happened ({what}): please report it, with what the same command with --debug says.",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from itda._version import __version__
-from itda.dictionary.folder import EVAL
+from itda.dictionary.folder import EVAL, EVAL_FORMAT, MANIFEST, is_evaluation
 from itda.dictionary.itda import ITDA
 from itda.disk import bytes_of, write_file
 from itda.errors import InputError, shortened
@@ -27,10 +27,12 @@ from itda.evaluation.controls import CONTROLS, like, systems_of, untrained
 from itda.evaluation.measures import Bootstrap, cross_entropy, measure
 from itda.evaluation.systems import System
 from itda.labels import groups_of
+from itda.locks import PATIENCE, locked
 from itda.metrics import variance
 from itda.models import loading
 from itda.models.splice import spliced
 from itda.progress import Step, reporter
+from itda.provenance import section
 from itda.reading.on_disk import is_stored
 from itda.reading.own_model import model_of
 from itda.report import drawing_evaluation
@@ -84,13 +86,29 @@ class Evaluation(Report):
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        return finite({each.name: getattr(self, each.name) for each in fields(self)})
+        return {"format": EVAL_FORMAT, **finite({each.name: getattr(self, each.name) for each in fields(self)})}
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write it to the file `path`, or as eval.json into that folder, replacing an older one; returns where."""
-        target = Path(path) / EVAL if os.path.isdir(path) else Path(path)
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-        write_file(target, [text.encode()])
+        """Write it to the file `path`, or as eval.json into that folder, replacing an older one; returns where.
+
+        Raises `InputError` for a folder with another dictionary than was measured, or an eval.json of something else,
+        and where another process goes on writing into it.
+        """
+        data = [json.dumps(self.to_json(), indent=1, allow_nan=False).encode()]
+        if not os.path.isdir(path):
+            write_file(path, data)
+            return Path(path)
+        target = Path(path) / EVAL
+        with locked(Path(os.path.realpath(path)), patience=PATIENCE, within=True):
+            if os.path.lexists(target) and not is_evaluation(target):
+                raise InputError(f"{target} is no evaluation of itda's, so it stays: name another file (`--out`).")
+            measured = section(self.settings, "dictionary").get("sha256")
+            if measured and (Path(path) / MANIFEST).is_file() and content_hash(ITDA.load(path)) != measured:
+                raise InputError(
+                    f"{path} holds another dictionary than was measured, it was replaced meanwhile: measure that, or "
+                    "name a file for these figures (`--out`)."
+                )
+            write_file(target, data)
         return target
 
     def __getattr__(self, name: str) -> Any:
@@ -286,14 +304,19 @@ def _settings(dictionary: ITDA, hooked: Any, hook: str, split: heldout.Split, as
     return _said(dictionary, hooked.provenance(hook) | {"device": str(hooked.device)}, text, asked)
 
 
+def content_hash(dictionary: ITDA) -> str:
+    """A sha256 of what a dictionary encodes with."""
+    content = hashlib.sha256()
+    for tensor in (dictionary.atoms, dictionary.mean, dictionary.scale):
+        content.update(b"" if tensor is None else bytes_of(tensor.cpu().contiguous()))
+    return content.hexdigest()
+
+
 def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     probe = asked["probe"]
     asked |= {"probe": os.fspath(probe) if isinstance(probe, str | os.PathLike) else None}
-    content = hashlib.sha256()
-    for tensor in (dictionary.atoms, dictionary.mean, dictionary.scale):
-        content.update(b"" if tensor is None else bytes_of(tensor.contiguous()))
     own = {
-        "sha256": content.hexdigest(),
+        "sha256": content_hash(dictionary),
         "n_atoms": len(dictionary),
         "itda_version": dictionary.cfg.get("itda_version"),
         "threshold": _threshold(dictionary),

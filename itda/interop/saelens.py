@@ -6,6 +6,7 @@ says so. After `register()`, SAELens knows the architecture "itda".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -15,18 +16,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from itda.codes import Codes
 from itda.dictionary.folder import ATOMS, check_writable_target
 from itda.dictionary.itda import ITDA
-from itda.disk import make_folder, remove_leftovers, safetensors_chunks, write_file
+from itda.disk import (
+    ELSEWHERE,
+    LARGEST,
+    as_input_error,
+    json_object,
+    leftover_of,
+    remove_leftovers,
+    safetensors_chunks,
+    small_file,
+    staged,
+    sync_folder,
+    write_file,
+)
 from itda.errors import InputError, first_line
 from itda.evaluation.systems import System
+from itda.locks import PATIENCE, locked
 from itda.provenance import section
 from itda.pursuit import normalize, pursue
+from itda.shortages import shortage, shortages_told
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -79,13 +93,28 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
     else:
         cfg |= {"k": dictionary.k, "method": method, "nonneg": bool(dictionary.cfg.get("nonneg", False))}
     tensors = {"W_dec": atoms.float(), "b_dec": bias.float()}
-    make_folder(out)
-    weights = safetensors_chunks(tensors, {"format": "pt", "itda": "export"})
-    write_file(out / NEXT, weights)  # a full disk leaves the old export
-    (out / CFG).unlink(missing_ok=True)  # never old labels beside new weights
-    os.replace(out / NEXT, out / WEIGHTS)
-    write_file(out / CFG, [(json.dumps(cfg, indent=1, allow_nan=False) + "\n").encode()])
+    with shortages_told(f"{out} could not be written"):
+        _write(out, cfg, safetensors_chunks(tensors, {"format": "pt", "itda": "export"}))
     return out
+
+
+def _write(out: Path, cfg: dict[str, Any], weights: list) -> None:
+    """Put an export into `out`, by one process at a time; cfg.json comes last, and says which weights it is of."""
+    digest = hashlib.sha256()
+    for chunk in weights:
+        digest.update(chunk)
+    cfg["metadata"]["itda"]["sha256"] = digest.hexdigest()
+    with locked(Path(os.path.realpath(out)), patience=PATIENCE, within=True):
+        _target(out)  # once more: others may have written while it was waited for
+        for name in (CFG, WEIGHTS):
+            remove_leftovers(out / name)  # of an export that was killed
+        with as_input_error(f"{out} could not be written", ELSEWHERE):
+            (out / NEXT).unlink(missing_ok=True)  # of one by an earlier version
+            with staged(out / WEIGHTS, weights) as temporary:  # a full disk leaves the old export
+                (out / CFG).unlink(missing_ok=True)  # never old labels beside new weights
+                os.replace(temporary, out / WEIGHTS)
+                sync_folder(out)
+        write_file(out / CFG, [(json.dumps(cfg, indent=1, allow_nan=False) + "\n").encode()])
 
 
 def check_unscaled(dictionary: ITDA) -> None:
@@ -102,9 +131,9 @@ def _target(out: str | os.PathLike) -> Path:
     if not os.path.isdir(target):
         check_writable_target(target)
         return target
-    for name in (CFG, NEXT):
-        remove_leftovers(target / name)  # of an export that was killed
-    if foreign := sorted({path.name for path in target.iterdir()} - {CFG, WEIGHTS, NEXT}):
+    with as_input_error(f"{target} could not be used", ELSEWHERE):
+        names = {path.name for path in target.iterdir() if not _is_leftover(path)}
+    if foreign := sorted(names - {CFG, WEIGHTS}):
         raise InputError(f"{target} holds {foreign[0]!r}, which is no part of an export: choose a new or empty folder.")
     if (target / WEIGHTS).exists() and not (target / CFG).exists() and not _is_ours(target / WEIGHTS):
         raise InputError(f"{target} holds {WEIGHTS} of something else: choose a new or empty folder.")
@@ -113,19 +142,43 @@ def _target(out: str | os.PathLike) -> Path:
     return target
 
 
+def _is_leftover(path: Path) -> bool:
+    """Whether this is what a killed export left."""
+    plain = path.is_file() and not path.is_symlink()
+    return plain and (leftover_of(path.name) in (CFG, WEIGHTS) or (path.name == NEXT and _is_ours(path)))
+
+
 def _is_ours(path: Path) -> bool:
-    """Whether the weights at `path` were written by `export`."""
-    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-        return "itda" in (file.metadata() or {})
+    """Whether the weights at `path`, which may have been cut short, were written by `export`."""
+    with suppress(OSError, ValueError, RecursionError, AttributeError), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return "itda" in json.loads(file.read(min(size, LARGEST)))["__metadata__"]
     return False
 
 
 def _is_export(path: Path) -> bool:
     """Whether `path` is the cfg.json of an export; that of any other SAE has the same name."""
-    try:
-        return "itda" in json.loads(path.read_bytes())["metadata"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False
+    return isinstance(section(json_object(path), "metadata").get("itda"), dict)
+
+
+def _digests(folder: Path) -> tuple[str | None, str]:
+    """The sha256 of cfg.json (None if it is of no export) and of the weights, which are of one export if it is of any.
+
+    Raises `InputError` if they are not: somebody is replacing the export, or was killed by a power cut.
+    """
+    with as_input_error(f"{folder} could not be read", "give another folder"):
+        known = section(section(json_object(folder / CFG), "metadata"), "itda").get("sha256")
+        if known is None:  # of SAELens, or of an earlier version
+            return None, ""
+        data = small_file(folder / CFG)
+        with open(folder / WEIGHTS, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != known:
+        raise InputError(
+            f"{folder / WEIGHTS} is not of the export that {CFG} is of (its sha256 differs): export the dictionary "
+            "again."
+        )
+    return hashlib.sha256(data).hexdigest(), found
 
 
 def _metadata(dictionary: ITDA, signed: bool) -> dict[str, Any]:
@@ -165,12 +218,15 @@ def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cp
         raise InputError(f"{path} holds no {CFG}, so it is no SAE in SAELens' format: give the folder of one.")
     if os.path.isfile(Path(path) / ATOMS):
         raise InputError(f"{path} is an ITDA, and an SAE in SAELens' format was wanted: export it, or give another.")
+    before = _digests(Path(path))
     try:
         sae = SAE.load_from_disk(str(path), device=device)
     except Exception as error:
-        raise InputError(
+        raise shortage(error, f"{path} could not be loaded") or InputError(
             f"SAELens cannot load {path} ({type(error).__name__}: {first_line(error)}): give another folder."
         ) from error
+    if _digests(Path(path)) != before:  # SAELens opens the files by their names
+        raise InputError(f"{path} was replaced while it was read: run it again.")
     for key, value in sae.state_dict().items():
         if not bool(value.isfinite().all()):
             raise InputError(f"The SAE in {path} has numbers in {key} that are not finite: give another folder.")
