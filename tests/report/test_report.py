@@ -131,7 +131,10 @@ def test_a_centred_dictionary_decomposes_what_is_left_of_the_mean(tiny):
     stream = itda.activations(hooked, tiny_models.DOCUMENTS, layer=1, context_length=32)
     built = itda.build(stream, k=6, center=True)
     found = report.decompose(built, "Call me", model=hooked)
-    x = hooked.read(np.array([[0, *hooked.tokenizer("Call me")["input_ids"]]]), np.ones((1, 1 + len(found.tokens))))
+    x = hooked.read(
+        np.array([[0, *hooked.tokenizer("Call me", add_special_tokens=False)["input_ids"]]]),
+        np.ones((1, 1 + len(found.tokens))),
+    )
     rest = x["transformer.h.1"][0, -1] - built.mean
     assert sum(p["share"] for p in found.atoms) + found.relative_error == pytest.approx(1, abs=1e-9)
     codes = built.encode(x["transformer.h.1"][0, -1])
@@ -405,3 +408,98 @@ def test_rows_that_are_not_shown_are_counted(tiny):
     text = drawn(found, 120)
     assert f"and {len(found.atoms) - drawing.SHOWN} more atoms" in text
     assert "⟦.⟧" in text
+
+
+# -- massive tokens, and how usual an error is ------------------------------------------------------------------------
+
+
+def planted():
+    """A dictionary of which some tokens have one coordinate at a hundred times the others."""
+    x = torch.randn(400, 16, generator=torch.Generator().manual_seed(3)) + 1
+    x[[7, 200], 5] = 500.0
+    return itda.build([Batch(x, labels([f"text {i} of many" for i in range(400)]))], k=4, threshold=0.3), x
+
+
+def test_massive_atoms_are_flagged():
+    built, x = planted()
+    beyond = x.norm(dim=1) > 5 * x.norm(dim=1).median()
+    want = {i for i, row in enumerate(built.labels.prompt.tolist()) if beyond[row]}
+    assert want
+    scaled = itda.build([Batch(x, built.sample.labels)], k=4, threshold=0.3, scale="std")
+    old = replace(built, cfg={})  # of an earlier version, which kept no median
+    for d in (built, scaled, old, itda.build([x], k=4, threshold=0.3, center=False)):
+        found = report.summary(d)
+        mine = {
+            i
+            for i, row in enumerate((d.labels.prompt if d.labels.prompt.any() else d.labels.position).tolist())
+            if beyond[row]
+        }
+        assert found.massive["atoms"] == len(mine) > 0
+        assert {row["atom"] for row in found.first if row["massive"]} == {i for i in mine if i < len(found.first)}
+        assert report.atom_report(d, min(mine)).massive and not report.atom_report(d, 2).massive
+        assert all(row["massive"] == (row["atom"] in mine) for row in found.most_used)
+    text = " ".join(drawn(report.summary(built), 200).split())
+    assert "2 of 400 tokens hold 98% of the variance" in text and "massive atoms" in text
+    assert f"{min(want)}†" in text and "† a massive token" in text
+    assert ", massive · admission loss" in drawn(report.atom_report(built, min(want)))
+    assert "massive" not in drawn(report.summary(dictionary()[0]))
+
+
+def test_the_summary_has_all_errors():
+    built, _ = planted()
+    text = " ".join(drawn(report.summary(built), 300).split())
+    cfg = built.cfg
+    assert f"robust {cfg['fvu_robust']:.4f}, standardised {cfg['fvu_standardised']:.4f}, mean error " in text
+    assert f"mean error {cfg['relative_error']:.4f}, median {cfg['median_error']:.4f}" in text
+    assert "tokens of |x| beyond" in text and "2 of the mean" in text
+    old = replace(built, cfg={"fvu": 0.25, "variance": "forged", "massive": [1]})
+    assert "FVU 0.2500, L0" in drawn(report.summary(old))
+
+
+def test_a_decomposition_says_how_usual_its_error_is(tiny):
+    hooked, _ = tiny
+    stream = itda.activations(hooked, tiny_models.DOCUMENTS, layer=1, context_length=32)
+    for settings in (
+        {},
+        {"loss": "cosine", "threshold": 0.02},
+        {"scale": "std"},
+        {"loss": "squared", "threshold": 60.0},
+    ):
+        built = itda.build(stream, k=4, **settings)
+        found = report.decompose(built, "The mouse sat on the hill.", model=hooked)
+        x = hooked.read(
+            np.array([[0, *hooked.tokenizer(found.text, add_special_tokens=False)["input_ids"]]]),
+            np.ones((1, 1 + len(found.tokens))),
+        )
+        x = x["transformer.h.1"][0, -1]
+        rest, codes = built.standardised(x), built.encode(x)
+        loss = itda.metrics.LOSSES[built.cfg["loss"]](rest.double(), codes.decode(built.atoms).double())
+        assert found.usual_error == pytest.approx(
+            float((built.sample.losses.double() < loss).double().mean()), abs=0.01
+        )
+        assert f"({found.usual_error:.0%} of sampled tokens have less)" in " ".join(drawn(found).split())
+        shares = sum(part["share"] for part in found.atoms)
+        assert shares + found.relative_error == pytest.approx(1) and found.scaled == ("scale" in settings)
+        assert found.relative_error == pytest.approx(
+            float(itda.metrics.relative_error(rest, codes.decode(built.atoms))), rel=1e-3
+        )
+        assert found.from_mean == pytest.approx(float((x - built.mean).norm()), rel=1e-4)
+        assert report.decompose(built, "The mouse", model=hooked, k=7).usual_error is None
+        assert not found.massive and found.usual_norm == built.cfg["variance"]["median_norm"]
+    assert "sampled tokens have less" not in drawn(replace(found, usual_error=None))
+
+
+def test_a_decomposition_flags_massive_tokens_and_explains_its_columns(tiny):
+    hooked, _ = tiny
+    stream = itda.activations(hooked, tiny_models.DOCUMENTS, layer=1, context_length=32)
+    built = itda.build(stream, k=4)
+    built.cfg["variance"] = built.cfg["variance"] | {"median_norm": 1e-3}
+    found = report.decompose(built, "The mouse", model=hooked)
+    assert found.massive and all(part["massive"] for part in found.atoms)
+    text = " ".join(drawn(found, 200).split())
+    assert (
+        f"norm {found.norm:.4g}, massive: {found.norm / 1e-3:.0f} times the median" in text
+        and "† a massive token" in text
+    )
+    for word in ("coefficient: how much", "share: of |x - mean|²", "error: what all of them leave", "FVU: the same"):
+        assert word in text
