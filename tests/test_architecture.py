@@ -43,7 +43,7 @@ HOMES = {
     "transformers": {"models/pretrained", "models/hooked_model", "models/loading", "models/shared_model", "models/hub",
                      "models/classes",
                      "reading/activations"},
-    "datasets": {"text/documents"},
+    "datasets": {"text/documents", "text/folders"},
     "accelerate": {"models/parameters"},
     "peft": {"models/adapters"},
     "nnsight": {"models/nnsight_model"},

@@ -90,7 +90,7 @@ def save(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def _byte_pairs():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -100,6 +100,9 @@ def _byte_pairs():
         vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(DOCUMENTS, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
     return backend
 
 

@@ -52,7 +52,8 @@ Data = Annotated[
     Positional[str],
     arg(
         metavar="DATA",
-        help="a .txt, .jsonl or .parquet file, a folder of these or of activations, or the id of a dataset on the hub",
+        help="a .txt, .jsonl, .json, .csv or .parquet file (.gz and .zst too), a folder of these, of `save_to_disk` or of "
+        "activations, or the id of a dataset on the hub",
     ),
 ]
 Dictionary = Annotated[Positional[str], arg(metavar="DIR", help="folder of a dictionary, or its repository on the hub")]

@@ -24,7 +24,7 @@ from itda.progress import Step
 from itda.provenance import section
 from itda.reading.activations import Activations
 from itda.text.prompts import Row, TokenStream, hash_rows, row_labels, valid
-from itda.text.reread import CUT, read_until, settings_of
+from itda.text.reread import CUT, cut_of, read_until, stream_of
 
 POOL = 4  # tokens for the controls to draw from, per atom
 LEAST_POOL = 20_000
@@ -125,7 +125,7 @@ def split(
     Raises `InputError` where nothing is left.
     """
     cfg = section(dictionary.cfg, "stream")
-    own_cut = settings_of({**cfg, "revision": None})  # which is that of its own data
+    own_cut = cut_of(cfg, data)
     stream = TokenStream(data, tokenizer, **own_cut | settings)
     if stream.truncate and "truncate" not in settings and len(list(islice(stream, 2))) == 1:
         settings = settings | {"truncate": False}
@@ -141,6 +141,7 @@ def split(
     wanted = tokens if own or not pool else 2 * max(tokens, pool)
     seen, held, after = _unread(rows, known, set(partly), wanted, special_tokens)
     about: dict[str, Any] = {"data": stream.provenance["data"], "read_in_training": len(seen) > 0}
+    about |= {name: stream.provenance[name] for name in ("files", "unread") if stream.provenance.get(name)}
     drawn = own
     if in_sample and seen:
         held = list(_until(stream, tokens, special_tokens))
@@ -193,7 +194,7 @@ def own_rows(dictionary: ITDA, cfg: dict[str, Any], tokenizer: Any) -> list[Row]
     if not cfg.get("hash") or not isinstance(cfg.get("data"), str):
         return []
     try:
-        return _read_before(dictionary, cfg, TokenStream(cfg["data"], tokenizer, **settings_of(cfg)))[0]
+        return _read_before(dictionary, cfg, stream_of(cfg, cfg["data"], tokenizer))[0]
     except InputError:
         return []
 

@@ -23,7 +23,7 @@ from itda.reading.activations import activations
 from itda.reading.on_disk import all_labels
 from itda.reading.own_model import differences
 from itda.text.prompts import valid
-from itda.text.reread import CUT
+from itda.text.reread import cut_alike
 
 
 def source(dictionary: ITDA, data: Any, force: bool, reading: Mapping[str, Any]) -> Any:
@@ -129,7 +129,7 @@ def _read_in_training(
             return none, False
     if not own:
         return none, False
-    if any(cfg.get(name) != cut.get(name) for name in CUT) or stream.provenance.get("padding"):
+    if not cut_alike(cfg, cut) or stream.provenance.get("padding"):
         raise InputError(
             f"{stream.path} has its text cut into other rows than the dictionary's, so what was read cannot be told: "
             "collect with the same settings, or measure all the same with `in_sample` (`--in-sample`)."

@@ -105,6 +105,7 @@ def probe(
     tops: Sequence[int] = TOPS,
     context_length: int = 128,
     special_tokens: bool = False,
+    bos: Any = "auto",
     test: float = 0.25,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def probe(
     texts, names = data if isinstance(data, Labelled) else labelled(data, column, label)
     if not texts:
         raise InputError("There is no labelled text: give records with a text and a label.")
-    stream, repeated = _rows(model, texts, context_length)
+    stream, repeated = _rows(model, texts, context_length, bos)
     dense, codes, there = _means(model, hook, systems, stream, len(texts), special_tokens)
     classes, y = np.unique(np.array(names)[there], return_inverse=True)
     tasks = _tasks(y, classes.tolist(), test, seed)
@@ -134,9 +135,9 @@ def probe(
     return about | {"test": int((~tasks[0][2]).sum()), "systems": found}
 
 
-def _rows(model: HookedModel, texts: list[str], length: int) -> tuple[TokenStream, int]:
+def _rows(model: HookedModel, texts: list[str], length: int, bos: Any) -> tuple[TokenStream, int]:
     """The first row of each text, those left out that were there already; and how many these are."""
-    stream = TokenStream(texts, model.tokenizer, context_length=length, truncate=True)
+    stream = TokenStream(texts, model.tokenizer, context_length=length, truncate=True, bos=bos)
     rows = list(stream)
     first: dict[bytes, Row] = {}
     for row in rows:

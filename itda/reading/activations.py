@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from numpy import ndarray
 
 from itda.errors import InputError
@@ -102,6 +104,8 @@ class Activations:
         self._special_tokens, self._padding, self.single = special_tokens, padding, single
         self.hash: str = StreamHash().hexdigest()  # over the rows that the latest iteration has read so far
         self.skipped_hash: str | None = self.hash
+        self._documents = _Documents(stream.seed is not None)
+        self._valid = self._read = 0  # tokens of text in the rows so far, and the valid ones
 
     def __repr__(self) -> str:
         tokens = "all" if self.tokens is None else f"{self.tokens:,}"
@@ -112,6 +116,22 @@ class Activations:
     def tokens(self) -> int | None:
         """How many valid tokens an iteration yields at most; None if that is as many as the data has."""
         return None if self._budget is None else max(0, self._budget - self.skipped)
+
+    @property
+    def expected(self) -> int | None:
+        """How many valid tokens an iteration is likely to yield in all, skipped ones too; None if nobody can tell.
+
+        It is told from the part of the files that the latest iteration has read, and gets exact as that ends.
+        """
+        there = self._stream.tally.expected
+        if there is None or not self._read:
+            return self._budget
+        found = round(there * self._valid / self._read)
+        return found if self._budget is None else min(found, self._budget)
+
+    def documents(self, tokens: int) -> int:
+        """How many documents the first valid `tokens` are of, as far as the latest iteration has read."""
+        return self._documents.until(tokens)
 
     def count_tokens(self, limit: int | None = None) -> int:
         """How many valid tokens an iteration yields, or `limit` if that is fewer; runs no model."""
@@ -165,12 +185,17 @@ class Activations:
         """The groups of rows that have tokens to yield; what becomes of their activations goes into `asked`."""
         stream_hash = StreamHash()
         rows, done = iter(self._stream), 0
+        self._documents = _Documents(self._stream.seed is not None)
+        self._valid = self._read = 0
         for index in itertools.count():
             if done == self._budget or not (group := list(itertools.islice(rows, self._batch_rows))):
                 break
             for row in group:
                 stream_hash.update(row)
             ids, mask, valid, labels = self._table(group)
+            self._documents.add(labels.document)
+            self._valid += len(labels)
+            self._read += sum(int((row.starts >= 0).sum()) for row in group)
             end = len(labels) if self._budget is None else min(len(labels), self._budget - done)
             start = min(max(0, self.skipped - done), end)
             done += end
@@ -215,6 +240,7 @@ class Activations:
             row=row,
             texts=tuple(r.text for r in group),
             text_start=np.array([r.text_start for r in group], np.int64),
+            stream=self._stream.provenance,
         )
         return ids, mask, kept, labels
 
@@ -223,6 +249,29 @@ class Activations:
         tokenizer = self.model.tokenizer
         ids = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
         return next((i for i in ids if i is not None and 0 <= i < self.model._vocabulary), 0)
+
+
+class _Documents:
+    """At which token which document begins; those in the data's own order are told without holding their numbers."""
+
+    def __init__(self, shuffled: bool) -> None:
+        self._starts, self._tokens, self._last = array("q"), 0, -1
+        self._seen: set[int] | None = set() if shuffled else None
+
+    def add(self, documents: Int[ndarray, " tokens"]) -> None:
+        """The documents of the next valid tokens."""
+        for at in np.flatnonzero(np.r_[True, documents[1:] != documents[:-1]][: len(documents)]).tolist():
+            document = int(documents[at])
+            if document > self._last if self._seen is None else document not in self._seen:
+                self._starts.append(self._tokens + at)
+                self._last = document
+            if self._seen is not None:
+                self._seen.add(document)
+        self._tokens += len(documents)
+
+    def until(self, tokens: int) -> int:
+        """How many the first `tokens` are of."""
+        return bisect_left(self._starts, tokens)
 
 
 class _Asked(NamedTuple):

@@ -18,20 +18,39 @@ import torch
 from numpy import ndarray
 
 from itda.devices import checked_device
-from itda.disk import small_file
+from itda.disk import json_object, small_file
 from itda.errors import InputError, one_line, whole
 from itda.labels import Batch, Labels
 from itda.reading.store import HOOK_NAME, chosen
+from itda.shortages import shortage
 from itda.text.prompts import Row, StreamHash
 
 STATE, INFO, IDS = "state.json", "dataset_info.json", "token_ids"
+DEEPEST = 20  # columns of columns
 
 
 def is_cache(path: Any) -> bool:
+    """Whether a folder is an activation cache; one that `save_to_disk` wrote of a data set with text looks alike."""
     if not isinstance(path, str | os.PathLike):
         return False
     folder = Path(path)
-    return all(os.path.isfile(folder / name) for name in (STATE, INFO)) and any(folder.glob("*.arrow"))
+    looks = all(os.path.isfile(folder / name) for name in (STATE, INFO)) and any(folder.glob("*.arrow"))
+    return looks and not _of_text(json_object(folder / INFO).get("features"))
+
+
+def _of_text(features: Any) -> bool:
+    """Whether any column of a data set, or what is in it, is text; also where none holds numbers that are not whole."""
+    kinds = set(_kinds(features))
+    return bool(kinds) and (bool(kinds & {"string", "large_string"}) or not any("float" in kind for kind in kinds))
+
+
+def _kinds(features: Any, depth: int = 0) -> Iterator[str]:
+    """The types of what is in the columns, as `datasets` writes them down."""
+    if isinstance(features, dict) and isinstance(features.get("dtype"), str):
+        yield features["dtype"]
+    elif isinstance(features, dict | list) and depth < DEEPEST:
+        for part in features.values() if isinstance(features, dict) else features:
+            yield from _kinds(part, depth + 1)
 
 
 class Cache:
@@ -199,6 +218,8 @@ class Cache:
             except (pa.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, InputError):
                     raise
+                if (said := shortage(error, f"{path} could not be read")) is not None:
+                    raise said from error
                 raise _damaged(path, f"is not a readable Arrow file ({error})") from error
 
 

@@ -145,7 +145,7 @@ def _pursued(
     return list(parts.values()), float(energy[-1] / energy[0]) if energy[0] else 0.0
 
 
-def _row(text: str, hooked, bos: str | None):
+def _row(text: str, hooked, bos: Any):
     """`text` as one row of a token stream, opened as the dictionary's rows were."""
     from itda.text.prompts import TokenStream
 

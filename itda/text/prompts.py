@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain, groupby, islice, repeat
@@ -24,7 +24,7 @@ from itda.errors import InputError
 from itda.labels import Labels
 from itda.settings import groups, pick, takes, verbs
 from itda.text.documents import open_documents
-from itda.text.tokenizers import encoder, special_ids, tokenizer_hash
+from itda.text.tokenizers import chat, chat_hash, encoder, frame, special_ids, tokenizer_hash
 
 PIECE = 1 << 16  # characters
 GROUP = (1024, 1 << 20)  # pieces and characters tokenised in one call, a piece on a core
@@ -83,24 +83,34 @@ def hash_rows(rows: Iterable[Row]) -> str:
 class TokenStream:
     """The rows of `data`, the same ones in every iteration.
 
-    `data` is the id of a Hub dataset (streamed), a local `.txt` (one document), `.jsonl` or `.parquet` (`column` of a
-    record is one document), a folder of these (sorted by name, hidden files skipped), or a list of strings or records.
-    A document becomes successive rows of `context_length` tokens, each opened by BOS (else CLS) where the tokenizer has
-    one and closed by SEP where it has CLS and SEP; both count. The last row of a document is as short as it comes.
+    `data` is the id of a Hub dataset (streamed), a local `.txt` (one document), `.jsonl`, `.json`, `.csv`, `.tsv` or
+    `.parquet` (`column` of a record is one document), one of these (not `.parquet`) as `.gz` or `.zst`, what
+    `save_to_disk` of `datasets` wrote, a folder of these (sorted by name, hidden files skipped, linked folders read
+    once), or a list of strings or records. `split` and `config` select from a Hub dataset, and from a folder by the
+    conventions of `datasets`; `data_revision` from a Hub dataset. A column of messages, dicts of `role` and `content`,
+    is made text by the tokenizer's chat template.
+
+    A document becomes successive rows of `context_length` tokens, each opened by BOS (else CLS) and closed by SEP where
+    the tokenizer has CLS and SEP; both count. `bos` "auto" does so where the tokenizer itself begins a text with that
+    token, "always" where it has one, "never" nowhere. A row of text that begins with BOS or ends in SEP itself gets no
+    second one. None is the rule of dictionaries that do not say one: "always", and a second one. The last row of a
+    document is as short as it comes.
 
     `truncate` keeps the first row of each document. `pack` joins all documents that have tokens into one: document 0,
     whose text is theirs with nothing between them, whose spans count its characters, and whose ids have EOS between
-    them where the tokenizer has one. `seed` shuffles the rows, holding `SHUFFLE_TOKENS` tokens at a time. `split`,
-    `data_revision` and `config` select from a Hub dataset. Lone surrogates are read as U+FFFD, null as an empty
-    document. `provenance` says all this in JSON. What is wrong with the input is said at once where it shows at its
-    beginning, else when iteration gets there, in an `InputError`.
+    them where the tokenizer has one. `seed` shuffles the rows, holding `SHUFFLE_TOKENS` tokens at a time. Lone
+    surrogates are read as U+FFFD, null as an empty document. `provenance` says all this in JSON. What is wrong with
+    the input is said at once where it shows at its beginning, else when iteration gets there, in an `InputError`.
+
+    `as_before` reads a folder as it was before splits were told apart (every .txt, .jsonl and .parquet file): for the
+    rows of a dictionary that does not say how many files it has read.
     """
 
     @takes(verbs.TEXT)
-    def __init__(self, data, tokenizer, **settings: Unpack[verbs.Text]):
-        bos, cls, sep, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "sep", "eos"))
-        self.prefix = [token for token in (cls if bos is None else bos,) if token is not None]
-        self.suffix = [sep] if cls is not None and sep is not None else []
+    def __init__(self, data, tokenizer, *, as_before: bool = False, **settings: Unpack[verbs.Text]):
+        eos = getattr(tokenizer, "eos_token_id", None)
+        self.bos: str | None = settings["bos"]
+        self.prefix, self.suffix = frame(tokenizer, self.bos)
         least = len(self.prefix) + len(self.suffix) + 1
         self.context_length, self.truncate = settings["context_length"], settings["truncate"]
         self.pack, self.seed = settings["pack"], settings["seed"]
@@ -114,25 +124,32 @@ class TokenStream:
                 "`truncate` and `pack` exclude each other (all is one document when packed): pass one of them."
             )
         self._room = self.context_length - least + 1
+        self._once = self.bos is not None  # whether what the text has itself is not put in a second time
         self._opening, self._closing = _without_span(self.prefix), _without_span(self.suffix)
         self._between = _without_span([] if eos is None else [eos])
         self._special_ids = special_ids(tokenizer)
         self._encode = encoder(tokenizer)
         self._some: tuple[Row, ...] | None = None
-        kind, self._documents, revision = open_documents(data, pick(groups.Source, settings))
+        self.tally = Tally()
+        source = pick(groups.Source, settings)
+        kind, self._documents, revision = open_documents(data, source, chat(tokenizer), as_before)
+        about = dict(self._documents.about)
         self.provenance = {
             "kind": kind,
             "data": os.fsdecode(data) if isinstance(data, (str, os.PathLike)) else None,
             "revision": revision,
-            "config": settings["config"] if kind == "hub" else None,
-            "split": settings["split"] if kind == "hub" else None,
+            "config": about.pop("config"),
+            "split": about.pop("split"),
             "column": settings["column"],
             **pick(groups.Rows, settings),
             **pick(groups.Order, settings),
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "prefix": self.prefix,
             "suffix": self.suffix,
+            **about,
         }
+        if self._documents.chat:
+            self.provenance["chat_template"] = chat_hash(tokenizer)
 
     def of(self, rows: Sequence[Row]) -> TokenStream:
         """Some rows of the stream, as a stream of the same settings that has these alone, numbered as they are."""
@@ -155,27 +172,33 @@ class TokenStream:
 
     def _rows(self) -> Iterator[Row]:
         """The rows in the data's own order, not yet numbered."""
-        pieces = self._pieces()
+        self.tally = Tally(getattr(self._documents, "share", None))
+        pieces = self._pieces(self.tally)
         for document, own in groupby(self._packed(pieces) if self.pack else pieces, key=lambda piece: piece.document):
             rows = self._cut(document, own)
             yield from islice(rows, 1) if self.truncate else rows
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _pieces(self, tally: Tally) -> Iterator[_Piece]:
         """The pieces of all documents with their tokens; short documents are tokenised together."""
         group, characters = [], 0
         for document, blocks in enumerate(self._documents()):
             n_tokens = 0
-            for start, text in _cut_text(blocks):
+            for start, text in _cut_text(tally.of(blocks)):
                 group.append((document, start, text))
                 characters += len(text)
                 if len(group) < GROUP[0] and characters < GROUP[1]:
                     continue
-                pieces, group, characters = self._tokenised(group), [], 0
+                pieces, group, characters = self._counted(group, tally), [], 0
                 yield from pieces
                 n_tokens += sum(len(piece.tokens) for piece in pieces if piece.document == document)
-                if self.truncate and n_tokens >= self._room:
+                if self.truncate and n_tokens >= self.context_length:
                     break  # its first row is full: the rest of a large document is not read
-        yield from self._tokenised(group)
+        yield from self._counted(group, tally)
+
+    def _counted(self, group: list[tuple[int, int, str]], tally: Tally) -> list[_Piece]:
+        pieces = self._tokenised(group)
+        tally.add(pieces, self._room if self.truncate else None)
+        return pieces
 
     def _tokenised(self, group: list[tuple[int, int, str]]) -> list[_Piece]:
         tokens = self._encode([text for _, _, text in group]) if group else []
@@ -183,14 +206,16 @@ class TokenStream:
 
     def _packed(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
         """The same pieces as those of one document, with EOS between the tokens of two."""
-        document, base, end, held, between = -1, 0, 0, False, False
+        document, base, end, held, between, ended = -1, 0, 0, False, False, False
         for piece in pieces:
             if piece.document != document:
                 document, base, between = piece.document, end, held
             end = base + piece.start + len(piece.text)
             tokens = piece.tokens + _shift(base)
             if len(tokens):
-                tokens = np.concatenate([self._between, tokens]) if between else tokens
+                same = self._once and between and (ended or tokens[0, 0] in self._between[:, 0])
+                ended = tokens[-1, 0] in self._between[:, 0]
+                tokens = np.concatenate([self._between, tokens]) if between and not same else tokens
                 held, between = True, False
             yield _Piece(0, base + piece.start, piece.text, tokens)
 
@@ -199,22 +224,64 @@ class TokenStream:
         tokens, text, start = self._opening[:0], "", 0  # what is in no row yet, and the character it starts at
         for piece in pieces:
             text, start = (text + piece.text, start) if text else (piece.text, piece.start)
-            tokens = np.concatenate([tokens, piece.tokens])
-            full = len(tokens) - len(tokens) % self._room
-            for at in range(0, full, self._room):
-                yield self._row(document, tokens[at : at + self._room], text, start)
-            tokens = tokens[full:]
+            tokens, at = np.concatenate([tokens, piece.tokens]), 0
+            while len(tokens) - at >= (room := self._room + len(self._opening) - len(self._put_in(tokens[at:])[0])):
+                yield self._row(document, tokens[at : at + room], text, start)
+                at += room
+            tokens = tokens[at:]
             first = max(start, _span(tokens, start + len(text))[0])
             text, start = text[first - start :], first
         if len(tokens):
             yield self._row(document, tokens, text, start)
 
+    def _put_in(self, tokens: ndarray) -> tuple[ndarray, ndarray]:
+        """What opens and closes a row of `tokens`: nothing that they begin or end with themselves."""
+        opening, closing = self._opening, self._closing
+        if self._once and len(tokens):
+            opening = opening[: len(opening) - (len(opening) and tokens[0, 0] == opening[0, 0])]
+            closing = closing[: len(closing) - (len(closing) and tokens[-1, 0] == closing[0, 0])]
+        return opening, closing
+
     def _row(self, document: int, tokens: ndarray, text: str, start: int) -> Row:
         """One row of `tokens`; `text` holds theirs and begins at character `start` of the document."""
         first, last = (max(start, character) for character in _span(tokens, start))
-        ids, starts, ends = np.ascontiguousarray(np.concatenate([self._opening, tokens, self._closing]).T)
+        opening, closing = self._put_in(tokens)
+        ids, starts, ends = np.ascontiguousarray(np.concatenate([opening, tokens, closing]).T)
         special = np.isin(ids, self._special_ids)
         return Row(-1, document, ids, starts, ends, special, text[first - start : last - start], first)
+
+
+class Tally:
+    """What an iteration has read so far, for an estimate of how many tokens there are in all.
+
+    `share` says which part of the data has been read, in bytes; None where that is not known.
+    """
+
+    def __init__(self, share: Callable[[], float | None] | None = None) -> None:
+        self.share, self.tokens = share, 0
+        self._read, self._cut = 0, 0  # characters, and those of them that are in pieces
+        self._document, self._kept = -1, 0
+
+    def of(self, blocks: Iterable[str]) -> Iterator[str]:
+        """The same blocks, counted."""
+        for block in blocks:
+            self._read += len(block)
+            yield block
+
+    def add(self, pieces: Sequence[_Piece], most: int | None) -> None:
+        """Count the tokens of pieces, of each document no more than `most`."""
+        for piece in pieces:
+            self._cut += len(piece.text)
+            if piece.document != self._document:
+                self._document, self._kept = piece.document, 0
+            new = len(piece.tokens) if most is None else min(len(piece.tokens), most - self._kept)
+            self.tokens, self._kept = self.tokens + new, self._kept + new
+
+    @property
+    def expected(self) -> float | None:
+        """How many tokens of text there are likely to be in all; None where nobody can tell."""
+        share = self.share() if self.share and self._cut else None
+        return self.tokens / (share * self._cut / self._read) if share else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,14 @@ from hashlib import sha256
 import numpy as np
 from numpy import ndarray
 
+from itda.errors import InputError, first_line
+
+# The date that Llama 3's template has where it is told none, in place of today's.
+_ONE_DAY = (
+    "{%- macro strftime_now(form) -%}{%- if form == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
+    "{%- endmacro %}"
+)
+
 
 def tokenizer_hash(tokenizer) -> str:
     """SHA-256 of what a tokenizer is, whatever it was used for: a fast one's state, a slow one's vocabulary."""
@@ -21,6 +29,56 @@ def special_ids(tokenizer) -> list[int]:
     added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
     named = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep", "pad", "mask")}
     return sorted({*tokenizer.all_special_ids, *added} - ({getattr(tokenizer, "unk_token_id", None)} - named))
+
+
+def frame(tokenizer, bos: str | None) -> tuple[list[int], list[int]]:
+    """The tokens that open and close a row: BOS (else CLS), and SEP where there are CLS and SEP; none with "never".
+
+    "always" has them where the tokenizer has such tokens, "auto" where it begins a text with them itself. None is the
+    rule of dictionaries that do not say one, which is that of "always".
+    """
+    begin, cls, sep = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "sep"))
+    begin = cls if begin is None else begin
+    if begin is None or bos == "never" or (bos == "auto" and _own(tokenizer)[:1] != [begin]):
+        return [], []
+    return [begin], [sep] if cls is not None and sep is not None else []
+
+
+def _own(tokenizer) -> list[int]:
+    """The ids of a short text with the special tokens that the tokenizer adds by itself."""
+    state = _backend_state(tokenizer)
+    if state is not None:
+        copy = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))  # that of the user keeps its last call
+        return copy.encode("a").ids
+    return [int(token) for token in tokenizer(["a"], verbose=False)["input_ids"][0]]
+
+
+def chat(tokenizer) -> Callable[[list], str]:
+    """The function from messages, dicts of `role` and `content`, to the text that the tokenizer's template makes.
+
+    It raises `InputError` where there is no template or it does not take the messages. A template that asks for
+    today's date gets one that stays, since the same data are to give the same rows.
+    """
+
+    def rendered(messages: list) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError("the tokenizer has no chat template: name that of an instruct model with `tokenizer`.")
+        try:
+            template = tokenizer.get_chat_template()
+            if "strftime_now" in template:
+                template = _ONE_DAY + template
+            return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception as error:  # templates raise what they like
+            said = first_line(error)
+            raise InputError(f"the tokenizer's template does not take it ({said}): mend that row.") from error
+
+    return rendered
+
+
+def chat_hash(tokenizer) -> str | None:
+    """SHA-256 of the chat template; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return sha256(json.dumps(template).encode()).hexdigest() if template else None
 
 
 def encoder(tokenizer) -> Callable[[list[str]], list[ndarray]]:

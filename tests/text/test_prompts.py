@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from itda.errors import InputError
-from itda.text import documents as documents_module
+from itda.text import files as files_module
 from itda.text import prompts
 from itda.text.prompts import Row, StreamHash, TokenStream, hash_rows, valid
 from itda.text.tokenizers import tokenizer_hash
@@ -24,10 +24,12 @@ WIDE = ["naïve café — 東京 🙂🙂 ok " * 6, "e\u0301 \u200b\x07\x00 x", 
 
 
 def byte_level(bos: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as Llama 3 has it: the post-processor trims blanks off the spans."""
+    """Byte-level BPE as Llama 3 has it: the post-processor trims blanks off the spans, and puts BOS in."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimmed = processors.ByteLevel(trim_offsets=True)
+    opened = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 0)])
+    tokenizer.post_processor = processors.Sequence([trimmed, opened]) if bos else trimmed
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
@@ -259,8 +261,8 @@ def test_slow_tokenizers_of_other_makes():
         words = ("<s>", " the", "cat", "##s", "<unk>", " sat")
         bos_token_id, unk_token_id, all_special_ids, added_tokens_decoder = 0, 4, [0, 4], {}
 
-        def __call__(self, texts, **_):
-            return {"input_ids": [[1, 2, 3, 4, 5] for _ in texts]}
+        def __call__(self, texts, add_special_tokens=True, **_):
+            return {"input_ids": [[0] * add_special_tokens + [1, 2, 3, 4, 5] for _ in texts]}
 
         def decode(self, ids):
             return self.words[ids[0]]
@@ -327,10 +329,10 @@ def test_pieces_are_the_same_for_file_and_list(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     whole = rows_of([text])
     monkeypatch.setattr(prompts, "PIECE", 64)
-    monkeypatch.setattr(documents_module, "BLOCK", 10**6)
+    monkeypatch.setattr(files_module, "BLOCK", 10**6)
     reference = rows_of([text])
     for block in (1, 2, 7, 100):
-        monkeypatch.setattr(documents_module, "BLOCK", block)
+        monkeypatch.setattr(files_module, "BLOCK", block)
         assert plain(rows_of(tmp_path / "a.txt")) == plain(reference)
     starts, pieces = zip(*prompts._cut_text([text]), strict=True)
     assert "".join(pieces) == text and starts == tuple(np.cumsum([0, *map(len, pieces)])[:-1])
@@ -435,10 +437,12 @@ def test_provenance_is_json_and_says_the_settings(tmp_path):
         "context_length": 16,
         "truncate": False,
         "pack": False,
+        "bos": "auto",
         "seed": 3,
         "tokenizer_hash": tokenizer_hash(BOS),
         "prefix": [0],
         "suffix": [],
+        "files": 1,
     }
     assert TokenStream(ASCII, BOS).provenance["data"] is None
 
@@ -511,7 +515,13 @@ BAD_FILES = {
     "empty.parquet": (b"", ["the file", "is empty"]),
     "bom.txt": (b"\xef\xbb\xbf", ["no tokens"]),
     "binary.txt": (b"\x7fELF\0\0", ["'binary.txt'", "binary file", "UTF-8"]),
-    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), ["binary file"]),
+    "utf16.jsonl": (
+        '{"text": "a"}'.encode("utf-16"),
+        ["is UTF-16 text", "UTF-8 was wanted", "`iconv -f UTF-16 -t UTF-8`"],
+    ),
+    "utf16le.txt": ("Without a mark.\n".encode("utf-16-le"), ["is UTF-16 text"]),
+    "utf16be.txt": ("Without a mark.\n".encode("utf-16-be"), ["is UTF-16 text"]),
+    "utf32.txt": ("a".encode("utf-32"), ["is UTF-32 text", "UTF-32 -t UTF-8"]),
     "latin.txt": (b"x" * 70 + b"caf\xe9 x", ["'latin.txt'", "not UTF-8 at byte 73"]),
     "cut.txt": (b"\xef\xbb\xbf" + b"x" * 30 + "é".encode()[:1], ["not UTF-8 at byte 33"]),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', ["not UTF-8 at byte 24"]),
@@ -533,7 +543,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("block", [8, 1 << 18])
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files(tmp_path, monkeypatch, name, block):
-    monkeypatch.setattr(documents_module, "BLOCK", block)
+    monkeypatch.setattr(files_module, "BLOCK", block)
     monkeypatch.chdir(tmp_path)
     content, parts = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
