@@ -19,6 +19,7 @@ import shared
 
 import itda
 from itda.comparison.common_tokens import read
+from itda.comparison.layers import FAMILIES
 from itda.similarity import match_layers, paper
 
 HELD_OUT = 320_000  # last characters of the last text: less than the 100,000 tokens that no model was trained on
@@ -52,7 +53,7 @@ def matching(args):
     """
     rows = []
     for shape, folders in sets_of_models(args).items():
-        found = itda.compare(folders, held_out(args), **reading(args))
+        found = itda.compare(folders, held_out(args), measures="all", **reading(args))
         for name, measure in found.measures.items():
             score, untrained = measure.matching.without_self, measure.controls["untrained"]["accuracy"]
             rows.append(
@@ -166,21 +167,26 @@ def cost(args):
     rows = []
     for controls in (False, True):
         began = time.perf_counter()
-        found = itda.compare(folders, held_out(args), controls=controls, **reading(args))
+        found = itda.compare(folders, held_out(args), measures="all", controls=controls, **reading(args))
         rows.append(dict(what="all measures" + " with controls" * controls, seconds=time.perf_counter() - began))
     rows.append(dict(what="reading both models", seconds=found.seconds["reading"]))
-    rows += [dict(what=name, seconds=measure.seconds) for name, measure in found.measures.items()]
+    rows += [dict(what=name, seconds=alone_seconds(found, name)) for name in found.measures]
     # Against CKA alone, in turns.
     times = {"shared_atoms_procrustes": [], "shared_atoms": [], "cka": []}
     for _ in range(3):
         for name, spent in times.items():
             alone = itda.compare(folders, held_out(args), measures=[name], controls=False, **reading(args))
-            spent.append(alone.measures[name].seconds)
+            spent.append(alone_seconds(alone, name))
     cka = np.median(times.pop("cka"))
     rows += [
         dict(what=f"{name} / cka, medians of three in turn", seconds=np.median(t) / cka) for name, t in times.items()
     ]
     return rows
+
+
+def alone_seconds(found, name):
+    """What a measure takes if no other shares its products of layers, or its dictionaries."""
+    return found.measures[name].seconds + found.seconds["shared"].get(FAMILIES[name], 0.0)
 
 
 def diffing(args):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Int
 from numpy import ndarray
 from torch import Tensor
 
-from itda.errors import one_line
+from itda.errors import InputError, one_line
 
 GROUPS = 20  # stretches of text that a bootstrap draws where there are fewer documents
 MOST_GROUPS = 200  # and where there are more: neighbouring documents are drawn together
@@ -25,7 +25,8 @@ class Labels:
     `prompt` is the row of the stream, `position` the token's place in the row (0 is the first, often BOS).
     `document` and the half-open span `[start, end)` in characters say where the token stands in its document; they
     are -1 where there is no text (plain arrays). `row` points into `texts`, the text of the rows these tokens came
-    from, whose first character is character `text_start[row]` of the document.
+    from, whose first character is character `text_start[row]` of the document. `stream` is what is known of the token
+    stream, as a dictionary's `cfg["stream"]` has it; {} if nothing is.
     """
 
     prompt: Int[ndarray, " n"]
@@ -37,6 +38,7 @@ class Labels:
     row: Int[ndarray, " n"]
     texts: Sequence[str] = field(default=())
     text_start: Int[ndarray, " rows"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    stream: Any = field(default_factory=dict)  # a mapping
 
     @classmethod
     def counted(cls, start: int, n: int) -> Labels:
@@ -58,12 +60,15 @@ class Labels:
         if len(kept) and kept[0] < 0:  # tokens without text keep row -1
             kept, row = kept[1:], row - 1
         arrays["row"] = row.reshape(-1).astype(np.int64)
-        return Labels(**arrays, texts=tuple(self.texts[r] for r in kept), text_start=self.text_start[kept])
+        texts = tuple(self.texts[r] for r in kept)
+        return Labels(**arrays, texts=texts, text_start=self.text_start[kept], stream=self.stream)
 
     @classmethod
     def concat(cls, parts: Iterable[Labels]) -> Labels:
-        """All labels of `parts`, in order."""
+        """All labels of `parts`, in order; what they do not all say of their stream is left out."""
         parts = [part for part in parts if len(part)] or [cls.counted(0, 0)]
+        first = parts[0].stream
+        alike = all(part.stream is first or part.stream == first for part in parts)
         offsets = np.cumsum([0] + [len(part.texts) for part in parts[:-1]])
         rows = [np.where(part.row < 0, -1, part.row + offset) for part, offset in zip(parts, offsets, strict=True)]
         arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in LABEL_ARRAYS}
@@ -71,6 +76,7 @@ class Labels:
             **{**arrays, "row": np.concatenate(rows)},
             texts=tuple(text for part in parts for text in part.texts),
             text_start=np.concatenate([part.text_start for part in parts]),
+            stream=first if alike else {},
         )
 
     def pairs(self) -> Int[ndarray, "n 2"]:
@@ -78,16 +84,20 @@ class Labels:
         return np.stack([self.prompt, self.position], axis=1)
 
     def __and__(self, other: Labels) -> Labels:
-        """The labels that `other` has too, in this order. Both must come from one token stream."""
+        """The labels that `other` has too, in this order.
+
+        Raises `InputError`, as `-` and `|` do, if both are known to come from different token streams.
+        """
         return self[_isin(self, other)]
 
     def __sub__(self, other: Labels) -> Labels:
-        """The labels that `other` does not have, in this order. Both must come from one token stream."""
+        """The labels that `other` does not have, in this order."""
         return self[~_isin(self, other)]
 
     def __or__(self, other: Labels) -> Labels:
-        """These labels, then those of `other` that are new. Both must come from one token stream."""
-        return Labels.concat([self, other - self])
+        """These labels, then those of `other` that are new."""
+        both = Labels.concat([self, other - self])
+        return replace(both, stream=both.stream or self.stream)
 
     def token(self, i: int) -> str:
         """The text of token `i`; `<token 17>` where it has none of its own (a special token, a plain array)."""
@@ -128,10 +138,46 @@ class Batch(NamedTuple):
     labels: Labels
 
 
-LABEL_ARRAYS = tuple(f.name for f in fields(Labels) if f.name not in ("texts", "text_start"))
+LABEL_ARRAYS = tuple(f.name for f in fields(Labels) if f.name not in ("texts", "text_start", "stream"))
+CUT = ("context_length", "truncate", "pack", "seed", "prefix")  # how rows are cut from a text, in a stream's provenance
 
 
-def _isin(a: Labels, b: Labels) -> ndarray:
+def check_same_stream(one: Mapping[str, Any], other: Mapping[str, Any], whose: str = "The labels") -> None:
+    """Raise `InputError`, naming both, if two token streams, as `Labels.stream` has them, are known to differ.
+
+    Streams with a hash are the same if their hashes are. Without one, of what is still being read, tokenizers and the
+    way rows are cut can be compared.
+    """
+    hashed = one.get("hash") and other.get("hash")
+    if hashed and one["hash"] == other["hash"]:
+        return
+    changed = [name for name in CUT if one.get(name) != other.get(name)]
+    advice = "`itda.compare` aligns them if it is given the text (`data`, on the command line `--data TEXT`)"
+    if not hashed and not (one.get("tokenizer_hash") and other.get("tokenizer_hash")):
+        return
+    if one.get("tokenizer_hash") != other.get("tokenizer_hash"):
+        what = "made by different tokenizers"
+    elif changed:
+        what = f"cut differently ({changed[0]})"
+    elif hashed:
+        what, advice = "of different text, or of more of it", "train both on the same data and number of tokens"
+    else:
+        return
+    raise InputError(
+        f"{whose} come from token streams {what}, {_brief(one)} and {_brief(other)}, so that one prompt and position "
+        f"is another token in each: {advice}."
+    )
+
+
+def _brief(stream: Mapping[str, Any]) -> str:
+    hashed = f" ({stream['hash'][:8]})" if stream.get("hash") else ""
+    return f"{stream.get('data') or stream.get('kind') or 'texts'}{hashed}"
+
+
+def _isin(a: Labels, b: Any) -> ndarray:
+    if not isinstance(b, Labels):
+        raise InputError(f"Labels go together with labels, and a {type(b).__name__} came: pass those of a dictionary.")
+    check_same_stream(a.stream, b.stream)
     kind = [("prompt", np.int64), ("position", np.int64)]
     left, right = (np.ascontiguousarray(labels.pairs()).view(kind).reshape(-1) for labels in (a, b))
     return np.isin(left, right)

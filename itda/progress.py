@@ -1,12 +1,16 @@
-"""How far a long work is: one line on the terminal, or whatever the caller makes of it."""
+"""How far a long work is: one line on the terminal, one now and then elsewhere, or what the caller makes of it."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from itda.errors import one_line
+
+SELDOM = 30.0  # seconds between two lines where there is no terminal: nothing for short works, few in a log of hours
 
 
 class Progress(NamedTuple):
@@ -27,16 +31,19 @@ class Progress(NamedTuple):
         return (self.tokens - self.start) / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
-        parts = [f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "") + " tokens"]
-        parts += [f"{self.tokens_per_second:,.0f}/s"]
+        return " · ".join(self.parts())
+
+    def parts(self, width: int | None = None) -> list[str]:
+        """What there is to say, in order; of it, what is most telling and fits into `width` columns."""
+        tokens = f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "") + " tokens"
+        found = [(0, tokens), (3, f"{self.tokens_per_second:,.0f}/s")]
         if self.atoms:
-            parts += [f"{self.atoms:,} atoms", f"{self.admitted:.1%} admitted"]
+            found += [(2, f"{self.atoms:,} atoms"), (4, f"{self.admitted:.1%} admitted")]
         else:
-            parts += ["reading what the mean and the threshold are chosen on"]
+            found += [(5, "reading what the mean and the threshold are chosen on")]
         if self.total and self.tokens_per_second:
-            left = max(0, round((self.total - self.tokens) / self.tokens_per_second))
-            parts.append(f"{left // 60}:{left % 60:02d} left")
-        return " · ".join(parts)
+            found += [(1, _left((self.total - self.tokens) / self.tokens_per_second))]
+        return _fitting(found, width)
 
 
 class Step(NamedTuple):
@@ -48,17 +55,44 @@ class Step(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        parts = [self.what, f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "")]
+        return " · ".join(self.parts())
+
+    def parts(self, width: int | None = None) -> list[str]:
+        """What there is to say, in order; of `width` columns, the name of the work has what the numbers leave."""
+        numbers = [(0, f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else ""))]
         if self.total and self.tokens and self.seconds:
-            left = max(0, round(self.seconds / self.tokens * (self.total - self.tokens)))
-            parts.append(f"{left // 60}:{left % 60:02d} left")
-        return " · ".join(parts)
+            numbers += [(1, _left(self.seconds / self.tokens * (self.total - self.tokens)))]
+        if width is None:
+            return [self.what, *_fitting(numbers, None)]
+        least = min(len(self.what), 20)
+        kept = _fitting(numbers, width - least - 3)
+        room = max(least, width - sum(len(part) + 3 for part in kept))
+        what = self.what if len(self.what) <= room else self.what[: room - 1] + "…"
+        return [what, *kept]
+
+
+def _left(seconds: float) -> str:
+    """The time that is left, as 4:05 or 1:04:05."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return (f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}") + " left"
+
+
+def _fitting(parts: list[tuple[int, str]], width: int | None) -> list[str]:
+    """The texts of `parts`, (rank, text): while they do not fit into `width` columns, that of the last rank goes."""
+    kept = list(parts)
+    while width is not None and len(kept) > 1 and len(" · ".join(text for _, text in kept)) > width:
+        kept.remove(max(kept))
+    return [text for _, text in kept]
 
 
 def bar() -> Callable[[Progress | Step | None], None]:
-    """A reporter that keeps one line of standard error up to date, if that is a terminal; None ends the line."""
-    if not sys.stderr.isatty():
-        return lambda progress: None
+    """A reporter that keeps one line of standard error up to date; None ends the line.
+
+    Where standard error is no terminal, it writes a line there every `SELDOM` seconds, the first after so many.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        return _lines()
     from rich.console import Console
     from rich.live import Live
     from rich.progress_bar import ProgressBar
@@ -74,12 +108,28 @@ def bar() -> Callable[[Progress | Step | None], None]:
             return
         if not live.is_started:
             live.start()
-        words = Text(one_line(str(progress)), no_wrap=True)
+        words = Text(one_line(" · ".join(progress.parts(console.width - 7))), no_wrap=True)
         words.truncate(max(1, console.width - 7), overflow="ellipsis")
-        room = console.width - 1 - len(words)  # what the words leave, 6 columns or more
+        room = console.width - 1 - words.cell_len  # what the words leave, 6 columns or more
         grid = Table.grid(padding=(0, 1))
         grid.add_row(ProgressBar(progress.total, progress.tokens, width=min(24, room)), words)
         live.update(grid)
+
+    return report
+
+
+def _lines() -> Callable[[Progress | Step | None], None]:
+    """A reporter for logs: a line of standard error now and then."""
+    last = time.monotonic()
+
+    def report(progress: Progress | Step | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress is None or now - last < SELDOM or sys.stderr is None:
+            return
+        last = now
+        with contextlib.suppress(OSError, ValueError):  # a log that is full or closed ends no work
+            print(one_line(str(progress)), file=sys.stderr, flush=True)
 
     return report
 

@@ -55,7 +55,7 @@ def show(
     dictionary: flags.Dictionary,
     *,
     atom: Annotated[flags.MaybeWhole, arg(help="number of an atom, from 0", help_behavior_hint="")] = None,
-    find: Annotated[str | None, flags.said("the atoms whose token has this in it")] = None,
+    find: Annotated[str | None, flags.said("the atoms whose token has this in it, or is a part of it")] = None,
     json: flags.Json = False,
 ) -> None:
     """Show what is in a dictionary, one of its atoms, or those of a token.

@@ -76,8 +76,14 @@ def export(
 
     found = ITDA.of(dictionary)
     path = saelens.export(found, out, architecture=architecture)
-    latents = len(found) * (1 if architecture == "itda" or found.cfg.get("nonneg") else 2)
-    result = {"path": str(path), "architecture": architecture, "n_atoms": len(found), "latents": latents}
-    terminal.output(result, None if json else f"{path}: {latents:,} latents of {len(found):,} atoms, for {to}")
+    n, nonneg = len(found), bool(found.cfg.get("nonneg"))
+    signs = {"positive" if nonneg else "both": [0, n]}  # from latent, to before latent
+    said = f"latent i is atom i, with coefficients {'of zero or more' if nonneg else 'of both signs'}"
+    if architecture == "matching_pursuit" and not nonneg:
+        signs = {"positive": [0, n], "negative": [n, 2 * n]}
+        said = f"latent i is atom i with a positive coefficient, latent {n:,} + i the same atom with a negative one"
+    latents = max(end for _, end in signs.values())
+    result = {"path": str(path), "architecture": architecture, "n_atoms": n, "latents": latents, "signs": signs}
+    terminal.output(result, None if json else f"{path}: {latents:,} latents of {n:,} atoms, for {to}; {said}")
     first = "after `itda.interop.saelens.register()` " if architecture == "itda" else ""
     terminal.say(f"load it {first}with: sae_lens.SAE.load_from_disk({str(path)!r})")

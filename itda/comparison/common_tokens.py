@@ -115,7 +115,7 @@ def read(
         what = f"reading {name} ({i + 1} of {len(models)})" if len(models) > 1 else f"reading {name}"
         source = activations(model, streams[i], **every, **how)
         read_here = gather(source, where_common[i], len(models) - i, what, report)
-        readings.append(Reading(name, *read_here, n_layers=model.n_layers))
+        readings.append(Reading(name, *read_here, model.n_layers))
     if report:
         report(None)
     return readings

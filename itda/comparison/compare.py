@@ -42,13 +42,14 @@ DRAWS = 200
 class Measured:
     """One measure over all pairs of layers.
 
-    `pairs[a, b][i, j]` is the similarity of layer i of model a with layer j of model b, models by name. `matching` is
-    eq. 9, None for models of different depth; `documents` the 95 % bootstrap interval of its accuracy without
-    self-pairs over documents, None where the measure is no ratio of sums over tokens. `models[a, b]` is the mean over
-    layers of equal number; of "jaccard" the Jaccard of the unions over layers (eq. 10). `alike` is the mean between
-    different models, "diagonal" over layers of equal number (None for models of different depth) and "all" over all
-    layers, and the "accuracy" of eq. 9; `controls` say the same of where there is nothing to find (see `compare`).
-    `seconds` is its time from activations in memory.
+    `pairs[a, b][i, j]` is the similarity of the i-th layer read of model a with the j-th of model b, models by name.
+    `best[a, b][i]` is the j of the largest, -1 if there is none. `matching` is eq. 9, None unless the same layers of
+    models of one depth were read; `documents` the 95 % bootstrap interval of its accuracy without self-pairs over
+    documents, None where the measure is no ratio of sums over tokens. `models[a, b]` is the mean over layers of equal
+    number; of "jaccard" the Jaccard of the unions over layers (eq. 10). `alike` is the mean between different models,
+    "diagonal" over layers of equal number (None where `matching` is) and "all" over all layers, and the "accuracy" of
+    eq. 9; `controls` say the same of where there is nothing to find (see `compare`). `seconds` is its own time, without
+    what it shares with others (`Comparison.seconds`).
     """
 
     pairs: dict[tuple[str, str], ndarray]
@@ -59,10 +60,20 @@ class Measured:
     controls: dict[str, dict[str, float | None]]
     seconds: float
 
+    @property
+    def best(self) -> dict[tuple[str, str], list[int]]:
+        """The most similar layer of another model, for each layer of a model."""
+        across = {pair: matrix for pair, matrix in self.pairs.items() if pair[0] != pair[1]}
+        return {
+            pair: [int(np.nanargmax(row)) if np.isfinite(row).any() else -1 for row in matrix]
+            for pair, matrix in across.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """All of it, with pairs as lists of {a, b, similarity}."""
         return {
             "pairs": [{"a": a, "b": b, "similarity": matrix.tolist()} for (a, b), matrix in self.pairs.items()],
+            "best": [{"a": a, "b": b, "layers": layers} for (a, b), layers in self.best.items()],
             "matching": self.matching.to_json() if self.matching else None,
             "documents": self.documents,
             "models": [{"a": a, "b": b, "similarity": value} for (a, b), value in self.models.items()],
@@ -76,10 +87,15 @@ class Measured:
 class Comparison(Report):
     """How alike the layers of two or more models are; made by `compare`.
 
-    `models` are dicts: name, hook_points, tokens (valid ones of its own stream), share (of its tokens, or atoms of its
-    dictionaries, those that all models have), n_atoms by layer. `tokens` counts the tokens in common. `measures` has a
-    `Measured` by name. `sizes` has the Jaccard of dictionaries that are all cut to n_atoms: diagonal, all and accuracy,
-    as in `Measured.alike`, and what random sets of that size give.
+    `models` are dicts: name, hook_points, the `layers` these are in, `n_layers` (how many blocks the model has; None if
+    that is not known), tokens (valid ones of its own stream), share (of its tokens, or atoms of its dictionaries, those
+    that all models have), n_atoms by layer. `seconds` are those of reading, of the measures, of what several of them
+    share ("shared": "sums", the products of layers, and "sets", dictionaries), of controls, and of all. `settings` says
+    how dictionaries were built here: uncentred, unlike those of `itda.train`; {} of saved ones.
+
+    `tokens` counts the tokens in common. `measures` has a `Measured` by name. `sizes` has the Jaccard of dictionaries
+    that are all cut to n_atoms: diagonal, all and accuracy, as in `Measured.alike`, and what random sets of that size
+    give.
     """
 
     models: list[dict[str, Any]]
@@ -87,11 +103,12 @@ class Comparison(Report):
     aligned: bool
     measures: dict[str, Measured]
     sizes: list[dict[str, Any]]
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        plain = {name: getattr(self, name) for name in ("models", "tokens", "aligned", "sizes", "seconds")}
+        plain = {name: getattr(self, name) for name in ("models", "tokens", "aligned", "sizes", "seconds", "settings")}
         return finite(plain | {"measures": {name: measure.to_json() for name, measure in self.measures.items()}})
 
     def heatmap(self, path: str | os.PathLike, measure: str | None = None) -> None:
@@ -120,11 +137,13 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
                 of activations (`itda collect`), without `data` and without untrained models, which cannot be read again
     data        the text, as for `itda.activations`; for dictionaries the text they were built on, wanted only where
                 their rows differ, which it aligns, and for what they share by chance
-    measures    some of `itda.comparison.layers.FAMILIES`; all that can be had by default
+    measures    some of `itda.comparison.layers.FAMILIES`, or "all"; four fast ones (`DEFAULT` there) unless given, of
+                dictionaries all that can be had
     layer, hook where models are read; at every block if neither is given
     tokens      valid tokens that each model reads at most
     n_atoms     of each layer's dictionary, about: a hundredth of the tokens. All are cut to the size of the smallest,
-                since set measures move with it (`sizes`); with a `threshold` instead, each has the size that comes
+                since set measures move with it (`sizes`); with a `threshold` instead, each has the size that comes.
+                No mean is taken off, unlike in `itda.train`
     k           pursuit steps of the dictionaries and of the shared-atom codes
     atoms       that the models share: 1,500, or half of the tokens where these are few
     controls    measure also what there is where nothing is to be found: "untrained", models of the same configs with
@@ -144,10 +163,14 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
         raise InputError(f"{came}: pass two or more models, or dictionaries.")
     asked = settings["measures"]
     measures = [asked] if isinstance(asked, str) else list(dict.fromkeys(asked or ()))
+    measures = list(layers.FAMILIES) if "all" in measures else measures
     if unknown := [name for name in measures if name not in layers.FAMILIES]:
-        raise InputError(f"There is no measure {unknown[0]!r}: choose of {', '.join(layers.FAMILIES)}.")
+        raise InputError(
+            f"There is no measure {shortened(unknown[0])}: choose of {', '.join(layers.FAMILIES)}, or all."
+        )
     draw, align, names = settings["draw"], settings["align"], settings["names"]
     if _all_are(dictionaries.is_dictionary, models, "{!r} is a dictionary and {!r} is not: compare dictionaries"):
+        measures = [] if asked is not None and "all" in asked else measures
         return _of_dictionaries(dictionaries.read(models, data, align, names), measures, draw)
     on_disk = _all_are(is_stored, models, "{!r} holds activations and {!r} does not: compare activations")
     if on_disk and data is not None:
@@ -155,7 +178,7 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
     if data is None and not on_disk:
         raise InputError("Models are compared on a text: give `data` (`--data`), or dictionaries in place of models.")
     report = reporter(settings["progress"]) or (lambda step: None)
-    wanted = measures or list(layers.FAMILIES)
+    wanted = measures or list(layers.DEFAULT)
     size: dict[str, Any] = pick(groups.Steps, settings) | pick(groups.Size, settings)
     Builder(**size, total=1 << 60)  # which checks them, before any model is read
     reading: dict[str, Any] = {**pick(verbs.ReadAll, settings), "progress": report}
@@ -164,32 +187,47 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
         readings = stores.readings(models, **{name: reading[name] for name in STORED})
     else:
         readings = common_tokens.read(models, data, **reading)
-    spent = {"reading": time.monotonic() - began}
+    spent: dict[str, Any] = {"reading": time.monotonic() - began}
     how = _settings(readings, wanted, size, settings["atoms"], draw, report)
     found = layers.compare_layers(readings, wanted, how)
+    spent |= {"measures": time.monotonic() - began - spent["reading"], "shared": dict(how.spent)}
     about = [_about(reading, i, how) for i, reading in enumerate(readings)]
+    equal = _corresponding(about)
     levels: dict[str, dict[str, Similarity]] = {}
+    bare = replace(how, dictionaries=None, within=False, spent={})  # of controls: only what is between models counts
     if settings["controls"]:
         shuffled = [replace(r, activations=_Shuffled(r.activations, draw + m)) for m, r in enumerate(readings)]
-        levels["shuffled"] = layers.compare_layers(shuffled, wanted, replace(how, dictionaries=None))
+        levels["shuffled"] = layers.compare_layers(shuffled, wanted, replace(bare))
     unions, token_id = how.dictionaries, readings[0].labels.token_id
-    sizes = _sizes(unions, token_id, how.groups, len(token_id)) if unions else []
-    random = _chance(unions, token_id, len(token_id)) if unions and settings["controls"] else {}
+    sizes = _sizes(unions, token_id, how.groups, len(token_id), equal) if unions else []
+    random = _chance(unions, token_id, len(token_id), equal) if unions and settings["controls"] else {}
     names_of = [r.name for r in readings]
     pairs = readings[0].labels.pairs()
     by_end = any(r.share < 1 or (r.labels.pairs() != pairs).any() for r in readings)
     del readings  # the controls need the room
     if settings["controls"] and not on_disk:
         again = common_tokens.read(models, data, random_weights=draw, **reading)
-        levels["untrained"] = layers.compare_layers(again, wanted, replace(how, dictionaries=None))
+        levels["untrained"] = layers.compare_layers(again, wanted, replace(bare))
     report(None)
     measured = {}
     for name, similarity in found.items():
-        control = {kind: _level(of[name].pairs) for kind, of in levels.items()} | random.get(name, {})
-        measured[name] = _measured(name, similarity, names_of, control, unions, draw)
-    spent["measures"] = sum(measure.seconds for measure in measured.values())
+        control = {kind: _level(of[name].pairs, equal) for kind, of in levels.items()} | random.get(name, {})
+        measured[name] = _measured(name, similarity, names_of, control, unions, draw, equal)
     spent["all"] = time.monotonic() - began
-    return Comparison(about, len(token_id), by_end, measured, sizes, spent)
+    spent["controls"] = spent["all"] - spent["reading"] - spent["measures"]
+    used = {"k": how.k, "n_atoms": how.n_atoms, "threshold": how.threshold, "center": False} if unions else {}
+    return Comparison(about, len(token_id), by_end, measured, sizes, spent, used)
+
+
+def _corresponding(models: Sequence[dict[str, Any]]) -> bool:
+    """Whether layers of equal number are the right partners: the same ones were read, of models of one depth.
+
+    What is not known, the depth of models of saved dictionaries or the layer of plain activations, is no obstacle.
+    """
+    layers_of = [model["layers"] for model in models]
+    if any(None in of for of in layers_of):
+        layers_of = [list(range(len(of))) for of in layers_of]
+    return all(of == layers_of[0] for of in layers_of) and len({m["n_layers"] for m in models} - {None}) < 2
 
 
 def _all_are(of_kind: Callable[[Any], bool], models: Sequence[Any], sentence: str) -> bool:
@@ -236,37 +274,32 @@ class _Shuffled(Mapping):
         return len(self._of)
 
 
-def _measured(name: str, similarity: Similarity, names: Sequence[str], controls, unions, draw: int) -> Measured:
+def _measured(
+    name: str, similarity: Similarity, names: Sequence[str], controls, unions, draw: int, equal: bool
+) -> Measured:
     pairs = {(names[m], names[n]): matrix for (m, n), matrix in similarity.pairs.items()}
-    matching = match_layers(similarity.pairs, seed=draw) if _square(similarity.pairs) else None
+    matching = match_layers(similarity.pairs, seed=draw) if equal else None
     if name == "jaccard" and unions is not None:
         of = {(m, n): model_similarity(unions[m], unions[n]) for m, n in similarity.pairs}
     else:
-        of = {
-            pair: float(np.mean(np.diag(s))) if len(s) == len(s.T) else math.nan for pair, s in similarity.pairs.items()
-        }
+        of = {pair: float(np.mean(np.diag(s))) if equal else math.nan for pair, s in similarity.pairs.items()}
     return Measured(
         pairs=pairs,
         matching=matching,
         documents=_interval_over_documents(similarity, draw) if matching and matching.without_self else None,
         models={(names[m], names[n]): value for (m, n), value in of.items() if m < n},
-        alike=_level(similarity.pairs),
+        alike=_level(similarity.pairs, equal),
         controls=controls,
         seconds=similarity.seconds,
     )
 
 
-def _square(pairs: Pairs) -> bool:
-    return len({side for matrix in pairs.values() for side in matrix.shape}) == 1
-
-
-def _level(pairs: Pairs) -> dict[str, float | None]:
-    """What there is between different models: the mean over layers of equal number, over all, and eq. 9."""
+def _level(pairs: Pairs, equal: bool) -> dict[str, float | None]:
+    """What there is between different models: the mean over layers of `equal` number, over all, and eq. 9."""
     across = {pair: matrix for pair, matrix in pairs.items() if pair[0] != pair[1]}
-    square = _square(pairs)
-    score = match_layers(across, bootstraps=0).without_self if square else None
+    score = match_layers(across, bootstraps=0).without_self if equal else None
     return {
-        "diagonal": float(np.mean([np.diag(matrix).mean() for matrix in across.values()])) if square else None,
+        "diagonal": float(np.mean([np.diag(matrix).mean() for matrix in across.values()])) if equal else None,
         "all": float(np.mean(np.concatenate([matrix.ravel() for matrix in across.values()]))),
         "accuracy": score.accuracy if score else None,
     }
@@ -287,17 +320,21 @@ def _interval_over_documents(similarity: Similarity, draw: int) -> tuple[float, 
     return float(low), float(high)
 
 
-def _sizes(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, groups: ndarray, tokens: int) -> list[dict]:
+def _sizes(
+    atoms: Sequence[Sequence[ndarray]], token_id: ndarray, groups: ndarray, tokens: int, equal: bool
+) -> list[dict]:
     """How the Jaccard moves with the size of the dictionaries, cut to a quarter, half and all of the smallest."""
     smallest, rows = min(len(d) for of in atoms for d in of), []
     for size in sorted({smallest // 4, smallest // 2, smallest} - {0}):
         cut = [[d[:size] for d in of] for of in atoms]
-        found = layers.compare_sets(cut, ["jaccard"], token_id, groups, tokens)["jaccard"]
-        rows.append({"n_atoms": size} | _level(found.pairs) | {"random": expected_jaccard(size, size, tokens)})
+        found = layers.compare_sets(cut, ["jaccard"], token_id, groups, tokens, within=False)["jaccard"]
+        rows.append({"n_atoms": size} | _level(found.pairs, equal) | {"random": expected_jaccard(size, size, tokens)})
     return rows
 
 
-def _chance(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, tokens: int) -> dict[str, dict[str, dict]]:
+def _chance(
+    atoms: Sequence[Sequence[ndarray]], token_id: ndarray, tokens: int, equal: bool
+) -> dict[str, dict[str, dict]]:
     """What the Jaccard is where only sizes, or only sizes and token ids, are alike.
 
     By measure and control, as `Measured.controls` has it.
@@ -311,7 +348,7 @@ def _chance(atoms: Sequence[Sequence[ndarray]], token_id: ndarray, tokens: int) 
         for m, n in combinations(range(len(atoms)), 2):
             pairs[m, n] = np.array([[chance(a, b) for b in atoms[n]] for a in atoms[m]])
             pairs[n, m] = pairs[m, n].T
-        levels[kind] = _level(pairs)
+        levels[kind] = _level(pairs, equal)
     return {"jaccard": levels}
 
 
@@ -320,6 +357,8 @@ def _about(reading: Reading, number: int, settings: Settings) -> dict[str, Any]:
     return {
         "name": reading.name,
         "hook_points": list(reading.hook_points),
+        "layers": reading.layers,
+        "n_layers": reading.n_layers,
         "tokens": reading.valid,
         "share": reading.share,
         "n_atoms": [len(d) for d in rows],
@@ -337,10 +376,11 @@ def _of_dictionaries(sides: dictionaries.Sides, measures: Sequence[str] | None, 
             why = f"it needs models and a text: give these, or choose of {', '.join(known)}"
         raise InputError(f"Dictionaries alone cannot be compared by {missing[0]!r}, because {why}.")
     found = layers.compare_sets(sides.atoms, wanted, sides.token_id, sides.groups, sides.tokens)
-    sizes = _sizes(sides.atoms, sides.token_id, sides.groups, sides.tokens)
-    random = _chance(sides.atoms, sides.token_id, sides.tokens)
+    equal = _corresponding(sides.about)
+    sizes = _sizes(sides.atoms, sides.token_id, sides.groups, sides.tokens, equal)
+    random = _chance(sides.atoms, sides.token_id, sides.tokens, equal)
     measured = {
-        name: _measured(name, similarity, sides.names, random.get(name, {}), sides.atoms, draw)
+        name: _measured(name, similarity, sides.names, random.get(name, {}), sides.atoms, draw, equal)
         for name, similarity in found.items()
     }
     return Comparison(sides.about, sides.tokens, sides.aligned, measured, sizes, {"all": time.monotonic() - began})

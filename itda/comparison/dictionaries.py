@@ -207,6 +207,8 @@ def _about(names, sides: Sequence[Sequence[ITDA]], shares: Sequence[float]) -> l
         {
             "name": name,
             "hook_points": [str(_model(d).get("hook_point") or f"layer {i}") for i, d in enumerate(side)],
+            "layers": [layer if isinstance(layer := _model(d).get("layer"), int) else None for d in side],
+            "n_layers": None,  # a dictionary does not say how many blocks its model has
             "tokens": max(int(d.cfg.get("tokens") or 0) for d in side),
             "share": share,
             "n_atoms": [len(d) for d in side],

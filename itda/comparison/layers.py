@@ -43,14 +43,17 @@ class Settings:
     groups: Int[ndarray, " tokens"]  # which tokens a bootstrap draws together
     report: Callable[[Step], None]
     dictionaries: list[list[Int[ndarray, " _"]]] | None = None  # rows of the readings, by model and layer
+    within: bool = True  # whether layers of one model are compared with each other too
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of what measures of a family share, by family
 
 
 @dataclass
 class Similarity:
     """One measure: `pairs[m, n][i, j]` is that of layer i of model m with layer j of model n.
 
-    `seconds` is the time it takes alone, from activations in memory. `parts` holds what it is the ratio of, group by
-    group of tokens: numerators and denominators (layers, others, groups) of each pair; None where it is no such ratio.
+    `seconds` is its own time, without what it shares with others (`Settings.spent`). `parts` holds what it is the ratio
+    of, group by group of tokens: numerators and denominators (layers, others, groups) of each pair; None where it is no
+    such ratio.
     """
 
     pairs: Pairs = field(default_factory=dict)
@@ -109,6 +112,8 @@ FAMILIES: dict[str, str] = {
     "relative": "tokens",
     "relative_centred": "tokens",
 }
+# What is measured unless something else is asked for: the most telling of those that take little time.
+DEFAULT = ("shared_atoms_procrustes", "shared_atoms", "cka", "relative_centred")
 
 
 def _by_sums(readings: Sequence[Reading], names: list[str], settings: Settings) -> dict[str, Similarity]:
@@ -116,7 +121,7 @@ def _by_sums(readings: Sequence[Reading], names: list[str], settings: Settings) 
     summed = [[clouds.Cloud().update(x) for x in reading.activations.values()] for reading in readings]
     shared = time.monotonic() - began
     found = {name: Similarity(_empty(readings)) for name in names}
-    pairs = list(_layer_pairs(readings))
+    pairs = list(_layer_pairs(readings, settings.within))
     for done, (m, i, n, j) in enumerate(pairs):
         began = time.monotonic()
         pair = clouds.Pair(summed[m][i], summed[n][j]).update_cross(_at(readings[m], i), _at(readings[n], j))
@@ -129,8 +134,7 @@ def _by_sums(readings: Sequence[Reading], names: list[str], settings: Settings) 
             _put(found[name].pairs, m, i, n, j, there, back)
             found[name].seconds += time.monotonic() - began
         settings.report(Step("comparing layers", done + 1, len(pairs), shared))
-    for similarity in found.values():
-        similarity.seconds += shared
+    settings.spent["sums"] = settings.spent.get("sums", 0.0) + shared
     return found
 
 
@@ -141,7 +145,7 @@ def _by_atoms(readings: Sequence[Reading], names: list[str], settings: Settings)
     found = Similarity(_empty(readings))
     atoms = [[x[at] for x in reading.activations.values()] for reading in readings]
     summed = [[clouds.Cloud().update(x) for x in of] for of in atoms]
-    for m, i, n, j in _layer_pairs(readings):
+    for m, i, n, j in _layer_pairs(readings, settings.within):
         pair = clouds.Pair(summed[m][i], summed[n][j]).update_cross(atoms[m][i], atoms[n][j])
         value = spaces.procrustes(pair)
         _put(found.pairs, m, i, n, j, value, value)
@@ -174,7 +178,7 @@ def _mean_over_tokens(readings: Sequence[Reading], name: str, settings: Settings
         some = slice(start, start + CHUNK)
         group = settings.groups[rows[some]]
         states = {place: layer.state(some) for place, layer in layers.items()}
-        for m, i, n, j in _layer_pairs(readings):
+        for m, i, n, j in _layer_pairs(readings, settings.within):
             score = kind.score(states[m, i], states[n, j])
             sums = np.bincount(group, torch.nan_to_num(score).numpy(), minlength=groups)
             above[m, n][i, j] += sums
@@ -247,12 +251,11 @@ def _by_sets(readings: Sequence[Reading], names: list[str], settings: Settings) 
     if settings.dictionaries is None:
         settings.dictionaries = dictionaries(readings, settings)
     atoms = settings.dictionaries
-    spent = time.monotonic() - began
-    found = compare_sets(atoms, [n for n in names if n != "soft_overlap"], readings[0].labels.token_id, settings.groups)
+    settings.spent["sets"] = settings.spent.get("sets", 0.0) + time.monotonic() - began
+    known, wanted = readings[0].labels.token_id, [n for n in names if n != "soft_overlap"]
+    found = compare_sets(atoms, wanted, known, settings.groups, within=settings.within)
     if "soft_overlap" in names:
-        found["soft_overlap"] = _soft_overlap(readings, atoms)
-    for similarity in found.values():
-        similarity.seconds += spent
+        found["soft_overlap"] = _soft_overlap(readings, atoms, settings.within)
     return found
 
 
@@ -268,11 +271,13 @@ def compare_sets(
     token_id: Int[ndarray, " known"],
     groups: Int[ndarray, " known"],
     tokens: int | None = None,
+    within: bool = True,
 ) -> dict[str, Similarity]:
     """Similarities of dictionaries as sets: `atoms[m][i]` are the tokens of layer i of model m, as rows of `token_id`.
 
     `token_id` and `groups` (which tokens a bootstrap draws together) are of all tokens that could have been atoms, or
-    of those of them that are known: then there are so many `tokens`.
+    of those of them that are known: then there are so many `tokens`. Without `within`, layers of one model are not
+    compared with each other.
     """
     tokens = len(token_id) if tokens is None else tokens
     n_groups = int(groups.max()) + 1 if len(groups) else 1
@@ -283,6 +288,8 @@ def compare_sets(
         found[name].parts = {pair: (np.zeros((*s, n_groups)), np.zeros((*s, n_groups))) for pair, s in shapes.items()}
     places = [(m, i) for m, of in enumerate(atoms) for i in range(len(of))]
     for (m, i), (n, j) in combinations_with_replacement(places, 2):
+        if m == n and not within:
+            continue
         a, b = atoms[m][i], atoms[n][j]
         common = np.bincount(groups[np.intersect1d(a, b)], minlength=n_groups).astype(float)
         smaller = count[m][i] if len(a) <= len(b) else count[n][j]
@@ -310,10 +317,10 @@ SET_MEASURES: dict[str, Callable[[ndarray, ndarray, ndarray, int], float]] = {
 }
 
 
-def _soft_overlap(readings: Sequence[Reading], atoms: Sequence[Sequence[ndarray]]) -> Similarity:
+def _soft_overlap(readings: Sequence[Reading], atoms: Sequence[Sequence[ndarray]], within: bool) -> Similarity:
     began = time.monotonic()
     found = Similarity(_empty(readings))
-    for m, i, n, j in _layer_pairs(readings):
+    for m, i, n, j in _layer_pairs(readings, within):
         x, y = _at(readings[m], i), _at(readings[n], j)
         a, b = (torch.from_numpy(rows) for rows in (atoms[m][i], atoms[n][j]))
         value = sets.soft_overlap(x[a], y[b], y[a], x[b])
@@ -326,11 +333,12 @@ def _at(reading: Reading, layer: int) -> Tensor:
     return reading.activations[reading.hook_points[layer]]
 
 
-def _layer_pairs(readings: Sequence[Reading]) -> Iterator[tuple[int, int, int, int]]:
-    """(model, layer, other model, other layer), each pair of layers once, those with themselves too."""
+def _layer_pairs(readings: Sequence[Reading], within: bool = True) -> Iterator[tuple[int, int, int, int]]:
+    """(model, layer, other model, other layer), each pair of layers once, those of one model only if `within`."""
     places = [(m, i) for m, reading in enumerate(readings) for i in range(len(reading.hook_points))]
     for (m, i), (n, j) in combinations_with_replacement(places, 2):
-        yield m, i, n, j
+        if within or m != n:
+            yield m, i, n, j
 
 
 def _empty(readings: Sequence[Reading]) -> Pairs:

@@ -64,7 +64,8 @@ def readings(
         where = _aligned(labels, names)
     left, found_readings = len(streams), []
     for stream, place, name in zip(streams, where, names, strict=True):
-        found_readings.append(Reading(name, *gather(stream, place, left, f"reading {name}", report)))
+        depth = getattr(getattr(stream, "contents", None), "n_layers", None)  # a cache of SAELens does not say
+        found_readings.append(Reading(name, *gather(stream, place, left, f"reading {name}", report), depth))
         left -= 1
     if report:
         report(None)

@@ -68,6 +68,11 @@ class ITDA:
         if isinstance(stream, dict) and isinstance(self.labels, Labels):
             self.labels = replace(self.labels, stream=stream)  # so that they know whose they are by themselves
 
+    def __post_init__(self) -> None:
+        stream = self.cfg.get("stream") if isinstance(self.cfg, dict) else None
+        if isinstance(stream, dict) and isinstance(self.labels, Labels):
+            self.labels = replace(self.labels, stream=stream)  # so that they know whose they are by themselves
+
     @property
     def n_atoms(self) -> int:
         """How many atoms there are."""

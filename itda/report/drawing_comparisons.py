@@ -16,6 +16,8 @@ from itda.report.drawing import SHOWN, columns, counted, digits, in_context, roo
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
 
+FEWEST = 3  # layers from which on it says something which of them is the most similar
+SHARED = {"sums": "products of layers", "sets": "dictionaries"}
 CONTROLS = {
     "shuffled": "unrelated tokens",
     "untrained": "models with random weights",
@@ -32,16 +34,20 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
         shared = "" if model["share"] == 1 else f", {model['share']:.1%} of them in common"
         sizes = sorted({end(model["n_atoms"]) for end in (min, max) if model["n_atoms"]})
         atoms = f", {' to '.join(f'{size:,}' for size in sizes)} atoms" if sizes else ""
-        depth = counted(len(model["hook_points"]), "layer")
+        read, blocks = len(model["hook_points"]), model["n_layers"]
+        depth = counted(read, "layer") if blocks in (None, read) else f"{read} of {counted(blocks, 'layer')}"
         line = f"{model['name']}: {depth}, {model['tokens']:,} tokens{shared}{atoms}"
         yield Text(one_line(line), overflow="fold")
     where = f"at the same {'character' if report.aligned else 'row and position'}"
     most = "up to " * any(model["tokens"] < report.tokens for model in report.models)  # as dictionaries have read
     yield Text(f"{most}{report.tokens:,} tokens compared, {where}", style="dim")
     yield Text()
-    # One layer matches one whatever they are, and of models of different depth no layer is the right one.
-    if len(report.models[0]["hook_points"]) > 1 and all(measure.matching for measure in report.measures.values()):
-        yield from _matched(report.measures)
+    # Of one or two layers chance finds the right one too often, and of other depths no layer is the right one.
+    if min(len(model["hook_points"]) for model in report.models) >= FEWEST:
+        if all(measure.matching for measure in report.measures.values()):
+            yield from _matched(report)
+        else:
+            yield from _nearest(report)
     kinds = list(dict.fromkeys(kind for measure in report.measures.values() for kind in measure.controls))
     table = columns("alike", *kinds, "seconds", first="measure", label="")
     for name, measure in report.measures.items():
@@ -49,8 +55,15 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
         table.add_row(name, *levels, f"{measure.seconds:.1f}")
     yield table
     which = "all layers" if measure.alike["diagonal"] is None else "layers of equal number"
+    if all(len(model["hook_points"]) == 1 for model in report.models):
+        which = "the layers compared"
+    shared = report.seconds.get("shared", {})
+    also = "".join(f", {shared[name]:.1f} for {what}" for name, what in SHARED.items() if name in shared)
     same = "".join(f"; {kind}: the same of {CONTROLS[kind]}" for kind in kinds if kind in CONTROLS)
-    yield Text(f"alike: mean similarity of {which}{same}", style="dim")
+    own = f"; seconds: of this measure, without what several share{also}" if also else ""
+    yield Text(f"alike: mean similarity of {which}{same}{own}", style="dim")
+    if report.settings:
+        yield Text("dictionaries were built here without taking off a mean, unlike by itda train", style="dim")
     if "jaccard" in report.measures:
         unions = report.measures["jaccard"].models.values()
         union = digits(sum(unions) / len(unions))
@@ -63,10 +76,11 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
     yield from _layer_by_layer(report)
 
 
-def _matched(measures: dict[str, Any]) -> RenderResult:
+def _matched(report: Any) -> RenderResult:
     """How well every measure matches layers."""
     from rich.text import Text
 
+    measures = report.measures
     table = columns("matched", "95 %", "ties", "with self", "rank", "margin", first="measure", label="")
     for name, measure in measures.items():
         score, both = measure.matching.without_self, measure.matching.with_self
@@ -80,8 +94,45 @@ def _matched(measures: dict[str, Any]) -> RenderResult:
         "which the lowest counts; rank: mean of 1 / rank of that layer; margin: "
         "its lead on the best other one, in standard deviations of the row"
     )
+    if any(model["n_layers"] is None for model in report.models):
+        said += "; all of it for models that have as many layers as each other, which is not known here"
     yield Text(said, style="dim")
     yield Text()
+
+
+def _nearest(report: Any) -> RenderResult:
+    """The most similar layer of another model for each layer, by the first measure: where none is the right one."""
+    from rich.text import Text
+
+    name, first = next(iter(report.measures)), report.models[0]
+    best = report.measures[name].best
+    for other in report.models[1:3]:
+        rows, offsets = best[first["name"], other["name"]], []
+        table = columns("at", "most similar", "at ", name, first=f"layer of {first['name']}", label="")
+        mine, theirs = (layer_numbers(model["hook_points"]) for model in (first, other))
+        for i, j in enumerate(rows):
+            here, there = _depth(first, i), _depth(other, j)
+            offsets += [abs(here - there)] if here is not None and there is not None else []
+            value = report.measures[name].pairs[first["name"], other["name"]][i, j]
+            cells = (_share(here), theirs[j] if j >= 0 else "-", _share(there), digits(value))
+            table.add_row(Text(one_line(mine[i])), *map(one_line, cells))
+        yield table
+        apart = f"; they are {sum(offsets) / len(offsets):.0%} of the depth apart in the mean" if offsets else ""
+        said = (
+            f"most similar: the layer of {other['name']} of the largest {name}; at: share of the model's layers up to "
+        )
+        yield Text(one_line(f"{said}and with it{apart}"), style="dim")
+        yield Text()
+
+
+def _depth(model: dict[str, Any], i: int) -> float | None:
+    """How far down its model the i-th layer read is: 1 for the last block."""
+    layer = model["layers"][i] if i >= 0 else None
+    return None if layer is None or not model["n_layers"] else (layer + 1) / model["n_layers"]
+
+
+def _share(depth: float | None) -> str:
+    return "-" if depth is None else f"{depth:.0%}"
 
 
 def _interval(measure: Any) -> str:

@@ -284,7 +284,12 @@ class Likeness(TypedDict, total=False):
     """Comparing"""
 
     measures: Annotated[
-        Sequence[str] | None, Setting(None, "only these measures; docs/similarity.md lists them", alias="--measure")
+        Sequence[str] | None,
+        Setting(
+            None,
+            "these measures (docs/similarity.md lists them) or all; four fast ones if not given",
+            alias="--measure",
+        ),
     ]
     atoms: Annotated[
         int | None,

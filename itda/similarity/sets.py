@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from itda import labels
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.similarity.clouds import vectors
@@ -22,7 +23,7 @@ def jaccard(a: Any, b: Any) -> float:
 
     `a` and `b` are ITDAs, `Labels`, integer arrays, (n,) or (n, 2), or collections of hashable things. It depends on
     their sizes, and two untrained models can share half of their atoms: see `corrected_jaccard`. Raises `InputError`
-    for ITDAs of different token streams.
+    for ITDAs or `Labels` of different token streams.
     """
     common, size_a, size_b = counts(a, b)
     union = size_a + size_b - common
@@ -168,7 +169,9 @@ def _members(of: Any) -> set:
 
 
 def stream_of(dictionary: Any) -> dict[str, Any]:
-    """What a dictionary's `cfg` says about its token stream; {} for anything that has none."""
+    """What a dictionary's `cfg`, or `Labels`, say about their token stream; {} for anything that has none."""
+    if isinstance(dictionary, Labels):
+        return dict(dictionary.stream)
     cfg = getattr(dictionary, "cfg", None)
     stream = cfg.get("stream") if isinstance(cfg, dict) else None
     return stream if isinstance(stream, dict) else {}
@@ -176,20 +179,5 @@ def stream_of(dictionary: Any) -> dict[str, Any]:
 
 def check_same_stream(a: Any, b: Any) -> None:
     """Raise `InputError`, naming both, if two dictionaries are known to come from different token streams."""
-    one, other = stream_of(a), stream_of(b)
-    if not one.get("hash") or not other.get("hash") or one["hash"] == other["hash"]:
-        return
-    if one.get("tokenizer_hash") != other.get("tokenizer_hash"):
-        what, advice = "made by different tokenizers", "`itda.compare` aligns them if it is given the text"
-    elif changed := [k for k in ("context_length", "truncate", "pack", "seed", "prefix") if one.get(k) != other.get(k)]:
-        what, advice = f"cut differently ({changed[0]})", "`itda.compare` aligns them if it is given the text"
-    else:
-        what, advice = "of different text, or of more of it", "train both on the same data and number of tokens"
-    raise InputError(
-        f"The dictionaries come from token streams {what}, {_brief(one)} and {_brief(other)}, so their labels "
-        f"mean different tokens: {advice}."
-    )
-
-
-def _brief(stream: dict[str, Any]) -> str:
-    return f"{stream.get('data') or stream.get('kind') or 'texts'} ({stream['hash'][:8]})"
+    whose = "The labels" if isinstance(a, Labels) or isinstance(b, Labels) else "The dictionaries"
+    labels.check_same_stream(stream_of(a), stream_of(b), whose)
