@@ -224,7 +224,9 @@ def ends(labels: Labels) -> Int[ndarray, " tokens"]:
     return np.where(last, key, -1)
 
 
-def gather(stream: Any, place: Int[ndarray, " valid"], readings: int, what: str, report: Any):
+def gather(
+    stream: Any, place: Int[ndarray, " valid"], readings: int, what: str, report: Any
+) -> tuple[dict[str, Tensor], Labels, int, dict[str, Any]]:
     """Activations by hook point, labels, count and provenance of the tokens that have a `place`, put into it.
 
     `readings` is how many as large as this one have to fit into memory.

@@ -201,7 +201,6 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
     unions, token_id = how.dictionaries, readings[0].labels.token_id
     sizes = _sizes(unions, token_id, how.groups, len(token_id), equal) if unions else []
     random = _chance(unions, token_id, len(token_id), equal) if unions and settings["controls"] else {}
-    names_of = [r.name for r in readings]
     pairs = readings[0].labels.pairs()
     by_end = any(r.share < 1 or (r.labels.pairs() != pairs).any() for r in readings)
     del readings  # the controls need the room
@@ -209,7 +208,7 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
         again = common_tokens.read(models, data, random_weights=draw, **reading)
         levels["untrained"] = layers.compare_layers(again, wanted, replace(bare))
     report(None)
-    measured = {}
+    measured, names_of = {}, [model["name"] for model in about]
     for name, similarity in found.items():
         control = {kind: _level(of[name].pairs, equal) for kind, of in levels.items()} | random.get(name, {})
         measured[name] = _measured(name, similarity, names_of, control, unions, draw, equal)
