@@ -15,7 +15,7 @@ from itda.comparison.common_tokens import Reading
 from itda.dictionary.build import build
 from itda.dictionary.itda import ITDA
 from itda.labels import Labels
-from itda.metrics import fvu, relative_error
+from itda.metrics import concentrated, reconstruction, relative_error, variance
 from itda.pursuit import normalize, pursue
 
 NAMES = ("base", "tuned", "null")
@@ -207,16 +207,25 @@ def _reconstructed(x: Tensor, atoms: Tensor, k: int) -> Tensor:
 
 
 def _transfer(x: Tensor, y: Tensor, base: ndarray, tuned: ndarray, k: int, seed: int) -> dict[str, Any]:
-    """FVU of the tuned model `y` under dictionaries of equal size, on tokens that are an atom of none of them."""
+    """FVU of the tuned model `y` under dictionaries of equal size, on tokens that are an atom of none of them.
+
+    Beside it by the same names `robust`, FVU without massive tokens, `mean_error` and `median_error` of single tokens,
+    |y - y_hat|^2 / |y|^2; and in `concentrated` the sentence where few tokens or one coordinate hold most variance.
+    """
     size, draw = min(len(base), len(tuned)), np.random.default_rng(seed)
     chance = draw.choice(len(y), size, replace=False)
     rest = np.setdiff1d(np.arange(len(y)), np.concatenate([base, tuned, chance]))
     rest = np.sort(draw.permutation(rest)[:SAMPLE])
     atoms = {"own": y[tuned[:size]], "reread": y[base[:size]], "as_is": x[base[:size]], "random": y[chance]}
     out: dict[str, Any] = {"n_atoms": size, "tokens": len(rest)}
+    out |= {"concentrated": concentrated(variance(y[rest])), "robust": {}, "mean_error": {}, "median_error": {}}
     for name, chosen in atoms.items():
-        fits = chosen.shape[1] == y.shape[1]
-        out[name] = fvu(y[rest], _reconstructed(y[rest], chosen, k)) if fits else None
+        out[name] = None
+        if chosen.shape[1] == y.shape[1] and len(rest):
+            y_hat = _reconstructed(y[rest], chosen, k)
+            found, error = reconstruction(y[rest], y_hat), relative_error(y[rest], y_hat).numpy()
+            out[name], out["robust"][name] = found["fvu"], found["fvu_robust"]
+            out["mean_error"][name], out["median_error"][name] = float(error.mean()), float(np.median(error))
     return out
 
 

@@ -45,8 +45,9 @@ TRANSFER = (
     "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the base's tokens, "
     "re-read in it; the base's vectors as they are; random tokens. Greedy dictionaries are no better than random "
     "tokens in the mean, and worse on few tokens: they are chosen for what others explain badly. What tells is own "
-    "beside re-read and as is"
+    "beside re-read and as is. Robust: without massive tokens; mean and median error: of single tokens"
 )
+BESIDE = {"robust": "robust", "mean error": "mean_error", "median error": "median_error"}  # of a transfer
 
 # Controls, but for those of lines, and what turns the direction of the text after it.
 _COMMANDS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -216,7 +217,7 @@ def _strength(score: float | None, low: float, high: float) -> float:
 def _layers(report: dict[str, Any]) -> str:
     """What changed at each hook point, and how well the base's atoms transfer."""
     most = max((layer["change"]["99 %"] or 0.0 for layer in report["layers"]), default=0.0)
-    rows, transfers = [], []
+    rows, transfers, concentrated = [], [], []
     for layer in report["layers"]:
         change, null, moved = layer["change"], layer["null_change"], layer["transfer"]
         cells = [_number(change[name]) for name in ("median", "mean", "99 %")]
@@ -225,12 +226,17 @@ def _layers(report: dict[str, Any]) -> str:
         rows.append([layer["hook_point"], *cells, f"{layer['common']:,}"])
         fvus = [_number(moved[name]) for name in ("own", "reread", "as_is", "random")]
         transfers.append([layer["hook_point"], f"{moved['n_atoms']:,}", *fvus])
+        for what, key in BESIDE.items():
+            beside = [_number(moved[key].get(name)) for name in ("own", "reread", "as_is", "random")]
+            transfers.append([what, "", *beside])
+        concentrated += [f"{layer['hook_point']}: {said}"] if (said := moved["concentrated"]) else []
     names = ["median", "mean", "99 %"] + (["null mean", "null 99 %"] if report["layers"][0]["null_change"] else [])
     head = ["hook point", *names, "beyond", "", "base atoms", "tuned atoms", "common"]
     return (
         f"<h2>Layers</h2><p class='dim'>{_sentence(CHANGE)}</p>{_table(head, rows)}"
         f"<h2>Transfer</h2><p class='dim'>{_sentence(TRANSFER)}</p>"
         + _table(["hook point", "atoms", "own", "base re-read", "base as is", "random"], transfers)
+        + "".join(f"<p class='dim'>{_sentence(each)}</p>" for each in concentrated)
     )
 
 

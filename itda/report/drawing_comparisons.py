@@ -235,6 +235,9 @@ def _layers(report: Any) -> RenderResult:
         sizes = [f"{layer[name]:,}" for name in ("n_base", "n_tuned", "common")]
         errors = ["-" if layer["transfer"][name] is None else digits(layer["transfer"][name]) for name in fvus]
         transfers.add_row(place, *sizes, *errors)
+        for what, key in diff_page.BESIDE.items():
+            beside = [layer["transfer"][key].get(name) for name in fvus]
+            transfers.add_row(f"  {what}", "", "", "", *("-" if e is None else digits(e) for e in beside))
     yield Text()
     yield changes
     beyond = f"beyond: share of tokens that changed more than {diff_page.LIMITS[report.null['kind']][0]} there"
@@ -244,6 +247,9 @@ def _layers(report: Any) -> RenderResult:
     yield Text()
     yield transfers
     yield Text(f"own, re-read, as is, random: {diff_page.TRANSFER}", style="dim")
+    for layer in report.layers:
+        if said := layer["transfer"]["concentrated"]:
+            yield Text(one_line(f"{layer['hook_point']}: {said}"), overflow="fold")
 
 
 def _ratio(loss: dict[str, float], key: str, threshold: float) -> float:

@@ -551,3 +551,18 @@ def test_hook_points_that_do_not_pair_up():
     x = noise()
     with pytest.raises(InputError, match="cannot be compared one by one"):
         of_readings([reading("a", {"one": x, "two": x}), reading("b", x)], n_atoms=20)
+
+
+def test_errors_of_single_tokens_stand_beside_the_fvu_of_a_transfer():
+    from itda.comparison.token_changes import _transfer
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 16, generator=g) + 1
+    y = x + 0.1 * torch.randn(600, 16, generator=g)
+    y[[300, 444], 3] = 800.0
+    found = _transfer(x, y, np.arange(40), np.r_[300, 20:59], 3, 0)
+    assert found["own"] < 0.1 < found["robust"]["own"]
+    assert 0 < found["median_error"]["own"] < found["mean_error"]["own"] < 1
+    assert found["concentrated"].startswith("1 of ") and set(found["robust"]) == {"own", "reread", "as_is", "random"}
+    narrow = _transfer(x[:, :9], y, np.arange(40), np.arange(20, 60), 3, 0)
+    assert narrow["as_is"] is None and "as_is" not in narrow["robust"]

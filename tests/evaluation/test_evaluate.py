@@ -619,7 +619,7 @@ def test_massive_tokens_stand_apart_and_are_said():
     usual = torch.ones(900, dtype=torch.bool)
     usual[[4, 400]] = False
     x_hat = d.reconstruct(x)
-    assert row["fvu"] < 1e-3 < row["fvu_robust"] == pytest.approx(metrics.fvu(x[usual], x_hat[usual]), rel=1e-5)
+    assert row["fvu"] < 2e-3 < row["fvu_robust"] == pytest.approx(metrics.fvu(x[usual], x_hat[usual]), rel=1e-5)
     low, high = row["fvu_robust_interval"]
     assert low < row["fvu_robust"] < high
     weights = 1 / (x[usual] - x[usual].mean(0)).double().square().sum(0)
