@@ -21,7 +21,9 @@ from itda.errors import InputError, shortened
 from itda.shortages import shortage
 
 _LEFTOVER = re.compile(r"\.(.+)\.tmp-[0-9a-f]{16}", re.DOTALL)  # what a killed writer leaves behind
+STATES_FORMAT = "itda-states"
 STATES, STATES_MANIFEST = "states", "states.json"  # the folder of hidden states, in that of what is trained on them
+_STATES_KEYS = {"format", "identity"}
 _STATE = re.compile(r"(hidden|kept)-\d+\.bin")
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -116,9 +118,22 @@ def remove_leftovers(path: Path) -> None:
                     (path.parent / name).unlink()
 
 
-def is_states(path: Path) -> bool:
-    """Whether this is a folder that holds hidden states and nothing else."""
-    return path.is_dir() and not path.is_symlink() and all(map(is_state, os.listdir(path)))
+def is_states(path: Path, others: bool = False) -> bool:
+    """Whether this is a folder that holds hidden states and nothing else, or `others` that are called otherwise.
+
+    Names prove nothing: where there are any states, a manifest that we wrote says that they are ours.
+    """
+    if not path.is_dir() or path.is_symlink():
+        return False
+    names = set(os.listdir(path))
+    found = set(filter(is_state, names))
+    ours = True
+    if any(leftover_of(name) is None for name in found):  # what is left of the first manifest is there before it
+        known = json_object(path / STATES_MANIFEST)  # an empty one where it was damaged
+        # Those of earlier versions had no format.
+        ours = known.get("format", STATES_FORMAT) == STATES_FORMAT and (not known or bool(known.keys() & _STATES_KEYS))
+        ours = ours and STATES_MANIFEST in names
+    return ours and (others or found == names)
 
 
 def is_state(name: str) -> bool:

@@ -14,7 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itda.disk import DTYPES, STATES_MANIFEST, as_input_error, bytes_of, is_state, make_folder, write_file
+from itda.disk import (
+    DTYPES,
+    STATES_FORMAT,
+    STATES_MANIFEST,
+    as_input_error,
+    bytes_of,
+    is_state,
+    is_states,
+    json_object,
+    make_folder,
+    write_file,
+)
+from itda.errors import InputError
 from itda.models.hooked_model import Group
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -63,6 +75,11 @@ class States:
         self.close()
         self.block, self.forms = -1, {}
         with as_input_error(f"{self.folder} could not be written", ADVICE):
+            if not is_states(self.folder, others=True):
+                raise InputError(
+                    f"{self.folder} holds files called as hidden states are, and no {STATES_MANIFEST} that says "
+                    "that they are: move them away, or choose another place (`--state-dir`)."
+                )
             _clear(self.folder)
         self._name([(group.index, digest_of(group), group.ids.numel()) for group in groups])
 
@@ -102,7 +119,8 @@ class States:
             for file in self._open.values():
                 os.fsync(file)
         self.block = block
-        kept = dict(identity=self._identity, block=block, forms=self.forms, notes=self.notes, groups=self.groups)
+        kept = dict(format=STATES_FORMAT, identity=self._identity, block=block, forms=self.forms, notes=self.notes)
+        kept |= dict(groups=self.groups)
         write_file(self.folder / STATES_MANIFEST, [json.dumps(kept).encode()], ADVICE)
 
     def close(self) -> None:
@@ -112,7 +130,7 @@ class States:
 
     def _load(self) -> None:
         try:
-            kept = json.loads((self.folder / STATES_MANIFEST).read_bytes())
+            kept = json_object(self.folder / STATES_MANIFEST)  # an empty one where there is none, or none of use
             if kept["identity"] == self._identity:
                 self._name([(_count(i), str(digest), _count(tokens)) for i, digest, tokens in kept["groups"]])
                 self.forms = {name: [_count(d), _DTYPES[dtype] and dtype] for name, (d, dtype) in kept["forms"].items()}
@@ -123,7 +141,7 @@ class States:
                     raise ValueError("a block puts out fewer items")
                 for sample in self.notes["samples"].values():
                     bytes.fromhex(sample)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # none, or none of use
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.block, self.groups, self.forms = -1, [], {}
 
     def _name(self, groups: list[tuple[int, str, int]]) -> None:
@@ -153,17 +171,24 @@ def digest_of(group: Group) -> str:
 
 
 def _clear(folder: Path) -> None:
-    (folder / STATES_MANIFEST).unlink(missing_ok=True)  # before the files that it names
+    """Remove the files of states, and leave a manifest that names none: it says that those to come are ours."""
+    write_file(folder / STATES_MANIFEST, [json.dumps({"format": STATES_FORMAT, "block": None}).encode()], ADVICE)
     for path in list(folder.iterdir()):
-        if is_state(path.name):
+        if is_state(path.name) and path.name != STATES_MANIFEST:
             path.unlink(missing_ok=True)
 
 
 def remove(folder: str | os.PathLike) -> None:
     """Remove what `States` wrote into `folder`, and nothing else; the folder too, if it is empty then."""
     folder = Path(folder)
-    if not folder.is_dir() or folder.is_symlink():
+    if not folder.is_dir() or folder.is_symlink() or not is_states(folder, others=True):
         return
+    with as_input_error(f"{folder} could not be removed", "remove it"):
+        _removed(folder)
+
+
+def _removed(folder: Path) -> None:
     _clear(folder)
+    (folder / STATES_MANIFEST).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

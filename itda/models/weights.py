@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from itda.errors import InputError, one_line
+from itda.shortages import shortage
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LARGEST_INDEX = 256 * 2**20
@@ -84,7 +85,7 @@ class Weights:
             if not isinstance(files, dict) or not files:
                 raise ValueError("its weight_map is not a table")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
+            raise shortage(error, f"{INDEX} of `{self.model}` could not be read") or InputError(
                 f"{INDEX} of `{self.model}` cannot be read ({one_line(str(error))}): download or save it again."
             ) from error
         for name, file in files.items():
@@ -114,8 +115,8 @@ class Weights:
                                 "again."
                             )
                         out[name] = opened.get_tensor(name).clone()  # it was mapped, and is read now
-            except (SafetensorError, OSError) as error:
-                raise InputError(
+            except (SafetensorError, OSError, MemoryError) as error:
+                raise shortage(error, f"{file} of `{self.model}` could not be read") or InputError(
                     f"{file} of `{self.model}` is damaged ({one_line(str(error))}): download or save it again."
                 ) from error
         self.bytes_read += sum(tensor.nbytes for tensor in out.values())
@@ -127,7 +128,9 @@ class Weights:
         try:
             with safe_open(path, framework="pt") as opened:
                 return list(opened.keys())
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
+            if (said := shortage(error, f"{SINGLE} of `{self.model}` could not be read")) is not None:
+                raise said from error
             reason = one_line(str(error))
             raise InputError(f"{SINGLE} of `{self.model}` is damaged ({reason}): download or save it again.") from error
 

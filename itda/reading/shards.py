@@ -19,6 +19,7 @@ from torch import Tensor
 from itda.disk import bytes_of, holds_text, safetensors_head, write_file
 from itda.errors import InputError, one_line
 from itda.labels import LABEL_ARRAYS, Batch, Labels
+from itda.shortages import shortage
 
 CHUNK = 1 << 20  # bytes that are read and summed while they are in the processor's cache
 Places = Mapping[str, tuple[torch.dtype, int]]  # dtype and width of the activations, by hook point
@@ -144,8 +145,10 @@ def read(
             found[hook] = found[hook].view(shard.tokens, d)
         at = table
         return found, _read_labels(table, shard)
-    except OSError as error:
-        raise damaged(at, f"cannot be read ({error.strerror or error})") from error
+    except (OSError, MemoryError) as error:
+        if (said := shortage(error, f"{at} could not be read")) is not None:
+            raise said from error
+        raise damaged(at, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _chunks(file: Any, start: int, stop: int) -> Iterator[memoryview]:
@@ -180,6 +183,9 @@ def _read_labels(path: Path, shard: Shard) -> Labels:
         if any(table[name].null_count for name in numbers):
             raise damaged(path, "has gaps")
         arrays = {name: np.array(table[name].to_numpy(), np.int64) for name in numbers}
+        for name in LABEL_ARRAYS:
+            if len(arrays[name]) and arrays[name].min() < (least := 0 if name in ("prompt", "position") else -1):
+                raise damaged(path, f"has a `{name}` of {arrays[name].min()}, and {least} is the least that it can be")
         texts = table["text"].combine_chunks()
         rows, first = np.unique(arrays["row"], return_index=True)
         if (rows != np.arange(len(rows)) - (len(rows) > 0 and rows[0] < 0)).any():
@@ -193,6 +199,8 @@ def _read_labels(path: Path, shard: Shard) -> Labels:
     except InputError:
         raise
     except (pa.ArrowException, KeyError, OSError, ValueError, OverflowError) as error:
+        if (said := shortage(error, f"{path} could not be read")) is not None:
+            raise said from error
         raise damaged(path, f"is not a readable parquet file ({error})") from error
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from itda.models.hooked_model import HookedModel
 from itda.models.streamed_model import StreamedModel
 from itda.progress import Progress, Step
 from itda.provenance import is_number, section
+from itda.shortages import Shortage, shortage
 from itda.training.cluster import Surroundings
 from itda.training.grid import Job
 from itda.training.train import LOADING, train
@@ -97,6 +97,8 @@ class Trainer:
         except Interrupted as error:
             return Outcome(stopped=error.tokens, missing=missing)
         except Exception as error:
+            if (said := shortage(error, "It could not be trained")) is not None:
+                return Outcome(str(said), missing=missing)
             return Outcome(
                 f"This should not have happened ({type(error).__name__}: {first_line(error)}): please report it."
             )
@@ -163,6 +165,9 @@ def finished(out: Path, note: dict[str, Any], place: int | str) -> tuple[dict[st
     entry = note["done"].get(_key(note, place))
     if entry is None or os.path.exists(out / entry["hook_point"] / CHECKPOINT):
         return None
-    with suppress(InputError):
+    try:
         return read_manifest(out / entry["hook_point"]), entry["hook_point"], float(entry["seconds"])
-    return None
+    except Shortage:  # nothing is known of it, and it is not to be trained again for that
+        raise
+    except InputError:
+        return None

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import itda
-from itda import Batch, InputError, Labels, Store, disk
+from itda import Batch, InputError, Labels, Store, disk, locks
 from itda.cli.main import main
 from itda.models import loading
 from itda.reading import shards, store
@@ -444,7 +444,7 @@ def test_a_hook_point_that_a_store_cannot_name_is_refused_before_reading(folder,
 
 
 def test_one_process_at_a_time(model, tmp_path):
-    with disk.locked(tmp_path / "a", "collecting into"), pytest.raises(InputError, match="Another process is collect"):
+    with locks.locked(tmp_path / "a", "collecting into"), pytest.raises(InputError, match="Another process is collect"):
         collect(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
