@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +44,18 @@ def drawn(report: Any) -> str:
     with console.capture() as captured:
         console.print(report)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def text_read(said: Mapping[str, Any]) -> str:
+    """How many `documents` of how many `files` were read, and what is `unread`; empty where that is not known."""
+    parts = []
+    if (documents := said.get("documents")) is not None:
+        files = said.get("files")
+        of = f" of {files:,} file{'s' * (files != 1)}" if files else ""
+        parts.append(f"read: {documents:,} document{'s' * (documents != 1)}{of}")
+    if unread := said.get("unread"):
+        parts.append(f"not read: {', '.join(f'{count:,} {ending}' for ending, count in unread.items())}")
+    return "; ".join(parts)
 
 
 def told_apart(paths: Sequence[str]) -> list[str]:

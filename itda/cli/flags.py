@@ -52,7 +52,7 @@ Data = Annotated[
     Positional[str],
     arg(
         metavar="DATA",
-        help="a .txt, .jsonl, .json, .csv or .parquet file (.gz and .zst too), a folder of these, of `save_to_disk` or of "
+        help="a .txt, .jsonl, .json, .csv or .parquet file (.gz and .zst too), a folder of these or of "
         "activations, or the id of a dataset on the hub",
     ),
 ]

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # whatever the text, and the encoding of the terminal
     try:
-        with terminal.signals.caught(), telling(terminal.say):
+        with terminal.signals.caught(), telling(terminal.say), terminal.notices():
             _run(words)
         return 0
     except SystemExit as end:  # tyro, after its help

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from json import dumps
 from typing import Any
@@ -122,6 +123,22 @@ def interrupted(error: KeyboardInterrupt) -> int:
     else:
         say("interrupted before any token was kept; the same command starts again")
     return 128 + (signals.number or signal.SIGINT)
+
+
+@contextlib.contextmanager
+def notices() -> Iterator[None]:
+    """Inside, a warning of the library's own is one line on standard error; those of others are as they were."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if category.__module__.startswith("itda."):
+                say(str(message))
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = shown
+        yield
 
 
 def output(document: Any, drawn: Any = None) -> None:

@@ -22,8 +22,8 @@ from itda.labels import Labels, grouped, groups_of
 from itda.models.hub import load_tokenizer
 from itda.results import named, told_apart
 from itda.similarity.sets import check_same_stream, stream_of
-from itda.text.prompts import Row, TokenStream
-from itda.text.reread import read_until, settings_of
+from itda.text import reread
+from itda.text.prompts import Row
 from itda.text.tokenizers import tokenizer_hash
 
 
@@ -142,7 +142,7 @@ def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[nda
     tokenizer = load_tokenizer(name, **({"revision": r} if (r := _model(one).get("revision")) else {}))
     if tokenizer_hash(tokenizer) != stream.get("tokenizer_hash"):
         raise InputError(f"The tokenizer of {name} is not the one that {one!r} was built with: restore it.")
-    rows = TokenStream(data, tokenizer, **settings_of(stream))
+    rows = reread.stream_of(stream, data, tokenizer)
     special = any(cfg.get("special_tokens") for cfg in cfgs)
     tokens = max(int(cfg.get("tokens") or 1 << 60) for cfg in cfgs)  # all if they do not say
     most = int(stream.get("tokens") or tokens)  # where one was full before others of its training
@@ -152,7 +152,7 @@ def _tokens_of(dictionaries: Sequence[ITDA], data: Any) -> tuple[Labels, Int[nda
 
 def _same_rows(rows: Iterable[Row], until: str, group: int, tokens: int) -> Iterator[Row]:
     """The rows of `read_until`; raises `InputError` if their hash is never met."""
-    if not (yield from read_until(rows, until, group, tokens)):
+    if not (yield from reread.read_until(rows, until, group, tokens)):
         raise InputError("`data` is not the text that this dictionary was built on: give that text, unchanged.")
 
 

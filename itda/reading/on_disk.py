@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from itda.errors import InputError
+from itda.errors import InputError, shortened
 from itda.labels import Labels
 from itda.reading.saelens_cache import Cache, is_cache
 from itda.reading.store import Store, is_store
-from itda.settings import kept, verbs
+from itda.settings import kept, names, verbs
+from itda.settings.groups import Padding
 
 
 def is_stored(data: Any) -> bool:
@@ -32,6 +33,12 @@ def from_disk(model: Any, data: Any, given: Mapping[str, Any]) -> Store | Cache:
     name = _name_of(model)
     if not is_store(path):
         of = {name: given[name] for name in ("batch_rows", "special_tokens")}
+        for setting in names(verbs.Text, Padding):
+            if given[setting] != verbs.ACTIVATIONS.settings[setting].default:
+                raise InputError(
+                    f"{path} is an activation cache, without text that `{setting}` = {shortened(given[setting])} could "
+                    "be about: leave it out."
+                )
         return Cache(path, **how, **of, model=name)
     store = Store(path, **how)
     said = next(iter(store.contents.provenance.values()))

@@ -57,6 +57,19 @@ def open_documents(
     apart: every .txt, .jsonl and .parquet file. Raises `InputError` for what is not there or cannot be read, and for
     parts of it that are asked for and not there. Files that are not read are named in a warning, `Unread`.
     """
+    chats = 0
+
+    def counted(messages: list) -> str:
+        nonlocal chats
+        chats += 1
+        return chat(messages) if chat else " "  # without a tokenizer nobody reads it
+
+    kind, found, revision = _opened(data, source, counted, as_before)
+    found.chat = found.chat or chats > 0
+    return kind, found, revision
+
+
+def _opened(data, source: Source, chat: Chat, as_before: bool) -> tuple[str, Documents, str | None]:
     if not isinstance(data, (str, os.PathLike)):
         return "texts", Documents(_texts(data, source, chat), _undivided(source, "texts in memory")), None
     path = os.fsdecode(data)
@@ -93,7 +106,7 @@ def _no_revision(source: Source) -> None:
         )
 
 
-def _texts(data, source: Source, chat: Chat | None) -> Callable[[Reading], Iterator[Iterable[str]]]:
+def _texts(data, source: Source, chat: Chat) -> Callable[[Reading], Iterator[Iterable[str]]]:
     name, wanted = f"`data` is of type {type(data).__name__}", "pass a list of strings"
     if isinstance(data, (bytes, Mapping, Set)) or not isinstance(data, Iterable):
         raise InputError(f"{name}, but texts in an order were wanted: {wanted}.")
@@ -113,7 +126,7 @@ def _texts(data, source: Source, chat: Chat | None) -> Callable[[Reading], Itera
     return documents
 
 
-def _local(path: str, source: Source, chat: Chat | None, as_before: bool) -> Documents:
+def _local(path: str, source: Source, chat: Chat, as_before: bool) -> Documents:
     column = source["column"]
     if os.path.isdir(path):
         chosen = _of_folder(path, source, as_before)
@@ -192,7 +205,7 @@ def _warn(path: str, unread: Sequence[str]) -> None:
     warnings.warn(f"Not read in {path!r}: {some}{rest}.", Unread, stacklevel=2)
 
 
-def _read(path: str, column: str, chat: Chat | None, reading: Reading) -> Iterator[Iterable[str]]:
+def _read(path: str, column: str, chat: Chat, reading: Reading) -> Iterator[Iterable[str]]:
     """The documents of one file, or of a folder of `save_to_disk`."""
     if os.path.isdir(path):
         yield from _saved(path, column, chat)
@@ -202,7 +215,7 @@ def _read(path: str, column: str, chat: Chat | None, reading: Reading) -> Iterat
         yield found if is_text else (_text(found, column, where, chat),)
 
 
-def _saved(path: str, column: str, chat: Chat | None) -> Iterator[Iterable[str]]:
+def _saved(path: str, column: str, chat: Chat) -> Iterator[Iterable[str]]:
     import datasets
 
     try:
@@ -215,10 +228,10 @@ def _saved(path: str, column: str, chat: Chat | None) -> Iterator[Iterable[str]]
 
 def _check_columns(names: Sequence[str] | None, column: str, where: str) -> None:
     if names and column not in names:
-        _text(dict.fromkeys(names), column, where, None)
+        _text(dict.fromkeys(names), column, where, str)
 
 
-def _streamed(dataset: Any, column: str, name: str, chat: Chat | None, advice: str) -> Iterator[Iterable[str]]:
+def _streamed(dataset: Any, column: str, name: str, chat: Chat, advice: str) -> Iterator[Iterable[str]]:
     try:
         for number, record in enumerate(dataset):
             yield (_text(record, column, f"row {number} of {name}", chat),)
@@ -228,7 +241,7 @@ def _streamed(dataset: Any, column: str, name: str, chat: Chat | None, advice: s
         raise InputError(f"`data`: {name} broke off ({brief(error)}): {advice}.") from error
 
 
-def _hub(name: str, source: Source, chat: Chat | None) -> tuple[Documents, str | None]:
+def _hub(name: str, source: Source, chat: Chat) -> tuple[Documents, str | None]:
     """The documents of a streamed Hub dataset, and its commit where `datasets` tells it."""
     import datasets
 
@@ -251,11 +264,13 @@ def _hub(name: str, source: Source, chat: Chat | None) -> tuple[Documents, str |
         return _streamed(dataset, column, f"Hub dataset {name!r}", chat, "try again")
 
     commit = str(builder.hash)
-    found = Documents(documents, {"split": split, "config": config, "files": None})
+    kind = getattr(dataset.features, "get", lambda name: None)(column)  # known before a row is, of most
+    is_chat = kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string")
+    found = Documents(documents, {"split": split, "config": config, "files": None}, chat=is_chat)
     return found, commit if re.fullmatch("[0-9a-f]{40}", commit) else revision
 
 
-def _text(record, column: str, where: str, chat: Chat | None) -> str:
+def _text(record, column: str, where: str, chat: Chat) -> str:
     """The document of a record."""
     if not isinstance(record, Mapping):
         kind = type(record).__name__
@@ -282,9 +297,7 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 
-def _chat_text(messages: list, column: str, where: str, chat: Chat | None) -> str:
-    if chat is None:
-        return " "  # without a tokenizer nobody reads it
+def _chat_text(messages: list, column: str, where: str, chat: Chat) -> str:
     try:
         return chat([dict(message) for message in messages])
     except InputError as error:
