@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from itda.errors import one_line
@@ -137,3 +137,22 @@ def _lines() -> Callable[[Progress | Step | None], None]:
 def reporter(progress: Any) -> Any:
     """What progress is told to: the function given, a bar for True, None for nothing."""
     return progress if callable(progress) else bar() if progress else None
+
+
+_listeners: list[Callable[[str], None]] = []
+
+
+@contextlib.contextmanager
+def telling(listener: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `listener` is told what `tell` says, on a terminal or not; outside, as before, or nobody."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def tell(stage: str) -> None:
+    """Say at which stage a work is, once, to whom it may concern: the command line, on standard error."""
+    for listener in _listeners[-1:]:
+        listener(stage)

@@ -45,6 +45,8 @@ class HookedModel:
     the order in which a forward pass reaches them; `d` has the width of each.
     """
 
+    _origin: Mapping[str, Any] = {}  # what else its provenance says, besides what is said of all
+
     def __init__(
         self,
         module: nn.Module,
@@ -86,6 +88,8 @@ class HookedModel:
         try:
             with self._sound():
                 found = self._forward(ids, torch.ones_like(ids))
+        except _NoVectors as error:  # now that no hook is left that would raise it again
+            raise self._no_vectors(error.path, self._other()) from None
         finally:
             for handle in handles:
                 handle.remove()
@@ -193,8 +197,8 @@ class HookedModel:
         mask: Any,
         replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         places: Int[Tensor, " places"] | None = None,
-    ) -> Float[Tensor, "rows length vocabulary"]:
-        """The logits of the language model, run as it is or with other activations in place of its own.
+    ) -> Float[Tensor, "rows _ vocabulary"]:
+        """The logits of the language model, (rows, length, vocabulary), run as it is or with other activations in it.
 
         `replace` has by hook point a function of the activations there (rows, length, d) whose result, of the same
         shape, the model goes on with. With `places`, the logits are of these positions of every row, and no others are
@@ -325,19 +329,24 @@ class HookedModel:
             f"A forward pass of `{self._layout.model}` never calls `{self._layout.name(path)}`: {self._other()}"
         )
 
-    def _no_vectors(self, path: str) -> InputError:
-        return InputError(f"The output of `{self._layout.name(path)}` is not one vector per token: {self._other()}")
+    def _no_vectors(
+        self, path: str, advice: str = "choose another hook point (`itda hooks` lists them)."
+    ) -> InputError:
+        name = self._layout.name(path)
+        return _NoVectors(f"The output of `{name}` is not one vector per token: {advice}", path)
 
     def _other(self) -> str:
         """Advice for who named a module that cannot be read; one that it names was tried."""
-        found = self._readable()
+        if (found := self._readable()) is None:
+            return "choose another hook point (`itda hooks` lists them)."
         blocks = [path for path in found if self._layout.blocks and path.rpartition(".")[0] == self._layout.blocks]
         inside = [path for path in found if self._layout.layer(path) is not None]
         if named := (blocks or inside or found):
             return f"choose another hook point, such as `{self._layout.name(named[0])}`."
         return f"no module of `{self._layout.model}` puts out such vectors, so choose another model."
 
-    def _readable(self) -> list[str]:
+    def _readable(self) -> list[str] | None:
+        """The paths that can be read, tried; None for a model that cannot be run by itself."""
         with self._hooked((), lambda path, output: None):  # eval mode
             return readable(self._base, self.device)
 
@@ -382,6 +391,14 @@ def sample_of(name: str, values: Tensor) -> bytes:
 def fingerprint(samples: Mapping[str, bytes]) -> str:
     """The sha256 of parameters by their samples, in the order of their names."""
     return hashlib.sha256(b"".join(samples[name] for name in sorted(samples))).hexdigest()
+
+
+class _NoVectors(InputError):
+    """The output of the module at `path` is not one vector per token."""
+
+    def __init__(self, said: str, path: str) -> None:
+        super().__init__(said)
+        self.path = path
 
 
 class Stop(BaseException):

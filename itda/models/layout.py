@@ -141,7 +141,7 @@ class Layout:
     def _readable(self) -> list[str]:
         """The paths of the modules that can be read, tried on what is at hand; none where that cannot be tried."""
         device = next((p.device for p in self.base.parameters()), None) if self.base is not None else None
-        return sorted(readable(self.base, device)) if device is not None else []
+        return sorted(readable(self.base, device) or ()) if device is not None else []
 
     def _example(self, tried: list[str]) -> str:
         """Words that name one of these modules, in the first block where that is known."""

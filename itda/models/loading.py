@@ -20,6 +20,7 @@ from itda.models.nnsight_model import TracedModel, remote_model, unwrapped
 from itda.models.pretrained import Survey, adapted, causal, pretrained, random_model, survey
 from itda.models.shared_model import shared
 from itda.models.streamed_model import StreamedModel
+from itda.progress import tell
 from itda.settings import takes, verbs
 
 
@@ -48,25 +49,14 @@ def load_model(
         raise InputError("No hook point is given: pass at least one layer or module path.")
     how: dict[str, Any] = dict(settings)
     if (size := how["tensor_parallel"]) is not None and size != 1:
-        return shared(model, tokenizer, hooks, size, how)
+        tell(f"loading {model} in {size} processes")
+        return _said(shared(model, tokenizer, hooks, size, how), how["dtype"])
     if how["backend"] != "hooks" or how["remote"]:
         return _traced(model, tokenizer, hooks, how)
     if how["device"] is not None and how["device_map"] is not None:
         raise InputError("Give either `device` or `device_map`, not both.")
     if not isinstance(model, nn.Module | HookedModel):
-        place = checked_device(how["device"])
-        found = survey(model, place, how)
-        streams = how["stream_layers"]
-        if streams:
-            found.unpacked("stream_layers")
-        if found.adapter is not None:
-            return _hooked(*adapted(found, tokenizer, place), found, hooks)
-        if streams or (streams is None and found.bytes(hooks) > 0.9 * free_bytes(place)):
-            return StreamedModel(
-                found, hooks, tokenizer, device=place, state_gb=how["state_gb"], folder=how["state_dir"]
-            )
-        base, tokenizer, layout, missing = pretrained(found, hooks, tokenizer, place)
-        return HookedModel(base, base, tokenizer, layout, hooks, missing)
+        return _said(_named(model, tokenizer, hooks, how), how["dtype"])
     defaults = {name: declared.default for name, declared in verbs.LOAD.settings.items()}
     unused = ("trust_remote_code", "state_gb", "state_dir", "tensor_parallel")  # which say nothing of a loaded model
     idle = [
@@ -101,6 +91,29 @@ def _traced(model: Any, tokenizer: Any, hooks: list[int | str], how: dict[str, A
     return TracedModel.of(load_model(model, tokenizer, hooks=hooks, **(how | {"backend": "hooks"})))
 
 
+def _named(model: Any, tokenizer: Any, hooks: list[int | str], how: dict[str, Any]) -> HookedModel:
+    """`load_model` for a hub id or a folder."""
+    place = checked_device(how["device"])
+    tell(f"loading {model}")
+    found = survey(model, place, how)
+    streams = how["stream_layers"]
+    if streams:
+        found.unpacked("stream_layers")
+    if found.adapter is not None:
+        return _hooked(*adapted(found, tokenizer, place), found, hooks)
+    if streams or (streams is None and found.bytes(hooks) > 0.9 * free_bytes(place)):
+        return StreamedModel(found, hooks, tokenizer, device=place, state_gb=how["state_gb"], folder=how["state_dir"])
+    base, tokenizer, layout, missing = pretrained(found, hooks, tokenizer, place)
+    return HookedModel(base, base, tokenizer, layout, hooks, missing)
+
+
+def _said(model: HookedModel, dtype: Any) -> HookedModel:
+    """The model, after what `dtype` came to was told: one model has other activations in another."""
+    chosen = " (--dtype auto)" if dtype in (None, "auto") else ""
+    tell(f"reading {model._layout.model} in {str(model.dtype).removeprefix('torch.')} on {model.device}{chosen}")
+    return model
+
+
 def _hooked(whole: Any, tokenizer: Any, found: Survey, hooks: list[int | str]) -> HookedModel:
     """A whole model that was loaded by name."""
     base = base_of(whole)
@@ -118,10 +131,12 @@ def language_model(
     """
     if not isinstance(model, nn.Module | HookedModel):
         place = checked_device(settings["device"])
+        tell(f"loading {model}")
         found = survey(model, place, settings)
         with_head = causal(found, tokenizer, place) if found.bytes() <= 0.9 * free_bytes(place) else None
         if with_head is not None:
-            return _hooked(*with_head, found, [hooks] if isinstance(hooks, int | str) else list(hooks))
+            places = [hooks] if isinstance(hooks, int | str) else list(hooks)
+            return _said(_hooked(*with_head, found, places), settings["dtype"])
     return load_model(model, tokenizer, hooks=hooks, **settings)
 
 

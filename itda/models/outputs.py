@@ -34,10 +34,10 @@ def with_rows(output: Any, x: Tensor) -> Any:
     return x.flatten(0, 1) if output.ndim == 2 else x
 
 
-def readable(base: Any, device: torch.device) -> list[str]:
+def readable(base: Any, device: torch.device) -> list[str] | None:
     """The paths of the modules of `base` that put out one vector per token, in the order of a forward pass.
 
-    Two rows of three tokens are run; on the meta device that takes no weights. Empty where that cannot be done.
+    Two rows of three tokens are run; on the meta device that takes no weights. None where that cannot be done.
     """
     found: dict[str, bool] = {}
     ended = False
@@ -57,4 +57,4 @@ def readable(base: Any, device: torch.device) -> list[str]:
         ended = True
     for handle in handles:
         handle.remove()
-    return [path for path, works in found.items() if works and (ended or not ids.is_meta)]
+    return [path for path, works in found.items() if works] if ended or not ids.is_meta else None

@@ -65,6 +65,9 @@ class SharedModel(HookedModel):
                             "(`tensor_parallel`): read the output of a block, of its attention or of its MLP."
                         )
 
+    def _readable(self) -> None:
+        """Not tried: the other processes would wait for the end of a forward pass that they do not know of."""
+
     def _forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         with self._team.at_work("forward", list(self._paths), ids.cpu(), mask.cpu(), False):
             return super()._forward(ids, mask)

@@ -177,6 +177,9 @@ class StreamedModel(HookedModel):
         with self._placed(number, block.to(self.device)):
             return self._run(number, group, None, check=False)
 
+    def _readable(self) -> None:
+        """Not tried: its blocks are not there."""
+
     # -- what it says of itself ---------------------------------------------------------------------------------------
 
     def _fingerprint(self, path: str) -> str | None:  # type: ignore[override]

@@ -22,6 +22,7 @@ from itda._version import __version__
 from itda.errors import InputError
 from itda.models import loading as models
 from itda.models.hooked_model import Group, HookedModel
+from itda.progress import tell
 from itda.training.cluster import Crew, Surroundings, check_workers, connected, shares
 
 EACH = 2  # groups of rows that a worker has at a time: the next is there when it is done with one
@@ -160,9 +161,12 @@ def workers_of(
         number, gpus = shares(module, workers, device, settings.get("device_map"))
         settings["device"] = "cuda" if str(device).startswith("cuda") else device  # Ray says which
         args = (Surroundings.here(), str(model), tokenizer, list(hooks), settings)
+        tell(f"loading {model} in {number} processes")
         crew = Crew(module, _Reader, args, number, gpus=gpus, check=check)
         try:
             crew.first()
+            kind = str(found[0].attributes["dtype"]).removeprefix("torch.")
+            tell(f"reading {model} in {kind}" + " (--dtype auto)" * (settings.get("dtype") in (None, "auto")))
             yield Workers(crew, found[0], _own_device(device))
         finally:
             crew.close()

@@ -1,0 +1,54 @@
+"""While a model loads that is said, and what its numbers are: also without a terminal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from itda.cli.main import main
+from itda.models.loading import language_model, load_model
+from itda.progress import tell, telling
+from tests.tiny_models import DOCUMENTS, module, save, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save("gpt2", tmp_path_factory.mktemp("gpt2"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("loader", [load_model, language_model])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "reading {} in float32 on cpu (--dtype auto)"),
+        ({"dtype": "bfloat16"}, "reading {} in bfloat16 on cpu"),
+        ({"stream_layers": True}, "reading {} in float32 on cpu (--dtype auto)"),
+    ],
+)
+def test_loading_and_the_type_of_the_numbers_are_told(loader, settings, said, folder):
+    told: list[str] = []
+    with telling(told.append):
+        if loader is language_model and "stream_layers" in settings:
+            pytest.skip("the head is read whole")
+        model = loader(folder, hooks=1, device="cpu", **settings)
+    assert told == [f"loading {folder}", said.format(folder)]
+    assert model.provenance(1)["dtype"] == said.split()[3]
+    tell("nobody listens")
+    assert len(told) == 2
+
+
+def test_a_loaded_model_is_not_loaded_again():
+    told: list[str] = []
+    with telling(told.append):
+        load_model(module("gpt2"), tokenizer(), hooks=1)
+    assert told == []
+
+
+def test_the_command_line_says_it_without_a_terminal(folder, tmp_path, capfd):
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    words = ["train", str(folder), str(tmp_path / "text.txt"), "--layer", "1", "--k", "4", "--device", "cpu"]
+    words += ["--context-length", "32"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--json"]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    first, second = (next(i for i, line in enumerate(lines) if what in line) for what in ("loading ", "in float32"))
+    assert first < second and "(--dtype auto)" in lines[second]
