@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -888,3 +890,132 @@ def test_one_coordinate_that_holds_most_of_the_variance_is_said():
     assert metrics.concentrated(metrics.variance(few)).startswith("1 of 800 tokens holds")
     for forged in ({}, {"massive_share": "x", "few_share": None}, {"massive_share": 0.9}):
         assert metrics.concentrated(forged) is None or "0 of 0" in metrics.concentrated(forged)
+
+
+# -- interrupted again, while it recovers -----------------------------------------------------------------------------
+
+
+def stopped(stream, folder, after, **how):
+    """Build, stopped after so many items; the dictionary if it was done before."""
+    asked = itertools.count(1)
+    try:
+        return build(stream, checkpoint=folder, stop=lambda: next(asked) == after, **how)
+    except KeyboardInterrupt:
+        return None
+
+
+PLAIN = {
+    "a list": lambda parts: parts,
+    "arrays": lambda parts: [part.numpy() for part in parts],
+    "pairs": lambda parts: [(part, Labels.counted(20 * i, len(part))) for i, part in enumerate(parts)],
+    "a generator": iter,
+    "two places": lambda parts: [{"a": part, "b": -2 * part + 1} for part in parts],
+    "one full early": lambda parts: [{"a": part, "b": 0 * part + parts[0][:1]} for part in parts],
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_stopped_again_while_it_recovers(tmp_path, kind, monkeypatch):
+    """A second stop at any item, those passed over included, loses nothing; a third call ends as if undisturbed."""
+    monkeypatch.setattr(builder, "MEAN_TOKENS", 45)
+    how = {"k": 2, "threshold": 0.2, "center": True} | ({"max_atoms": 20} if kind == "one full early" else {})
+    parts = list(gaussian(200, d=8).split(20))
+    made = PLAIN[kind]
+    want = build(made(parts), **how)
+    want = want if isinstance(want, dict) else {"": want}
+    path = folder.CHECKPOINT
+    for first, second in [(1, 1), (2, 1), (2, 4), (5, 1), (5, 4), (5, 5), (5, 6), (8, 3)]:
+        place = tmp_path / f"{first}-{second}"
+        assert stopped(made(parts), place, first, **how) is None
+        kept = {p: p.stat().st_size for p in place.rglob(path)}
+        assert kept and all(kept.values())  # also before the first token was judged
+        found = stopped(made(parts), place, second, **how)
+        found = build(made(parts), checkpoint=place, **how) if found is None else found
+        found = found if isinstance(found, dict) else {"": found}
+        assert {name: rows_of(part) for name, part in found.items()} == {n: rows_of(p) for n, p in want.items()}
+
+
+def test_one_that_is_ahead_of_the_others_keeps_its_checkpoint(tmp_path):
+    """Killed between the checkpoints of two dictionaries, then again before the first has caught up."""
+    x = gaussian(200, d=8)
+    parts = [{"a": part, "b": -2 * part + 1} for part in x.split(20)]
+    how = {"k": 2, "threshold": 0.2, "center": False}
+    want = build(parts, **how)
+    stopped(parts, tmp_path, 3, **how)
+    early = (tmp_path / "a" / folder.CHECKPOINT).read_bytes()
+    stopped(parts, tmp_path, 8, **how)
+    late = (tmp_path / "b" / folder.CHECKPOINT).read_bytes()
+    (tmp_path / "a" / folder.CHECKPOINT).write_bytes(early)
+    for after in (1, 2, 5, 7):
+        stopped(parts, tmp_path, after, **how)
+        assert after >= 7 or (tmp_path / "b" / folder.CHECKPOINT).read_bytes() == late
+    model = build(parts, checkpoint=tmp_path, **how)
+    assert {name: rows_of(part) for name, part in model.items()} == {n: rows_of(p) for n, p in want.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("admission", ["sequential", "batch", "paper"])
+def test_the_first_tokens_are_kept(tmp_path, dtype, admission):
+    """Stopped before the mean is known: nothing is read again, and batches stay what they were."""
+    x, read = gaussian(200, d=8).to(dtype), []
+
+    class Stream:
+        hook_points, single, hash, skipped, skipped_hash = ("here",), True, None, 0, None
+
+        def __iter__(self):
+            for part in x[self.skipped :].split(20):
+                read.append(len(part))
+                yield part
+
+        def skip(self, tokens):
+            self.skipped = tokens
+            return self
+
+    how = {"k": 2, "threshold": 0.2, "admission": admission, "center": True}
+    want = build(list(x.split(20)), **how)
+    assert stopped(Stream(), tmp_path, 5, **how) is None
+    read.clear()
+    model = build(Stream(), checkpoint=tmp_path, **how)
+    assert sum(read) == 100
+    assert rows_of(model) == rows_of(want) and torch.equal(model.mean, want.mean)
+
+
+def test_stopped_while_it_chooses_a_threshold(tmp_path):
+    how = {"k": 2, "n_atoms": 30}
+    parts, seen = list(gaussian(200, d=8).split(40)), []
+    want = build(parts, **how)
+
+    def stop():
+        return any(isinstance(step, Step) for step in seen)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(parts, checkpoint=tmp_path, progress=seen.append, stop=stop, **how)
+    assert (tmp_path / folder.CHECKPOINT).exists()
+    assert rows_of(build(parts, checkpoint=tmp_path, **how)) == rows_of(want)
+
+
+def test_a_checkpoint_of_other_versions_is_refused(tmp_path):
+    class Stream(list):
+        pass
+
+    stream: Any = Stream(gaussian(500).split(100))
+    stream.provenance = {"model": {}, "stream": {}, "versions": {"torch": "2.13.0", "transformers": "4.57"}}
+    stopped(stream, tmp_path, 3, k=3, threshold=0.2)
+    stream.provenance = {**stream.provenance, "versions": {"torch": "2.12.1", "transformers": "4.57"}}
+    said = "was started with torch 2.13.0, and this is torch 2.12.1, whose activations may differ in their last bits"
+    with pytest.raises(itda.InputError, match=f"{said}: install the former version to go on, or remove .* to start"):
+        build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
+    stream.provenance = {"model": {}, "stream": {}}  # as of versions that did not take them down
+    build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
+
+
+def test_two_builds_with_one_checkpoint(tmp_path):
+    parts = gaussian(500).split(100)
+
+    def nested():
+        yield parts[0]
+        with ThreadPoolExecutor(1) as thread, pytest.raises(itda.InputError, match="Another process is building into"):
+            thread.submit(build, parts, k=3, threshold=0.2, checkpoint=tmp_path).result()
+        yield from parts[1:]
+
+    build(nested(), k=3, threshold=0.2, checkpoint=tmp_path)
