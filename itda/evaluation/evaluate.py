@@ -25,7 +25,7 @@ from itda.evaluation import heldout, heldout_on_disk, verdict
 from itda.evaluation import probing as probes
 from itda.evaluation.controls import CONTROLS, like, systems_of, untrained
 from itda.evaluation.measures import Bootstrap, cross_entropy, measure
-from itda.evaluation.systems import System
+from itda.evaluation.systems import System, check_hook, check_model
 from itda.labels import groups_of
 from itda.locks import PATIENCE, locked
 from itda.metrics import variance
@@ -232,6 +232,10 @@ def _on_disk(
         if system.atoms.shape[1] != dictionary.d:
             width = system.atoms.shape[1]
             raise InputError(f"{system.name} is for activations of width {width}: give one of width {dictionary.d}.")
+        if not asked["force"]:
+            came = section(stream.provenance, "model")
+            check_hook(system, hook, came.get("layer"))
+            check_model(system, str(came.get("id")), known=bool(came.get("id")))
     pool = heldout.pool_size(len(dictionary)) if "random tokens" in wanted else 0
     held, about = heldout_on_disk.held(dictionary, stream, asked["tokens"], pool, asked["in_sample"], seed, report)
     if "untrained model" in wanted:
@@ -342,6 +346,9 @@ def _check_places(systems: Sequence[System], hooked: Any, hook: str, d: int, for
                 f"{system.name} was made for {system.hook_point}, and the dictionary for {hook}: give one of the same "
                 "place, or measure it all the same with `force` (`--force`)."
             )
+        if not force:
+            model = hooked._layout.model
+            check_model(system, model, known=model != type(hooked.module).__name__)
 
 
 def _threshold(dictionary: ITDA) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from itda.codes import Codes
 from itda.dictionary.itda import ITDA
+from itda.errors import InputError, shortened
+from itda.progress import tell
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class System:
     hook_point: str | None = None  # where it was made for, if it says so
     mean: Float[Tensor, " d"] | None = None
     scale: Float[Tensor, " d"] | None = None
+    made_for: str | None = None  # the model, if it says that
 
     @classmethod
     def of(cls, dictionary: ITDA, name: str, **settings: Any) -> System:
@@ -42,3 +46,37 @@ class System:
         k = settings.get("k")
         own: dict[str, Any] = {"mean": dictionary.mean, "scale": dictionary.scale}
         return cls(name, dictionary.atoms, run, dictionary.k if k is None else k, **own)
+
+
+def check_model(system: System, model: str, known: bool = True) -> None:
+    """Raise `InputError` for a system that says it was made for another model than `model`, a hub id or a folder.
+
+    TransformerLens has names of its own, which leave out the organisation. A folder may be called anything, and
+    of a loaded module (not `known`) there may be no name: then it is told, and measured all the same.
+    """
+    if system.made_for is None or _bare(system.made_for) == _bare(model):
+        return
+    if os.path.exists(model) or not known:
+        tell(f"{system.name} was made for {system.made_for}; whether {model} is that cannot be told")
+        return
+    raise InputError(
+        f"{system.name} was made for the model {shortened(system.made_for)}, and the dictionary for "
+        f"{shortened(model)}: give one of the same model, or measure it all the same with `force` (`--force`)."
+    )
+
+
+def check_hook(system: System, hook: str, layer: int | None) -> None:
+    """Raise `InputError` for a system of another hook point than `hook`, in block `layer`; no model is at hand."""
+    own = system.hook_point
+    block = hook.rpartition(".")[2] == str(layer)
+    if own is not None and own != hook and not (block and own == f"blocks.{layer}.hook_resid_post"):
+        raise InputError(
+            f"{system.name} was made for {shortened(own)}, and the dictionary for {hook}: give one of the same "
+            "place, or measure it all the same with `force` (`--force`)."
+        )
+
+
+def _bare(model: str) -> str:
+    """A model's name without organisation or folder, as TransformerLens may have it."""
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return {"gpt2-small": "gpt2"}.get(name, name)

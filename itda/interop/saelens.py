@@ -37,6 +37,7 @@ from itda.disk import (
 )
 from itda.errors import InputError, first_line
 from itda.evaluation.systems import System
+from itda.interop.made_for import check, check_format, check_place, model_of
 from itda.locks import PATIENCE, locked
 from itda.provenance import section
 from itda.pursuit import normalize, pursue
@@ -209,11 +210,14 @@ def _metadata(dictionary: ITDA, signed: bool) -> dict[str, Any]:
 def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cpu") -> System:
     """An SAE in SAELens' format, from a folder, as a `System` for `itda.evaluate`.
 
-    Raises `InputError` for what SAELens cannot load, and without SAELens.
+    Raises `InputError` for what SAELens cannot load, without SAELens, for an SAE that does not say at which hook point
+    it was made, and as `system_of` does.
     """
     register()
     from sae_lens import SAE
 
+    if not os.path.isfile(Path(path) / WEIGHTS):
+        check_format(path)
     if not os.path.isfile(Path(path) / CFG):
         raise InputError(f"{path} holds no {CFG}, so it is no SAE in SAELens' format: give the folder of one.")
     if os.path.isfile(Path(path) / ATOMS):
@@ -230,11 +234,19 @@ def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cp
     for key, value in sae.state_dict().items():
         if not bool(value.isfinite().all()):
             raise InputError(f"The SAE in {path} has numbers in {key} that are not finite: give another folder.")
-    return system_of(sae, name or Path(os.path.abspath(path)).name)
+    name = name or Path(os.path.abspath(path)).name
+    check(sae, name)
+    check_place(sae, name)
+    return system_of(sae, name)
 
 
 def system_of(sae: SAE, name: str, **cost: Any) -> System:
-    """A loaded SAE as a `System`; its codes are its feature activations, as many as are not zero."""
+    """A loaded SAE as a `System`; its codes are its feature activations, as many as are not zero.
+
+    Raises `InputError` for what writes other activations than it reads, or reads others than those of the model as it
+    is: transcoders, single heads, scaled or centred activations.
+    """
+    check(sae, name)
 
     @torch.no_grad()
     def run(x: Tensor) -> tuple[Tensor, Codes]:
@@ -261,7 +273,8 @@ def system_of(sae: SAE, name: str, **cost: Any) -> System:
     atoms = normalize(sae.W_dec.detach().float().cpu())
     hook, k = sae.cfg.metadata.hook_name, getattr(sae.cfg, "k", None)
     k = k if isinstance(k, int) else None
-    return System(name, atoms, run, k, dict(cost), hook if isinstance(hook, str) else None)
+    place = hook if isinstance(hook, str) and hook else None
+    return System(name, atoms, run, k, dict(cost), place, made_for=model_of(sae))
 
 
 def _padded(codes: Codes, k: int) -> Codes:
