@@ -192,6 +192,7 @@ class TokenStream:
                 yield from pieces
                 n_tokens += sum(len(piece.tokens) for piece in pieces if piece.document == document)
                 if self.truncate and n_tokens >= self.context_length:
+                    tally.skip()
                     break  # its first row is full: the rest of a large document is not read
         yield from self._counted(group, tally)
 
@@ -276,6 +277,10 @@ class Tally:
                 self._document, self._kept = piece.document, 0
             new = len(piece.tokens) if most is None else min(len(piece.tokens), most - self._kept)
             self.tokens, self._kept = self.tokens + new, self._kept + new
+
+    def skip(self) -> None:
+        """What has come of a document is not cut any further."""
+        self._cut = self._read
 
     @property
     def expected(self) -> float | None:
