@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from itda.arguments import ARRAY, checks
 from itda.errors import InputError
 
 CHUNK = 16_384  # tokens whose float64 copies are held at a time
@@ -72,6 +73,7 @@ def loss_of_residual(name: str, total, overlap, energy, d: int):
     return (1 - 2 * shrunk * cosine + shrunk**2) / d * (total > 0)
 
 
+@checks(x=ARRAY, x_hat=ARRAY)
 def fvu(x, x_hat) -> float:
     """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2: global over tokens (tokens, d), centred.
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from itda.arguments import DICTIONARY, PATH, TEXT, checks
 from itda.codes import Codes
 from itda.dictionary import folder, tables
 from itda.disk import safetensors_chunks
@@ -68,11 +69,6 @@ class ITDA:
         if isinstance(stream, dict) and isinstance(self.labels, Labels):
             self.labels = replace(self.labels, stream=stream)  # so that they know whose they are by themselves
 
-    def __post_init__(self) -> None:
-        stream = self.cfg.get("stream") if isinstance(self.cfg, dict) else None
-        if isinstance(stream, dict) and isinstance(self.labels, Labels):
-            self.labels = replace(self.labels, stream=stream)  # so that they know whose they are by themselves
-
     @property
     def n_atoms(self) -> int:
         """How many atoms there are."""
@@ -93,6 +89,7 @@ class ITDA:
         words += [str(model[key]) for key in ("id", "hook_point") if model.get(key)]
         return f"ITDA({', '.join(words)})"
 
+    @checks(method=TEXT, backend=TEXT)
     def encode(
         self,
         x: Float[Tensor, "*batch d"] | ndarray,
@@ -148,9 +145,16 @@ class ITDA:
 
     def to(self, device: torch.device | str) -> ITDA:
         """The same dictionary with its tensors on `device`; the sample stays where it is."""
-        there = {name: t.to(device) for name in TENSORS if (t := getattr(self, name)) is not None}
+        try:
+            there = {name: t.to(device) for name in TENSORS if (t := getattr(self, name)) is not None}
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            why = first_line(error)
+            raise InputError(
+                f"`device` is {shortened(device)}, which cannot be used here ({why}): pass 'cpu', or one that is there."
+            ) from error
         return replace(self, **there)
 
+    @checks(path=PATH)
     def save(self, path: str | os.PathLike) -> None:
         """Write the dictionary as the folder `path` (docs/format.md); the same object gives the same bytes.
 
@@ -179,6 +183,7 @@ class ITDA:
         folder.write_folder(path, self.n_atoms, self.d, settings, files)
 
     @classmethod
+    @checks(path=PATH)
     def load(cls, path: str | os.PathLike) -> ITDA:
         """Read the dictionary in the folder `path`, on the CPU, after checking all of it; `InputError` if it is bad."""
         path = Path(path)
@@ -205,11 +210,13 @@ class ITDA:
         return model
 
     @classmethod
+    @checks(dictionary=DICTIONARY)
     def of(cls, dictionary: ITDA | str | os.PathLike) -> ITDA:
         """The dictionary itself, or that of a folder or a hub repository; on the CPU."""
         return dictionary.to("cpu") if isinstance(dictionary, ITDA) else cls.from_pretrained(dictionary)
 
     @classmethod
+    @checks(repo_or_path=PATH, revision=TEXT)
     def from_pretrained(
         cls,
         repo_or_path: str | os.PathLike,
@@ -236,6 +243,7 @@ class ITDA:
             )
         return cls.load(path)
 
+    @checks(repo_id=TEXT, revision=TEXT)
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, token: str | bool | None = None, revision: str | None = None
     ) -> str:
@@ -259,7 +267,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 def _problem(model: ITDA) -> tuple[str, str] | None:
     """What is wrong with a dictionary, as (the file it would be in, the reason), or None. Shapes first, then values."""
-    n, atoms = model.n_atoms, folder.ATOMS
+    for name in TENSORS:
+        kind = type(tensor := getattr(model, name)).__name__
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in TENSORS[:3]):
+            said = f"`{name}` is of type {kind}, and a torch tensor was wanted"
+            return folder.ATOMS, said + " (`torch.from_numpy` makes one)" * (kind == "ndarray")
+    for name, wanted in (("labels", Labels), ("cfg", dict)):
+        if not isinstance(value := getattr(model, name), wanted):
+            return folder.MANIFEST, f"`{name}` is of type {type(value).__name__}, and {wanted.__name__} was wanted"
+    n, atoms = len(model.atoms) if model.atoms.ndim else 0, folder.ATOMS
     if type(model.k) is not int or model.k < 0:
         return folder.MANIFEST, f"k = {model.k!r} is not a count of pursuit steps"
     if model.atoms.ndim != 2:

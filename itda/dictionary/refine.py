@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from itda.arguments import ITDA as ITDA_KIND
+from itda.arguments import LABELS, TEXT, checks
 from itda.codes import Codes
 from itda.devices import free_bytes, full_float32
 from itda.dictionary.builder import MEASURED, SpacedSample, measured
@@ -35,6 +37,7 @@ USED = 1e-6  # of the mean energy: atoms below it are not moved
 SILENT: Callable[[Step | None], None] = lambda step: None  # noqa: E731
 
 
+@checks(candidates=ITDA_KIND, labels=LABELS)
 def select(
     candidates: ITDA,
     x: Tensor | ndarray,
@@ -135,6 +138,7 @@ def _spared(cost: Float[Tensor, " n_atoms"], nearest: Int[Tensor, " n_atoms"], s
     return torch.from_numpy(np.flatnonzero(there))
 
 
+@checks(model=ITDA_KIND, labels=LABELS, method=TEXT)
 def refine(
     model: ITDA,
     x: Tensor | ndarray,

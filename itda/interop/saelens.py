@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from itda.arguments import ITDA as ITDA_KIND
+from itda.arguments import PATH, TEXT, checks
 from itda.codes import Codes
 from itda.dictionary.folder import ATOMS, check_writable_target
 from itda.dictionary.itda import ITDA
@@ -50,6 +52,7 @@ CFG, WEIGHTS, NEXT = "cfg.json", "sae_weights.safetensors", "sae_weights.next"
 ARCHITECTURES = ("matching_pursuit", "itda")
 
 
+@checks(dictionary=ITDA_KIND, out=PATH, architecture=TEXT)
 def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "matching_pursuit") -> Path:
     """Write `dictionary` as the folder `out`, which `sae_lens.SAE.load_from_disk` reads.
 
@@ -207,6 +210,7 @@ def _metadata(dictionary: ITDA, signed: bool) -> dict[str, Any]:
     }
 
 
+@checks(path=PATH, name=TEXT)
 def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cpu") -> System:
     """An SAE in SAELens' format, from a folder, as a `System` for `itda.evaluate`.
 

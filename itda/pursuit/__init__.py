@@ -23,6 +23,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda import devices
+from itda.arguments import TEXT, checks
 from itda.codes import Codes
 from itda.errors import InputError, shortened
 from itda.labels import Labels
@@ -53,6 +54,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+@checks(method=TEXT, backend=TEXT)
 @torch.inference_mode(False)  # a Gram matrix made in it could not grow outside, and it is kept
 @torch.no_grad()
 def pursue(

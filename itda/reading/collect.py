@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 import torch
 
+from itda.arguments import PATH, checks
 from itda.disk import DTYPES, as_input_error, checked_path, write_file
 from itda.errors import InputError, Interrupted
 from itda.labels import Batch
@@ -56,6 +57,7 @@ class Collected(Report):
 
 
 @takes(verbs.COLLECT)
+@checks(out=PATH)
 def collect(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verbs.Collect]) -> Collected:
     """Write the activations of `model` on `data`, with their labels, to the folder `out`, for `itda.Store` to read.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
+from itda.arguments import WHOLE, checks
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, shortened
 from itda.labels import Labels
@@ -158,6 +159,7 @@ def _match(labels: Labels, i: int, wanted: str, spelt: bool) -> str | None:
     return "part of it" if 0 <= place < len(before) + len(token) and place + len(wanted) > begin else None
 
 
+@checks(atom=WHOLE, top=WHOLE, bins=WHOLE)
 def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = SHOWN, bins: int = BINS) -> AtomReport:
     """What atom number `atom` is, and in the sample the histogram of its coefficients and its `top` tokens by sign."""
     dictionary = ITDA.of(dictionary)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from itda.arguments import FLAG, PATH, TEXT, checks
 from itda.devices import checked_device
 from itda.errors import InputError, one_line
 from itda.models.layout import Layout
@@ -66,6 +67,7 @@ class HookPoints(Report):
         return found
 
 
+@checks(model=PATH, revision=TEXT, trust_remote_code=FLAG)
 def hook_points(
     model: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> HookPoints:

@@ -11,8 +11,9 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -93,19 +94,24 @@ class Declared:
                 said = ", ".join(map(repr, self.choices))
                 raise InputError(f"`{self.name}` is {shortened(value)}; choose one of {said}.")
             return value
-        wanted = [kind for kind in self.kinds if kind in _CHECKS]
+        wanted = [kind for kind in self.kinds if kind in _CHECKS or get_origin(kind) is Sequence]
         if not wanted or len(wanted) < len(self.kinds):  # of a type that is checked where it is used
+            if getattr(value, "ndim", 0):  # which no comparison with a name would survive
+                raise InputError(
+                    f"`{self.name}` is of type {type(value).__name__}: pass no array ({self.setting.help})."
+                )
             return value
         for kind in wanted:
-            if (found := _CHECKS[kind](value)) is not None:
+            check = _CHECKS.get(kind) or functools.partial(_several, get_args(kind))
+            if (found := check(value)) is not None:
                 return self._in_range(found)
-        said = " or ".join(_SAID[kind] for kind in wanted)
+        said = " or ".join(_SAID.get(kind) or _listed(get_args(kind)) for kind in wanted)
         least = f", {self.setting.least:,} or more" if self.setting.least is not None else ""
         raise InputError(f"`{self.name}` is {shortened(value)}: pass {said}{least}.")
 
     def _in_range(self, value: Any) -> Any:
         least = self.setting.least
-        if least is None or isinstance(value, bool | str):
+        if least is None or not isinstance(value, int | float) or isinstance(value, bool):
             return value
         if isinstance(value, int) and int in self.kinds:
             return whole(self.name, value, int(least))
@@ -134,8 +140,30 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-_CHECKS: dict[Any, Callable[[Any], Any]] = {bool: _flag, int: _whole, float: _number, str: _text}
-_SAID = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+def _path(value: Any) -> os.PathLike | None:
+    return value if isinstance(value, os.PathLike) else None
+
+
+def _several(items: tuple, value: Any) -> Any:
+    """`value` as a list, if it is anything like one; a text in place of a list of texts as it is.
+
+    Items that are to be texts have to be; what numbers and other items mean is checked where they are used.
+    """
+    if isinstance(value, str) and str in items:
+        return value
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) or not getattr(value, "ndim", 1):
+        return None
+    found = list(value)
+    return found if str not in items or all(isinstance(item, str) for item in found) else None
+
+
+def _listed(items: tuple) -> str:
+    said = {int: "a list of whole numbers", str: "a list of texts"}
+    return " or ".join(said[item] for item in items if item in said) or "a list"
+
+
+_CHECKS: dict[Any, Callable[[Any], Any]] = {bool: _flag, int: _whole, float: _number, str: _text, os.PathLike: _path}
+_SAID = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", os.PathLike: "a path"}
 
 
 @dataclass(frozen=True)

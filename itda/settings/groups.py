@@ -251,7 +251,7 @@ class Measuring(TypedDict, total=False):
         bool | Sequence[str],
         Setting(True, "measure random tokens, random directions and an untrained model", flag=bool),
     ]
-    systems: Annotated[Any, Setting((), "further systems for the same table", flag=None)]
+    systems: Annotated[Sequence[Any], Setting((), "further systems for the same table", flag=None)]
     probe: Annotated[Any, Setting(None, "a .jsonl or .parquet file of labelled texts, to probe latents with", flag=str)]
     probe_column: Annotated[str, Setting("text", "the column of the probe's texts")]
     probe_label: Annotated[str, Setting("label", "the column of the probe's labels")]

@@ -15,12 +15,14 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from itda.arguments import CODES, COUNT_OR_INTEGERS, INTEGERS, WHOLE, checks
 from itda.codes import Codes
 from itda.errors import InputError
 from itda.pursuit import normalize, pursue
 from itda.similarity.clouds import vectors
 
 
+@checks(anchors=INTEGERS)
 def shared_atom_codes(
     x: Float[Tensor, "tokens d"],
     anchors: Int[Tensor, " n"] | Int[ndarray, " n"],
@@ -54,6 +56,7 @@ def _rows(numbers: Any, what: str, x: Tensor) -> Int[Tensor, " n"]:
     return rows.long()
 
 
+@checks(atoms=COUNT_OR_INTEGERS, seed=WHOLE)
 def shared_atoms(
     X: Float[Tensor, "tokens d1"] | Float[ndarray, "tokens d1"],
     Y: Float[Tensor, "tokens d2"] | Float[ndarray, "tokens d2"],
@@ -86,6 +89,7 @@ def shared_atoms(
     return float(support_overlap(a, b.to(a.indices.device)).nan_to_num().mean())
 
 
+@checks(a=CODES, b=CODES)
 def support_overlap(a: Codes, b: Codes) -> Float[Tensor, " tokens"]:
     """|A ∩ B| / |A ∪ B| of the atoms that two codes of a token use, (tokens,) float64; NaN where neither uses any."""
     _check(a, b)
@@ -94,6 +98,7 @@ def support_overlap(a: Codes, b: Codes) -> Float[Tensor, " tokens"]:
     return common / (a.l0() + b.l0() - common)
 
 
+@checks(a=CODES, b=CODES)
 def code_cosine(a: Codes, b: Codes) -> Float[Tensor, " tokens"]:
     """Cosine of the two codes of a token as vectors of n_atoms, (tokens,) float64; NaN where one is empty."""
     _check(a, b)

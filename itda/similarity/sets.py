@@ -13,6 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda import labels
+from itda.arguments import ARRAY, COUNT_OR_INTEGERS, INTEGERS, WHOLE, checks
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.similarity.clouds import vectors
@@ -43,6 +44,7 @@ def counts(a: Any, b: Any) -> tuple[int, int, int]:
     return len(left & right), len(left), len(right)
 
 
+@checks(size_a=WHOLE, size_b=WHOLE, n=WHOLE)
 def expected_jaccard(size_a: int, size_b: int, n: int) -> float:
     """The mean Jaccard of two random sets of these sizes out of `n` tokens, exactly; NaN if both are empty.
 
@@ -62,6 +64,7 @@ def expected_jaccard(size_a: int, size_b: int, n: int) -> float:
     return float((p * common / (size_a + size_b - common)).sum())
 
 
+@checks(a=INTEGERS, b=INTEGERS, stream=INTEGERS)
 def expected_jaccard_by_token(
     a: Int[ndarray, " a"], b: Int[ndarray, " b"], stream: Int[ndarray, " n"]
 ) -> tuple[float, float]:
@@ -92,6 +95,7 @@ def expected_jaccard_by_token(
     return mean / union + variance * total / union**3, math.sqrt(variance) * total / union**2
 
 
+@checks(stream=COUNT_OR_INTEGERS)
 def corrected_jaccard(a: Any, b: Any, stream: int | Int[ndarray, " n"]) -> float:
     """(J - E[J]) / (1 - E[J]): 0 at the level of chance, 1 for equal sets.
 
@@ -111,6 +115,7 @@ def corrected_jaccard(a: Any, b: Any, stream: int | Int[ndarray, " n"]) -> float
     return (found - chance) / (1 - chance) if chance < 1 else math.nan
 
 
+@checks(a=ARRAY, b=ARRAY, a_in_b=ARRAY, b_in_a=ARRAY)
 def soft_overlap(
     a: Float[Tensor, "n_a d_a"],
     b: Float[Tensor, "n_b d_b"],

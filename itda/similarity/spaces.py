@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from itda.arguments import COUNT_OR_INTEGERS, WHOLE, checks
 from itda.errors import InputError, shortened
 from itda.similarity.clouds import Array, Pair, Sums, middle, rows_at_a_time, same_tokens, vectors
 
@@ -99,6 +100,7 @@ def procrustes(X: Array | Pair, Y: Array | None = None) -> float:
     return _ratio(torch.linalg.svdvals(pair.centred).sum(), own)
 
 
+@checks(anchors=COUNT_OR_INTEGERS, seed=WHOLE)
 def relative_representations(
     X: Array, anchors: int | Sequence[int] | Array = 300, center: bool = False, seed: int = 42
 ) -> Float[Tensor, "tokens anchors"]:
@@ -114,6 +116,7 @@ def relative_representations(
     return torch.cat([*_cosines(x, chosen, center, rows_at_a_time(x.shape[1], len(chosen)))])
 
 
+@checks(anchors=COUNT_OR_INTEGERS, seed=WHOLE)
 def relative(
     X: Array,
     Y: Array,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from itda.arguments import GRID, PATH, checks
 from itda.disk import as_input_error, checked_path, json_object, make_folder, write_file
 from itda.errors import InputError, Interrupted, one_line
 from itda.locks import locked
@@ -81,7 +82,6 @@ class Sweep(Report):
         yield from self._errors([*several, named], several, places)
         yield Text(f"{len(self.rows) - len(self.problems)} dictionaries in {self.path}, {self.skipped} there before")
 
-
     def _errors(self, names: list[str], several: list[str], places: list[str]) -> RenderResult:
         """What there is of errors beside FVU."""
         from rich.text import Text
@@ -98,6 +98,7 @@ class Sweep(Report):
 
 
 @takes(verbs.SWEEP)
+@checks(settings=GRID, out=PATH)
 def sweep(settings: Mapping[str, Any] | str | os.PathLike, out: str | os.PathLike, **how: Unpack[verbs.Sweep]) -> Sweep:
     """Train a dictionary for every combination of `settings`, into the folder `out`; goes on from where one ended.
 

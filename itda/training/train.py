@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+from itda.arguments import PATH, checks
 from itda.dictionary import folder
 from itda.dictionary.build import build
 from itda.dictionary.builder import Builder
@@ -66,6 +67,7 @@ class Trained(Report):
 
 
 @takes(verbs.TRAIN)
+@checks(out=PATH)
 def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verbs.Train]) -> list[Trained]:
     """Train a dictionary of `model` on `data` and save it as the folder `out`; goes on from where one was interrupted.
 
