@@ -23,9 +23,11 @@ from itda.codes import Codes
 from itda.devices import free_bytes, full_float32
 from itda.dictionary.builder import MEASURED, SpacedSample, measured
 from itda.dictionary.itda import ITDA
+from itda.dictionary.standard import within
 from itda.errors import InputError, whole
 from itda.labels import Batch, Labels
 from itda.progress import Step
+from itda.provenance import is_number, section
 from itda.pursuit import METHODS, as_tensor, normalize, pursue, too_large
 from itda.pursuit.products import product
 
@@ -57,7 +59,7 @@ def select(
 
     Raises `InputError` for more atoms than there are.
     """
-    x = _checked(candidates, x, labels)
+    x, usual = _checked(candidates, x, labels)
     n_atoms, rounds = whole("n_atoms", n_atoms, 1), whole("rounds", rounds, 1)
     if n_atoms > len(candidates):
         raise InputError(f"`n_atoms` is {n_atoms:,}, and there are {len(candidates):,} candidates: choose fewer.")
@@ -67,7 +69,7 @@ def select(
     for done, size in enumerate(sizes.tolist()):
         atoms = candidates.atoms[kept]
         nearest, cost = _nearest(atoms, how["nonneg"]), torch.zeros(len(kept), dtype=torch.float64, device="cpu")
-        for part in x.split(CHUNK):
+        for part in usual.split(CHUNK):
             cost += removal_costs(part, atoms, pursue(part, atoms, k, **how), nearest, how["nonneg"])
         kept = kept[_spared(cost, nearest, size)]
         progress(Step("selecting atoms", done + 1, rounds, time.monotonic() - began))
@@ -81,7 +83,7 @@ def select(
         losses=candidates.losses[kept],
         moved=None if candidates.moved is None else candidates.moved[kept],
         scale=candidates.scale,
-        cfg=candidates.cfg | {"selected": {"from": len(candidates), "tokens": len(x), "rounds": rounds, "k": k}},
+        cfg=candidates.cfg | {"selected": {"from": len(candidates), "tokens": len(usual), "rounds": rounds, "k": k}},
     )
     return _sampled(model, x, labels)
 
@@ -163,7 +165,7 @@ def refine(
     refined already (its atoms are the labels' no more, so how far they moved would not be known), and as `check_room`
     does.
     """
-    x = _checked(model, x, labels)
+    x, usual = _checked(model, x, labels)
     passes, seed = whole("passes", passes, 1), whole("seed", seed, 0)
     if model.moved is not None:
         raise InputError(f"{model!r} is refined already: refine what it was made from, with more `passes`.")
@@ -176,15 +178,15 @@ def refine(
     sums = _Sums(model.atoms)
     atoms, began, done = model.atoms, time.monotonic(), 0
     for number in range(passes):
-        order = torch.from_numpy(np.random.default_rng([seed, number]).permutation(len(x)))
+        order = torch.from_numpy(np.random.default_rng([seed, number]).permutation(len(usual)))
         for rows in order.split(CHUNK):
-            part = x[rows]
+            part = usual[rows]
             sums.add(part, pursue(part, atoms, k, **how))
             atoms = sums.descend(atoms)
             done += len(part)
-            progress(Step("refining atoms", done, passes * len(x), time.monotonic() - began))
+            progress(Step("refining atoms", done, passes * len(usual), time.monotonic() - began))
     moved = (atoms.double() * model.atoms.double()).sum(1).float()
-    said = {"passes": passes, "tokens": len(x), "k": k, "method": how["method"], "seed": seed}
+    said = {"passes": passes, "tokens": len(usual), "k": k, "method": how["method"], "seed": seed}
     return _sampled(replace(model, atoms=atoms, moved=moved, cfg=model.cfg | {"refined": said}), x, labels)
 
 
@@ -247,8 +249,11 @@ def _how(model: ITDA) -> dict[str, Any]:
     return {"method": model.cfg.get("method", "mp"), "nonneg": bool(model.cfg.get("nonneg", False))}
 
 
-def _checked(model: ITDA, activations: Any, labels: Labels | None) -> Tensor:
-    """The activations as float32 (tokens, d), as the dictionary's pursuit has them, on the CPU."""
+def _checked(model: ITDA, activations: Any, labels: Labels | None) -> tuple[Tensor, Tensor]:
+    """The activations as float32 (tokens, d), as the dictionary's pursuit has them, on the CPU; and those to fit.
+
+    A dictionary that was built without massive tokens (`max_norm`) is not fitted to them either.
+    """
     x = as_tensor(activations)
     if x is None or x.ndim != 2 or x.shape[1] != model.d:
         shape = tuple(getattr(activations, "shape", ())) or type(activations).__name__
@@ -260,4 +265,14 @@ def _checked(model: ITDA, activations: Any, labels: Labels | None) -> Tensor:
     if (where := too_large(x)) is not None:
         raise InputError(f"`x` must be finite; the entry at {where} is {x[where].item()}. Drop or repair that token.")
     x = x.detach().float().cpu()
-    return model.standardised(x)
+    massive, inner = section(model.cfg, "massive"), model.standardised(x)
+    limit: Any = massive.get("norm")
+    if massive.get("left_out") is None or not is_number(limit):
+        return inner, inner
+    kept = within(x, limit)
+    if not len(kept):
+        raise InputError(
+            f"All {len(x):,} activations are longer than the {limit:.4g} beyond which this dictionary leaves tokens "
+            "out (`max_norm`): give others."
+        )
+    return inner, inner[torch.from_numpy(kept)]

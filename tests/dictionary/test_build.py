@@ -1019,3 +1019,20 @@ def test_two_builds_with_one_checkpoint(tmp_path):
         yield from parts[1:]
 
     build(nested(), k=3, threshold=0.2, checkpoint=tmp_path)
+
+
+def test_what_was_left_out_of_admission_is_left_out_of_choosing_and_moving_atoms():
+    x, usual = massive()
+    some = torch.from_numpy(usual)
+    model = itda.build([x], k=4, threshold=0.05, max_norm=5.0)
+    labels = Labels.counted(0, len(x))
+    for better in (
+        lambda y, **how: refine.refine(model, y, passes=1, **how),
+        lambda y, **how: refine.select(model, y, 30),
+    ):
+        found, without = better(x, labels=labels), better(x[some])
+        assert torch.equal(found.atoms, without.atoms)
+    assert found.cfg["selected"]["tokens"] == len(usual)
+    assert refine.refine(model, x, passes=1, labels=labels).cfg["variance"]["massive"] == 19  # they are measured
+    with pytest.raises(itda.InputError, match="All 19 activations are longer than the"):
+        refine.refine(model, x[5::90])

@@ -17,7 +17,7 @@ from itda.labels import Batch, Labels
 from itda.models.loading import load_model
 from itda.progress import Progress, Step, bar
 from itda.report import decomposition as made
-from itda.report import drawing
+from itda.report import drawing, usual
 from tests import tiny_models
 
 HOSTILE = [
@@ -435,6 +435,9 @@ def test_massive_atoms_are_flagged():
             if beyond[row]
         }
         assert found.massive["atoms"] == len(mine) > 0
+        rows = d.labels.prompt if d.labels.prompt.any() else d.labels.position
+        raw = usual.raw_norms(d, np.arange(len(d)))
+        assert raw == pytest.approx(x[torch.from_numpy(rows)].norm(dim=1).numpy(), rel=1e-4)
         assert {row["atom"] for row in found.first if row["massive"]} == {i for i in mine if i < len(found.first)}
         assert report.atom_report(d, min(mine)).massive and not report.atom_report(d, 2).massive
         assert all(row["massive"] == (row["atom"] in mine) for row in found.most_used)
