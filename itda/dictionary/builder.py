@@ -60,7 +60,7 @@ class Builder:
         given: dict[str, Any] = dict(grow)
         self.settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
         # Those that say nothing where they are not given: dictionaries and checkpoints without them stay as they were.
-        self.settings |= {name: given[name] for name in ("max_norm", "scale") if given[name] is not None}
+        self.settings |= {name: given[name] for name in ("max_norm", "scale") if given[name] not in (None, "none")}
         self.settings["total"] = total
         self.chunk_size, self.max_gram_bytes = grow["chunk_size"], max_gram_bytes
         self.total = total or 0

@@ -80,7 +80,7 @@ def untrained(
     held = reader.read(other, "reading the untrained model")
     grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
     grow["nonneg"] = bool(dictionary.cfg.get("nonneg"))
-    grow |= {"max_norm": dictionary.cfg.get("max_norm"), "scale": None if dictionary.scale is None else "std"}
+    grow |= {"max_norm": dictionary.cfg.get("max_norm"), "scale": "none" if dictionary.scale is None else "std"}
     wish = min(len(dictionary), len(held.pool))
     built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
     assert isinstance(built, ITDA)

@@ -609,7 +609,7 @@ BAD = [
     (dict(max_norm=0.5), "`max_norm` is 0.5: pass how many times the median norm a token may have, 1 or more"),
     (dict(max_norm=math.inf), "`max_norm` is inf"),
     (dict(max_norm="five"), "`max_norm` is 'five'"),
-    (dict(scale="variance"), "`scale` is 'variance'; choose one of 'std'"),
+    (dict(scale="variance"), "`scale` is 'variance'; choose one of 'none', 'std'"),
 ]
 
 

@@ -63,11 +63,13 @@ def test_the_commands_take_them_and_the_folder_keeps_them(home, capfd):
 
 
 def test_a_sweep_varies_them(home, capfd):
-    flags = ["--model", "model", "--data", "text.txt", *FLAGS, "--max-norm", "5", "50", "--out", "sweep"]
+    flags = ["--model", "model", "--data", "text.txt", *FLAGS, "--max-norm", "5", "--scale", "none", "std"]
+    flags += ["--out", "sweep"]
     found = document(capfd, "sweep", *flags)
-    assert [row["settings"]["max_norm"] for row in found["rows"]] == [5.0, 50.0]
+    assert [row["settings"]["scale"] for row in found["rows"]] == ["none", "std"]
     for row in found["rows"]:
         cfg = itda.ITDA.load(home / "sweep" / row["folder"]).cfg
+        assert cfg["max_norm"] == 5 and cfg.get("scale", "none") == row["settings"]["scale"]
         for name in ("fvu", "fvu_robust", "fvu_standardised", "relative_error", "median_error"):
             assert row[name] == cfg[name]
         assert "of the variance" in row["concentrated"]
