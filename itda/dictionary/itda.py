@@ -18,6 +18,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from itda import remote
 from itda.arguments import DICTIONARY, PATH, TEXT, checks
 from itda.codes import Codes
 from itda.dictionary import folder, tables
@@ -25,7 +26,7 @@ from itda.disk import safetensors_chunks
 from itda.errors import InputError, first_line, one_line, shortened
 from itda.labels import Labels
 from itda.pursuit import as_tensor, pursue
-from itda.shortages import shortages_told
+from itda.shortages import shortage, shortages_told
 
 UNIT_NORM_TOLERANCE = 1e-5
 TENSORS = ("atoms", "norms", "losses", "mean", "moved", "scale")
@@ -232,15 +233,13 @@ class ITDA:
             return cls.load(name)
         from huggingface_hub import snapshot_download
 
-        with _hub_errors(f"There is no folder {name}, and the hub gave no such ITDA"):
-            path = snapshot_download(
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=[folder.MANIFEST, folder.ATOMS, folder.LABELS, folder.SAMPLE],
-            )
+        files = [folder.MANIFEST, folder.ATOMS, folder.LABELS, folder.SAMPLE]
+        where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        with _hub_errors(f"There is no folder {name}, and the hub gave no such ITDA"), remote.bounded_retries():
+            if not local_files_only:
+                remote.check_answers(name, files.__contains__, **where)
+            path = snapshot_download(name, local_files_only=local_files_only, allow_patterns=files, **where)
+            remote.check_cached(path)  # whatever the server said the second time
         return cls.load(path)
 
     @checks(repo_id=TEXT, revision=TEXT)
@@ -374,16 +373,28 @@ def _hub_errors(what: str) -> Iterator[None]:
     """Say in one sentence whatever the hub's client raises; its kinds differ between versions and HTTP libraries."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if type(error).__name__ == "LocalEntryNotFoundError":
+        if (own := remote.own_timeout(error)) is not None:
+            raise own from None
+        if (short := shortage(error, what)) is not None:
+            raise short from error
+        status, kind = remote.status_of(error), type(error).__name__
+        if isinstance(error, remote.BadAnswer):
+            why = f"{error}: that is no hub, so do not use this server (`HF_ENDPOINT`)"
+        elif kind == "LocalEntryNotFoundError":
             why = "the hub cannot be reached and the cache does not have it: check the network, or give a local folder"
-        elif type(error).__name__ == "RevisionNotFoundError":
+        elif kind == "RevisionNotFoundError":
             why = "there is no such revision: check `revision`"
         elif status in (401, 403, 404):
             why = f"HTTP {status}: check the name `org/name`, and your access with `hf auth login`"
+        elif kind == "HFValidationError":
+            why = f"{first_line(error)}: give a name `org/name`"
+        elif status is not None and status >= 500:
+            why = f"HTTP {status}: the server has failed, so try again later"
         else:
-            why = f"{type(error).__name__}: {first_line(error)}; mend that and try again"
+            why = f"{kind}: {first_line(error)}; try again later, or with a local folder"
         raise InputError(f"{what} ({why}).") from error
 
 

@@ -12,10 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from itda import remote
 from itda.disk import json_object
 from itda.errors import InputError
+from itda.shortages import shortage
 
 ADAPTER, GGUF = "adapter_config.json", ".gguf"
+_READ = (".json", ".safetensors", ".model", ".txt", ".py", ".jinja", GGUF)  # of what lies in a repository of a model
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
@@ -96,6 +99,22 @@ def file_of(model: str, file: str, where: Mapping[str, Any]) -> str | None:
     return cached_file(model, file, **quietly, **told)
 
 
+def check_hub(model: str, where: Mapping[str, Any]) -> None:
+    """Raise `remote.BadAnswer` if a hub says of the model `model` what no hub says; nothing for a local folder."""
+    if os.path.isdir(model) or where.get("local_files_only"):
+        return
+    told = {name: where.get(name) for name in ("revision", "token", "cache_dir")}
+    prefix = f"{where['subfolder'].strip('/')}/" if where.get("subfolder") else ""
+
+    def wanted(name: str) -> bool:
+        own = name.removeprefix(prefix)
+        return name.startswith(prefix) and "/" not in own and own.endswith(_READ)
+
+    remote.check_answers(model, wanted, **told)
+    if (config := file_of(model, "config.json", where)) is not None:
+        remote.check_cached(config)
+
+
 def commit_of(path: str) -> str | None:
     """The commit of a file or folder in the cache of the hub; None for one that is elsewhere."""
     found = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", Path(path).as_posix())
@@ -110,6 +129,10 @@ def door(model: str, revision: str | None) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if (own := remote.own_timeout(error)) is not None:
+            raise own from None
+        if (said := shortage(error, f"`{model}` could not be loaded")) is not None:
+            raise said from error
         raise InputError(_sentence(model, revision, error)) from error
 
 
@@ -125,6 +148,10 @@ def _sentence(model: str, revision: str | None, error: BaseException) -> str:
             f"`{model}` runs code of its own: read that code, and if you trust it pass `trust_remote_code=True` "
             "(`--trust-remote-code`)."
         )
+    if bad := next((cause for cause in causes if isinstance(cause, remote.BadAnswer)), None):
+        return f"The server gave no model `{model}` ({bad}): that is no hub, so do not use this server (`HF_ENDPOINT`)."
+    if (status := next(filter(None, map(remote.status_of, causes)), 0)) >= 500:
+        return f"The hub could not give `{model}` (HTTP {status}): the server has failed, so try again later."
     if "GatedRepoError" in kinds:
         return f"`{model}` is gated: ask for access on its hub page, log in with `hf auth login`, and run this again."
     if "RevisionNotFoundError" in kinds:
@@ -161,7 +188,7 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), remote.bounded_retries():
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:
@@ -184,13 +211,17 @@ def load_tokenizer(tokenizer: Any, **hub) -> Any:
     with quiet():
         try:
             name, own = _tokenizer_place(str(tokenizer))
+            if "trust_remote_code" not in hub:  # it is not that of a model whose files were looked at
+                check_hub(name, hub)
             found = _auto_tokenizer(name, **hub | own)
             if len(found) <= len(found.all_special_ids):  # what transformers 5 makes up where there are no files
                 raise OSError("it has no vocabulary")
         except InputError:
             raise
         except Exception as error:
-            if "trust_remote_code" in str(error):
+            if (own_error := remote.own_timeout(error)) is not None:
+                raise own_error from None
+            if "trust_remote_code" in str(error) or isinstance(error, remote.BadAnswer):
                 raise InputError(_sentence(str(tokenizer), None, error)) from error
             raise InputError(
                 f"`{tokenizer}` has no tokenizer that can be loaded ({_one_line(error)}): "

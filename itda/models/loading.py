@@ -104,7 +104,7 @@ def _named(model: Any, tokenizer: Any, hooks: list[int | str], how: dict[str, An
     if streams or (streams is None and found.bytes(hooks) > 0.9 * free_bytes(place)):
         return StreamedModel(found, hooks, tokenizer, device=place, state_gb=how["state_gb"], folder=how["state_dir"])
     base, tokenizer, layout, missing = pretrained(found, hooks, tokenizer, place)
-    return HookedModel(base, base, tokenizer, layout, hooks, missing)
+    return HookedModel(base, base, tokenizer, layout, hooks, missing, found.origin)
 
 
 def _said(model: HookedModel, dtype: Any) -> HookedModel:
@@ -117,8 +117,7 @@ def _said(model: HookedModel, dtype: Any) -> HookedModel:
 def _hooked(whole: Any, tokenizer: Any, found: Survey, hooks: list[int | str]) -> HookedModel:
     """A whole model that was loaded by name."""
     base = base_of(whole)
-    origin = found.adapter.origin if found.adapter is not None else {}
-    return HookedModel(whole, base, tokenizer, Layout.of(base, found.name), hooks, origin=origin)
+    return HookedModel(whole, base, tokenizer, Layout.of(base, found.name), hooks, origin=found.origin)
 
 
 @takes(verbs.LOAD)

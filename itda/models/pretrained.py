@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from itda.devices import checked_device
 from itda.errors import InputError
 from itda.models.adapters import Adapter, adapter_of, put_on
 from itda.models.classes import auto_class, base_of, class_with_head, empty, named_kinds
-from itda.models.hub import door, file_of, load_tokenizer, place_of, quiet
+from itda.models.hub import check_hub, commit_of, door, file_of, load_tokenizer, place_of, quiet
 from itda.models.layout import Layout
 from itda.settings import names, verbs
 
@@ -74,6 +75,16 @@ class Survey:
     def again(self) -> Survey:
         """The same, with a skeleton of its own."""
         return replace(self, whole=empty(auto_class(self.config), self.config, self.hub["trust_remote_code"]))
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What a provenance says of where it is from, besides its name: the commit, which configs no longer keep."""
+        if self.adapter is not None:
+            return self.adapter.origin
+        with self.door():
+            path = file_of(self.model, self.hub.get("gguf_file") or "config.json", self.hub)
+        commit = None if path is None or os.path.isdir(self.model) else commit_of(path)
+        return {} if commit is None else {"revision": commit}
 
     @contextmanager
     def door(self) -> Iterator[None]:
@@ -159,6 +170,7 @@ def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | Non
     with quiet(), door(name, revision):
         from transformers import AutoConfig
 
+        check_hub(place, hub)
         if not hub.get("gguf_file") and (adapter := adapter_of(place, hub)) is not None:
             return _of_adapter(replace(adapter, name=name), device, how)
         config = AutoConfig.from_pretrained(place, **hub)

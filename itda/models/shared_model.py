@@ -41,7 +41,9 @@ class SharedModel(HookedModel):
 
     def at(self, hooks: Iterable[int | str], tokenizer: Any) -> SharedModel:
         """The same model, to be read at other hook points."""
-        return SharedModel(self._team, self.module, self._base, tokenizer, self._layout, hooks, self._missing)
+        return SharedModel(
+            self._team, self.module, self._base, tokenizer, self._layout, hooks, self._missing, self._origin
+        )
 
     def close(self) -> None:
         """End the other processes; the model cannot be read any more."""
@@ -127,7 +129,7 @@ def shared(model: Any, tokenizer: Any, hooks: Sequence[int | str], size: int, ho
         team.meet()
         base, tokenizer, layout, missing = _load(found, hooks, tokenizer, place, size)
         team.hear("loaded")
-        return SharedModel(team, base, base, tokenizer, layout, hooks, missing)
+        return SharedModel(team, base, base, tokenizer, layout, hooks, missing, found.origin)
     except BaseException as error:
         why = team.reason(1.0) if isinstance(error, Exception) else None
         team.close()

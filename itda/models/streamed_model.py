@@ -71,7 +71,7 @@ class StreamedModel(HookedModel):
         self._state_gb, self._folder = state_gb, folder
         self.stop: Callable[[], bool] = bool  # asked after every group; a reading that is stopped goes on later
         self.report: Callable[[Step | None], None] = lambda step: None
-        self._is_causal = False
+        self._is_causal, self._origin = False, survey.origin
         self._inside = self._by_block([self._layout.path(hook) for hook in hooks])
         self._paths: dict[str, Any] = dict.fromkeys(path for paths in self._inside.values() for path in paths)
         self._last = max(self._inside)
