@@ -47,8 +47,9 @@ class Diff(Report):
     quantiles of what scores would be by chance. `layers` are dicts: hook_point; change (mean and quantiles over tokens,
     between 0 and 2), null_change (of the null model), above (share of tokens beyond the null's 99 %), score, positions
     (mean change by bucket), transfer, threshold and sizes of the dictionaries, rise (by which factor the loss of a
-    usual token in base or tuned is larger with the other's atoms), only_tuned and only_base (`page.ONLY` says of
-    which tokens). `pooled` has the quantiles of scores averaged over layers, `positions` the mean change over layers.
+    usual token in base or tuned is larger with the other's atoms), only_tuned and
+    only_base (count of new atoms, tokens that they stand for, the most telling atoms; `diff_page.ONLY` says which).
+    `pooled` has the quantiles of scores averaged over layers, `positions` the mean change over layers.
     `top` are the tokens of highest score, `rows` the prompts with most of it.
     """
 

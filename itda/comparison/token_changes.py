@@ -20,8 +20,9 @@ from itda.pursuit import normalize, pursue
 
 NAMES = ("base", "tuned", "null")
 SAMPLE = 4096  # tokens that the transfer is measured on
-MOST_ATOMS = 20  # that only one model needs, per layer
+MOST_ATOMS = 20  # that only one model needs and that are listed, per layer
 TELLING = 1.5  # times the usual rise of a loss from which on a token counts for one model alone
+NEAR = 8  # tokens between one and another that is beside it
 TRIES = 12  # thresholds, for a size
 ALIKE = 0.7  # cosine of residuals from which on two tokens would be one new atom
 CHUNK = 4096  # tokens whose codes are held at a time
@@ -115,10 +116,13 @@ def compare_atoms(
             found[2] = _losses(x[there], _placed(x[own], x[there], rows[j]), k)
         losses[i] = {NAMES[m]: found[m] for m in sorted(found)}
         rises[NAMES[i]], gains[i] = _gain(found[i], found[j], common, threshold)
-    only = {}
+    marks, only = {}, {}
     for i, j in ((1, 0), (0, 1)):
         more = (gains[i] > TELLING) & (gains[i] > gains[j])
         only[f"only_{NAMES[i]}"] = _only(losses[i], NAMES[i], more, rests[i], labels[i], threshold)
+        marks[i] = _needed(losses[i], NAMES[i], threshold) & more
+    for i, j in ((1, 0), (0, 1)):
+        _tell_near(only[f"only_{NAMES[i]}"]["atoms"], labels[i], marks[j])
     sizes = {"threshold": threshold, "rise": rises, "n_base": len(base), "n_tuned": len(rows[1])}
     sizes |= {"common": len(np.intersect1d(*rows))}
     return sizes | {"transfer": _transfer(x[0], x[1], *rows, k, seed)} | only
@@ -166,6 +170,25 @@ def _placed(own: Tensor, other: Tensor, rows: ndarray) -> Tensor:
     return own[rows] if own.shape[1] == other.shape[1] else other[rows]
 
 
+def _needed(losses: dict[str, ndarray], who: str, threshold: float) -> Bool[ndarray, " tokens"]:
+    """Tokens whose loss exceeds the threshold in the model `who` and in no other."""
+    others = np.max([loss for name, loss in losses.items() if name != who], axis=0)
+    return (losses[who] > threshold) & (others <= threshold)
+
+
+def _tell_near(atoms: list[dict[str, Any]], labels: Labels, other: Bool[ndarray, " tokens"]) -> None:
+    """Say of each listed atom whether it is `beside` a token of the `other` list, and put those that are last.
+
+    A sentence that was tuned in is new in the tuned model, and what the base made of it is gone from there: it may well
+    stand in both lists, and means one change.
+    """
+    prompt, position = labels.prompt[other], labels.position[other]
+    for atom in atoms:
+        here = atom["label"]
+        atom["beside"] = bool(((prompt == here["prompt"]) & (np.abs(position - here["position"]) <= NEAR)).any())
+    atoms.sort(key=lambda atom: atom["beside"])
+
+
 def _only(
     losses: dict[str, ndarray],
     who: str,
@@ -174,26 +197,32 @@ def _only(
     labels: Labels,
     threshold: float,
 ) -> dict[str, Any]:
-    """Tokens that the model `who` needs as new atoms and no other does: how many, and the most telling of them.
+    """New atoms that the model `who` needs and no other does: their `count`, how many `tokens` they stand for, and the
+    most telling of them, each with the tokens that it stands for.
 
     A model needs a token if its loss exceeds the threshold, and alone if the others' do not, and `more` says that it is
     raised more than usual. Those whose loss exceeds the others' by the largest factor come first; one whose residual
-    (`rest`) is much like that of a token before it says nothing new, and is left out.
+    (`rest`) is much like that of a token before it is no new atom, and is counted with that.
     """
     others = np.max([loss for name, loss in losses.items() if name != who], axis=0)
-    found = np.flatnonzero((losses[who] > threshold) & (others <= threshold) & more)
+    found = np.flatnonzero(_needed(losses, who, threshold) & more)
     # Below a hundredth of the threshold, losses differ by rounding: then the largest come first.
     explained = np.maximum(others[found], threshold / 100)
     found = found[np.argsort(explained / losses[who][found], kind="stable")]
-    kept: list[int] = []
+    stands_for: dict[int, int] = {}  # by the token that is the atom
     unit = torch.nn.functional.normalize(rest, dim=1)
     for i in found.tolist():
-        if not kept or float((unit[kept] @ unit[i]).max()) < ALIKE:
-            kept.append(i)
-        if len(kept) == MOST_ATOMS:
-            break
-    told = [{"loss": {name: float(loss[i]) for name, loss in losses.items()}, "label": label(labels, i)} for i in kept]
-    return {"tokens": len(found), "atoms": told}
+        kept = list(stands_for)
+        cosines = unit[kept] @ unit[i]
+        if kept and float(cosines.max()) >= ALIKE:
+            stands_for[kept[int(cosines.argmax())]] += 1
+        else:
+            stands_for[i] = 1
+    told = [
+        {"tokens": n, "loss": {name: float(loss[i]) for name, loss in losses.items()}, "label": label(labels, i)}
+        for i, n in list(stands_for.items())[:MOST_ATOMS]
+    ]
+    return {"count": len(stands_for), "tokens": len(found), "atoms": told}
 
 
 def _losses(x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n d"], k: int) -> Float[ndarray, " tokens"]:

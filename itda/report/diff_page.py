@@ -32,20 +32,24 @@ LIMITS = {
     "model": ("the null's 99 %", "99 % of tokens score less when the tuned and the null model are exchanged"),
     "halves": (
         "measurement error",
-        "in 99 % of tokens the two halves of the data, each with its own shared atoms, differ by less in a score",
+        "every token is scored twice, once with shared atoms from each half of the data; 99 % of these pairs of scores "
+        "differ by less",
     ),
 }
 ADVICE = "another fine-tune of the base, tokens that any tuning moves rank lower"
 ONLY = (
     "tokens that the atoms of the other model explain there and, taken as they are, not in this one: the loss exceeds "
     "the threshold and is raised over 1.5 times as much as the usual token's, and more than the other way round; no "
-    "token is in both lists (a loss of 0: the token is an atom there)"
+    "token is in both lists. Tokens with much the same residual are one atom, and atoms are counted. An atom is beside "
+    "(last, and marked *) if a token of the other list is within 8 of it: what a tuned sentence replaced is gone with "
+    "it, so that both lists show one change (a loss of 0: the token is an atom there)"
 )
 TRANSFER = (
-    "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the base's tokens, "
-    "re-read in it; the base's vectors as they are; random tokens. Greedy dictionaries are no better than random "
-    "tokens in the mean, and worse on few tokens: they are chosen for what others explain badly. What tells is own "
-    "beside re-read and as is. Robust: without massive tokens; mean and median error: of single tokens"
+    "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the activations that "
+    "it has at the tokens of the base's atoms; the base's atoms unchanged; random tokens. Greedy dictionaries are no "
+    "better than random tokens in the mean, and worse on few tokens: they are chosen for what others explain badly. "
+    "What tells is own beside the base's tokens and the base's vectors. Robust: without massive tokens; mean and median "
+    "error: of single tokens"
 )
 BESIDE = {"robust": "robust", "mean error": "mean_error", "median error": "median_error"}  # of a transfer
 
@@ -235,7 +239,7 @@ def _layers(report: dict[str, Any]) -> str:
     return (
         f"<h2>Layers</h2><p class='dim'>{_sentence(CHANGE)}</p>{_table(head, rows)}"
         f"<h2>Transfer</h2><p class='dim'>{_sentence(TRANSFER)}</p>"
-        + _table(["hook point", "atoms", "own", "base re-read", "base as is", "random"], transfers)
+        + _table(["hook point", "atoms", "own", "base's tokens", "base's vectors", "random"], transfers)
         + "".join(f"<p class='dim'>{_sentence(each)}</p>" for each in concentrated)
     )
 
@@ -269,16 +273,21 @@ def _atoms(report: dict[str, Any]) -> str:
     for layer in report["layers"]:
         for key, text in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
             atoms = layer[key]["atoms"]
-            rows = [[*map(_number, atom["loss"].values()), _in_context(atom["label"])] for atom in atoms[:SHOWN_ATOMS]]
-            head = [*(f"loss in {name}" for atom in atoms[:1] for name in atom["loss"]), "atom"]
+            rows = [
+                [
+                    f"{atom['tokens']:,}{' *' * atom['beside']}",
+                    *map(_number, atom["loss"].values()),
+                    _in_context(atom["label"]),
+                ]
+                for atom in atoms[:SHOWN_ATOMS]
+            ]
+            head = ["tokens", *(f"loss in {name}" for atom in atoms[:1] for name in atom["loss"]), "atom"]
             parts.append(
-                f"<details{' open' * bool(rows)}><summary>{_safe(layer['hook_point'])}: {layer[key]['tokens']:,} "
-                f"tokens that {text} needs</summary>{_table(head, rows) if rows else ''}</details>"
+                f"<details{' open' * bool(rows)}><summary>{_safe(layer['hook_point'])}: {layer[key]['count']:,} "
+                f"atoms that {text} needs, for {layer[key]['tokens']:,} tokens</summary>"
+                f"{_table(head, rows) if rows else ''}</details>"
             )
-    return (
-        f'<h2 id="atoms">Atoms that only one model needs</h2><p class="dim">{_sentence(ONLY)} Of tokens with much the '
-        f"same residual the first is shown.</p>{''.join(parts)}"
-    )
+    return f'<h2 id="atoms">Atoms that only one model needs</h2><p class="dim">{_sentence(ONLY)}</p>{"".join(parts)}'
 
 
 # -- pieces of HTML ---------------------------------------------------------------------------------------------------

@@ -200,23 +200,29 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
     for key, who in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
         found = [(layer, atom) for layer in report.layers for atom in layer[key]["atoms"]]
         found.sort(key=lambda pair: _ratio(pair[1]["loss"], key, pair[0]["threshold"]))
-        table = columns("in tuned", "in base", label=f"atoms that {who} needs", first="losses at")
-        width = room(options, 44)
+        total, tokens = (sum(layer[key][name] for layer in report.layers) for name in ("count", "tokens"))
+        title = f"{counted(total, 'atom')} that {who} needs, for {counted(tokens, 'token')}"
+        table = columns("in tuned", "in base", "tokens", label=title, first="losses at")
+        width = room(options, 52)
         for layer, atom in found[:SHOWN]:
             losses = (digits(atom["loss"][name]) for name in ("tuned", "base"))
-            table.add_row(Text(one_line(layer["hook_point"])), *losses, in_context(atom["label"], width))
+            cells = (*losses, f"{atom['tokens']:,}", in_context(atom["label"], width))
+            place = f"{layer['hook_point']}{' *' * atom['beside']}"
+            table.add_row(Text(one_line(place)), *cells)
         if found:
             yield Text()
             yield table
-            yield from _rest(found)
+            yield from _rest(found, total)
 
 
-def _rest(rows: list[Any]) -> RenderResult:
-    """How many of `rows` are not shown, and what shows them."""
+def _rest(rows: list[Any], total: int | None = None) -> RenderResult:
+    """How many of `rows` are not shown, and what shows them; there may be more in `total` than are listed."""
     from rich.text import Text
 
-    if len(rows) > SHOWN:
-        yield Text(f"and {len(rows) - SHOWN:,} more (--json, --html)", style="dim")
+    total = len(rows) if total is None else total
+    if total > SHOWN:
+        fewer = f"; {len(rows):,} of all are listed there" if len(rows) < total else ""
+        yield Text(f"and {total - SHOWN:,} more (--json, --html{fewer})", style="dim")
 
 
 def _layers(report: Any) -> RenderResult:
@@ -225,12 +231,12 @@ def _layers(report: Any) -> RenderResult:
 
     nulls = ["of null"] if report.null["kind"] == "model" else []
     changes = columns("change", *nulls, "beyond", "only tuned", "only base", label="", first="layer")
-    fvus = {"own": "own", "reread": "re-read", "as_is": "as is", "random": "random"}
-    transfers = columns("base atoms", "tuned atoms", "common", *fvus.values(), label="", first="transfer")
+    fvus = {"own": "own", "reread": "base's tokens", "as_is": "base's vectors", "random": "random"}
+    transfers = columns("base", "tuned", "common", *fvus.values(), label="", first="transfer")
     for layer in report.layers:
         place = Text(one_line(layer["hook_point"]))
         moved = [digits(layer[name]["mean"]) for name in ("change", "null_change") if layer[name] is not None]
-        only = [f"{layer[name]['tokens']:,}" for name in ("only_tuned", "only_base")]
+        only = [f"{layer[name]['count']:,}" for name in ("only_tuned", "only_base")]
         changes.add_row(place, *moved, f"{layer['above']:.1%}", *only)
         sizes = [f"{layer[name]:,}" for name in ("n_base", "n_tuned", "common")]
         errors = ["-" if layer["transfer"][name] is None else digits(layer["transfer"][name]) for name in fvus]
@@ -246,7 +252,7 @@ def _layers(report: Any) -> RenderResult:
     )
     yield Text()
     yield transfers
-    yield Text(f"own, re-read, as is, random: {diff_page.TRANSFER}", style="dim")
+    yield Text(f"base, tuned, common: atoms; the others: {diff_page.TRANSFER}", style="dim")
     for layer in report.layers:
         if said := layer["transfer"]["concentrated"]:
             yield Text(one_line(f"{layer['hook_point']}: {said}"), overflow="fold")

@@ -88,7 +88,7 @@ def test_a_model_does_not_differ_from_itself(same):
     assert len(same.layers) == tiny_models.LAYERS
     for layer in same.layers:
         assert layer["change"]["max"] == 0 and layer["above"] == 0
-        assert layer["only_tuned"] == layer["only_base"] == {"tokens": 0, "atoms": []}
+        assert layer["only_tuned"] == layer["only_base"] == {"count": 0, "tokens": 0, "atoms": []}
         assert layer["n_base"] == layer["n_tuned"] == layer["common"]
         moved = layer["transfer"]
         assert moved["own"] == moved["reread"] == moved["as_is"] > 0
@@ -225,6 +225,30 @@ def test_no_token_is_needed_by_each_model_alone(monkeypatch):
         gone, new = (set(range(3, 800, 40)), set(range(5, 800, 40)))
         for found, wanted in ((tuned, new), (base, gone)) if pair[0] is one else ((tuned, gone), (base, new)):
             assert len(found & wanted) >= 18
+
+
+def test_atoms_are_counted_by_one_rule_and_those_beside_the_other_list_come_last():
+    x = noise(800) * torch.linspace(2, 0.1, 16)
+    one, other = x.clone(), drifted(x, 1)
+    one[3::40, 15] += 9
+    other[5::40, 14] += 9  # beside what is gone
+    other[27::40, 13] += 9  # and by itself
+    report = of_readings([reading("a", one), reading("b", other)], n_atoms=60, k=4)
+    (layer,) = report.layers
+    for side in (layer["only_tuned"], layer["only_base"]):
+        assert side["count"] == len(side["atoms"]) < 20  # none was cut off
+        assert sum(atom["tokens"] for atom in side["atoms"]) == side["tokens"] >= 18
+        beside = [atom["beside"] for atom in side["atoms"]]
+        assert beside == sorted(beside)
+    alone = [a["label"] for a in layer["only_tuned"]["atoms"] if not a["beside"]]
+    assert alone and all((a["prompt"] * 10 + a["position"]) % 40 == 27 for a in alone[:1])
+    assert any(atom["beside"] for atom in layer["only_base"]["atoms"])
+    shown, page = " ".join(str(report).split()), report.html()
+    for key, who in (("only_tuned", "the tuned model"), ("only_base", "the base")):
+        count, tokens = layer[key]["count"], layer[key]["tokens"]
+        atoms = f"{count} atom" + "s" * (count != 1)
+        assert f"{atoms} that only {who} needs, for {tokens} tokens" in shown
+        assert f"{count} atoms that only {who} needs, for {tokens} tokens" in page
 
 
 def test_models_far_apart_need_few_tokens_alone(monkeypatch):
