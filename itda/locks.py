@@ -17,6 +17,7 @@ from itda.errors import InputError
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds that a short writing waits for another one
 SETTLING = 5.0  # seconds that a reader waits for a folder that is being replaced
+MOST_CHANGES = 100  # of a folder, after which a reader gives up
 _LOOK = 0.01  # seconds between two looks
 _held: set[tuple[str, int, int]] = set()  # folder, process and thread
 
@@ -27,7 +28,7 @@ class NoLocks(RuntimeWarning):
 
 @contextmanager
 def locked(target: Path, doing: str = "writing into", *, patience: float = 0.0, within: bool = False) -> Iterator[bool]:
-    """Make the folder, and keep everybody else from `doing` the same meanwhile; yields whether it was made here.
+    """Make the folder, and keep everybody else from `doing` the same meanwhile; yields whether it is new and empty.
 
     It is the folder itself that is locked, so nothing is left behind; a folder that was made and not used goes again.
     A part of what holds the lock already, in the same thread, says so by `within`. Another holder is waited for
@@ -38,14 +39,13 @@ def locked(target: Path, doing: str = "writing into", *, patience: float = 0.0, 
     if within and key in _held:
         yield False
         return
-    new = not target.is_dir()
-    descriptor = None
+    descriptor, new = None, False
     try:
-        _make(target)
+        new = _make(target)
         descriptor = _lock(target, doing, time.monotonic() + patience)
         _held.add(key)
         try:
-            yield new
+            yield new and not os.listdir(target)  # another may have been here before it was locked
         finally:
             _held.discard(key)  # also where another thread closes a generator that this is in
     finally:
@@ -95,9 +95,19 @@ def _unlocked(target: Path) -> None:
     warnings.warn(said, NoLocks, stacklevel=5)
 
 
-def _make(target: Path) -> None:
+def _make(target: Path) -> bool:
+    """Make the folder if it is not there; whether it was made here."""
     with as_input_error(f"{target} could not be written", ELSEWHERE):
-        target.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir()
+        except FileExistsError:
+            if not target.is_dir():
+                raise
+            return False
+        return True
 
 
 def _opened(target: Path) -> int | None:
@@ -118,6 +128,8 @@ def _is_still(descriptor: int, target: Path) -> bool:
 
 def is_locked(target: Path) -> bool:
     """Whether somebody else holds the lock of a folder; False where nobody can."""
+    if (os.path.realpath(target), os.getpid(), threading.get_ident()) in _held:
+        return False
     with suppress(ImportError, OSError):
         import fcntl
 
@@ -136,13 +148,15 @@ def settled(read: Callable[[], T], stamp: Callable[[], object], is_being_replace
 
     While it is being replaced, for some seconds at most, it is waited for. What is wrong then is wrong.
     """
-    until = time.monotonic() + SETTLING
+    until, changes = time.monotonic() + SETTLING, 0
     while True:
         before = stamp()
         try:
             return read()
         except InputError:
-            if time.monotonic() >= until or (stamp() == before and not is_being_replaced()):
+            if stamp() != before and changes < MOST_CHANGES:
+                until, changes = time.monotonic() + SETTLING, changes + 1
+            elif time.monotonic() >= until or not is_being_replaced():
                 raise
         time.sleep(_LOOK)
 

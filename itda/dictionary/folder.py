@@ -79,8 +79,10 @@ def wrong_setting(settings: Mapping[str, Any], wanted: Mapping[str, Any] = _SETT
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_writable_target(path: str | os.PathLike) -> Path:
+def check_writable_target(path: str | os.PathLike, within: bool = True) -> Path:
     """The folder (links resolved) that a dictionary may be saved to at `path`; creates and changes nothing.
+
+    What lies in it is looked at unless `within` is False, which is for those who wait for another writer first.
 
     Raises `InputError` for a file, for a folder that holds anything but an ITDA or an unfinished training of one, for
     a path that is not UTF-8 and for a place without permission to write. Call it before a long training, so that the
@@ -96,7 +98,8 @@ def check_writable_target(path: str | os.PathLike) -> Path:
     with as_input_error(f"{target} could not be used", ELSEWHERE):
         if target.is_dir():
             above = target
-            _check_nothing_foreign(target)
+            if within:
+                _check_ours(target)
         elif os.path.lexists(target):
             raise InputError(f"{target} is a file, and an ITDA is saved as a folder: choose another path.")
         else:
@@ -119,7 +122,7 @@ def write_folder(path: str | os.PathLike, n_atoms: int, d: int, settings: dict, 
     none. The folder is locked meanwhile; another writer is waited for. Raises `InputError` as `check_writable_target`
     and `write_file` do, and where the other one does not end.
     """
-    target = check_writable_target(path)
+    target = check_writable_target(path, within=False)
     with (
         locked(target, patience=PATIENCE, within=True) as new,
         as_input_error(f"{target} could not be written", ELSEWHERE),
@@ -189,6 +192,20 @@ def _remove_leftover(path: Path) -> None:
         path.rmdir()
     else:
         path.unlink(missing_ok=True)
+
+
+def _check_ours(folder: Path) -> None:
+    """`_check_nothing_foreign`, while another process may be replacing what is there."""
+    for last in (False, True):
+        try:
+            return _check_nothing_foreign(folder)
+        except (InputError, OSError):
+            if is_locked(folder):
+                raise InputError(
+                    f"Another process is writing into {folder}: wait for it to end, or choose another folder."
+                ) from None
+            if last:
+                raise
 
 
 def _check_nothing_foreign(folder: Path) -> None:

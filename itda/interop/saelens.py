@@ -28,7 +28,6 @@ from itda.disk import (
     ELSEWHERE,
     LARGEST,
     as_input_error,
-    json_object,
     leftover_of,
     remove_leftovers,
     safetensors_chunks,
@@ -162,7 +161,17 @@ def _is_ours(path: Path) -> bool:
 
 def _is_export(path: Path) -> bool:
     """Whether `path` is the cfg.json of an export; that of any other SAE has the same name."""
-    return isinstance(section(json_object(path), "metadata").get("itda"), dict)
+    with suppress(OSError):
+        return bool(_said(small_file(path)))
+    return False
+
+
+def _said(data: bytes) -> dict[str, Any]:
+    """What the cfg.json of an export says of it; of anything else, nothing."""
+    with suppress(ValueError, RecursionError):
+        document = json.loads(data)
+        return section(section(document, "metadata"), "itda") if isinstance(document, dict) else {}
+    return {}
 
 
 def _digests(folder: Path) -> tuple[str | None, str]:
@@ -171,10 +180,10 @@ def _digests(folder: Path) -> tuple[str | None, str]:
     Raises `InputError` if they are not: somebody is replacing the export, or was killed by a power cut.
     """
     with as_input_error(f"{folder} could not be read", "give another folder"):
-        known = section(section(json_object(folder / CFG), "metadata"), "itda").get("sha256")
+        data = small_file(folder / CFG)
+        known = _said(data).get("sha256")
         if known is None:  # of SAELens, or of an earlier version
             return None, ""
-        data = small_file(folder / CFG)
         with open(folder / WEIGHTS, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != known:

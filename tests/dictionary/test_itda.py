@@ -28,6 +28,7 @@ import itda
 from itda import disk
 from itda.codes import Codes
 from itda.dictionary import folder, tables
+from itda.dictionary import itda as dictionaries
 from itda.dictionary.itda import ITDA, Sample
 from itda.errors import InputError
 from itda.labels import Labels
@@ -877,3 +878,121 @@ def test_what_arrays_a_dictionary_takes():
     ):
         with pytest.raises(itda.InputError, match="was wanted"):
             inspect.unwrap(function)(*arguments)  # past the type checker of the tests
+
+
+# -- what is anybody's, and what only readers of some kind take ------------------------------------------------------
+
+
+def twice(path):
+    text = (path / "cfg.json").read_text()
+    blank = text.replace('"k": 2', '"k": 3,\n  "k": 2', 1)
+    digest = json.loads(text)["sha256"]
+    blank = blank.replace(digest, "0" * 64, 1).encode()
+    (path / "cfg.json").write_bytes(blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1))
+
+
+def metadata(path):
+    from pyarrow import parquet
+
+    t = parquet.read_table(path / L)
+    with parquet.ParquetWriter(path / L, t.schema, store_schema=False) as file:
+        file.write_table(t)
+        file.add_key_value_metadata({"pandas": "{}"})
+    sign(path)
+
+
+LOOSE = {
+    "a key twice": (twice, "cfg.json has the key 'k' twice in one object: copy"),
+    "a tensor twice": (header(lambda h: b"{" + h[1:-1].rstrip(b" }") + b"}," + h[1:]), "not a readable safetensors"),
+    "metadata": (header(lambda h: b'{"__metadata__":{"a":"b"},' + h[1:]), "it has metadata, and none was wanted"),
+    "of a table": (metadata, "labels.parquet has metadata, and none was wanted"),
+    "NaN": (manifest(more={"deep": [1, float("nan")]}), "has a number in 'more.deep.1' that JSON has no word for"),
+    "infinite": (manifest(more=float("-inf")), "has a number in 'more' that JSON has no word for"),
+    "position": (table(L, column("position", lambda v: [-3, 5, 9])), "`position` of row 0 is -3, and 0 is the least"),
+    "prompt": (table(L, column("prompt", lambda v: [0, 0, -1])), "`prompt` of row 2 is -1, and 0 is the least"),
+    "start": (table(L, column("start", lambda v: [0, -2, -1])), "`start` of row 1 is -2, and -1 is the least"),
+    "of the sample": (table(S, column("document", lambda v: [0, -9])), "`document` of row 1 is -9, and -1 is the"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOOSE)
+def test_what_the_format_does_not_have_is_refused(tmp_path, case):
+    tamper, words = LOOSE[case]
+    path = write(tmp_path / "x", read(GOLDEN))
+    tamper(path)
+    with pytest.raises(InputError, match=words) as error:
+        ITDA.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eval.json", ".thesis.tmp-0123456789abcdef", ".itda.tmp-0123456789abcdef", ".notes.txt.tmp-" + "0" * 16],
+)
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_name_like_one_of_ours_proves_nothing(tmp_path, name, ours):
+    path = write(tmp_path / "x", read(GOLDEN) if ours else {})
+    (path / name).write_bytes(b'{"results": "of two years"}')
+    before = read(path)
+    with pytest.raises(InputError, match=rf"holds '{re.escape(name)}', which is not part of an ITDA"):
+        golden().save(path)
+    assert read(path) == before
+
+
+def test_folders_like_those_of_killed_writers(tmp_path):
+    path = write(tmp_path / "x", read(GOLDEN))
+    write(path / ".itda.tmp-0123456789abcdef", {"diary.txt": b"mine"})
+    with pytest.raises(InputError, match="-0123456789abcdef', which is not part of an ITDA"):
+        golden().save(path)
+    (tmp_path / "others").mkdir()
+    write(tmp_path / "others", {"atoms.safetensors": b"mine"})
+    shutil.rmtree(path / ".itda.tmp-0123456789abcdef")
+    (path / ".itda.tmp-0123456789abcdef").symlink_to(tmp_path / "others")
+    with pytest.raises(InputError, match="which is not part of an ITDA"):
+        golden().save(path)
+    assert read(tmp_path / "others") == {"atoms.safetensors": b"mine"}
+
+
+def test_keys_that_become_one_are_refused(tmp_path):
+    for cfg, name in (({5: 1, "5": 2}, "cfg"), ({"a": {True: 1, "True": 2}}, r"cfg\['a'\]")):
+        with pytest.raises(InputError, match=rf"`{name}` has two keys that are '\w+' in JSON, where keys are text"):
+            replace(golden(), cfg=golden().cfg | cfg).save(tmp_path / "x")
+    model = replace(golden(), cfg=golden().cfg | {5: 1})
+    model.save(tmp_path / "x")
+    assert ITDA.load(tmp_path / "x").cfg["5"] == 1
+
+
+def test_settings_from_anywhere_are_inert_in_the_card(tmp_path):
+    odd = "<script>alert(1)</script> \x1b[31m ![x](http://y) | `a` *b* \ud800"
+    model = replace(golden(), cfg=golden().cfg | {"note": odd, "<b>": 1, "\ud801": 2})
+    card = dictionaries._model_card(model, "org/tiny")
+    card.encode()
+    (row,) = (line for line in card.splitlines() if line.startswith("| note"))
+    assert not set("<>`*[]()!\x1b\ud800") & set(row) and row.count("|") == 3
+    assert "&#60;script&#62;alert&#40;1&#41;&#60;/script&#62;" in row and "�" in row
+    model.save(tmp_path / "x")  # JSON has an escape for half a surrogate
+    assert ITDA.load(tmp_path / "x").cfg["note"] == odd
+
+
+def test_the_bytes_that_were_checked_are_those_that_are_used(tmp_path, monkeypatch):
+    """However often the dictionary is replaced between any two openings of files, one of them is read, never two."""
+    two = [golden(), replace(golden(), atoms=golden().atoms[[1, 0, 2]], labels=golden().labels[[2, 1, 0]])]
+    path, opened = tmp_path / "x", folder._checked_file
+    for step in range(5):
+        two[0].save(path)
+        count = iter(range(99))
+
+        def replaced(*args, step=step, count=count):
+            if next(count) == step:
+                two[1].save(path)
+            return opened(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, "_checked_file", replaced)
+            found = ITDA.load(path)
+        assert any(same(found, one) for one in two)
+    two[1].save(path)
+    calls = []
+    monkeypatch.setattr(tables, "holds_text", lambda *args: (calls.append(args), two[0].save(path), True)[-1])
+    assert same(ITDA.load(path), two[1])  # replaced after it was checked
+    assert calls
