@@ -45,11 +45,11 @@ ONLY = (
     "it, so that both lists show one change (a loss of 0: the token is an atom there)"
 )
 TRANSFER = (
-    "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the activations that "
-    "it has at the tokens of the base's atoms; the base's atoms unchanged; random tokens. Greedy dictionaries are no "
-    "better than random tokens in the mean, and worse on few tokens: they are chosen for what others explain badly. "
-    "What tells is own beside the base's tokens and the base's vectors. Robust: without massive tokens; mean and median "
-    "error: of single tokens"
+    "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the activations "
+    "that it has at the tokens of the base's atoms; the base's atoms unchanged; random tokens. Greedy dictionaries are "
+    "no better than random tokens in the mean, and worse on few tokens: they are chosen for what others explain badly. "
+    "What tells is own beside the base's tokens and the base's vectors. Robust: without massive tokens; mean and "
+    "median error: of single tokens"
 )
 BESIDE = {"robust": "robust", "mean error": "mean_error", "median error": "median_error"}  # of a transfer
 
