@@ -115,7 +115,7 @@ def _copies(systems: dict[str, dict[str, Any]]) -> str:
         return ""
     return (
         f"coherence: of random tokens {copies:.1%} have another in nearly their direction (|cosine| {COPY:g} or more), "
-        "since words come again in like places; admission takes such a direction once"
+        "since words come again in like places; to admission such a copy has an error of 0.02 at most"
     )
 
 
