@@ -122,8 +122,11 @@ class Command:
     def _flags(self, declared: Declared) -> list[tuple]:
         if self.many:
             return [(declared.name, _several(declared), dataclasses.field(default=()))]
-        as_before = self.verb is not None and declared.name in self.verb.as_before
-        return [(name, kind, dataclasses.field(default=default)) for name, kind, default in _one(declared, as_before)]
+        verb = self.verb
+        as_before = verb is not None and declared.name in verb.as_before
+        preset = verb is not None and any(declared.name in said for said in verb.presets.values())
+        flags = _one(declared, as_before, both=as_before or preset)
+        return [(name, kind, dataclasses.field(default=default)) for name, kind, default in flags]
 
     def bound(self, form: Any) -> Callable[[], None]:
         """The function, with what the `form` was filled in with."""
@@ -157,8 +160,8 @@ def _kind(declared: Declared) -> tuple[Any, bool]:
     return (get_args(several[0])[0], True) if several else (kinds[0], False)
 
 
-def _one(declared: Declared, as_before: bool) -> list[tuple[str, Any, Any]]:
-    """The flags of a setting: name, type with help, and default."""
+def _one(declared: Declared, as_before: bool, both: bool = False) -> list[tuple[str, Any, Any]]:
+    """The flags of a setting: name, type with help, and default; with `both`, a yes and a no where it is a flag."""
     kind, several = _kind(declared)
     setting, name, default = declared.setting, declared.name, declared.default
     unsaid = default is None or isinstance(default, bool) or several
@@ -171,7 +174,9 @@ def _one(declared: Declared, as_before: bool) -> list[tuple[str, Any, Any]]:
     if kind is bool:
         off = (f"no_{name}", Annotated[bool, arg(**said | {"help": setting.off or f"do not {setting.help}"})], False)
         on = (name, Annotated[bool, arg(**said)], False)
-        return [off] if default is True else [on, off] if default is None and setting.off else [on]
+        if both or default is None:
+            return [on, off]
+        return [off] if default is True else [on]
     if several:
         item: Any = Whole if kind is int else str
         metavar = "N" if kind is int else "NAME"
@@ -225,7 +230,9 @@ def flag(name: str) -> str:
 def address(ray: tuple[str, ...]) -> bool | str:
     """What `--ray` says: this machine, or an address."""
     if len(ray) > 1:
-        raise InputError(f"--ray: {' '.join(ray)!r} came, and one address or none was wanted: put FILE before it.")
+        raise InputError(
+            f"--ray: {' '.join(ray)!r} came, and one address or none was wanted: put what belongs elsewhere before it."
+        )
     return ray[0] if ray else True
 
 

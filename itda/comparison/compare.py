@@ -25,6 +25,7 @@ from itda.reading.on_disk import is_stored
 from itda.report import drawing_comparisons
 from itda.results import Report, finite
 from itda.settings import groups, pick, takes, verbs
+from itda.settings import names as settings_in
 from itda.similarity.matching import Matching, match_layers, model_similarity
 from itda.similarity.sets import expected_jaccard, expected_jaccard_by_token
 
@@ -170,11 +171,17 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
         )
     draw, align, names = settings["draw"], settings["align"], settings["names"]
     if _all_are(dictionaries.is_dictionary, models, "{!r} is a dictionary and {!r} is not: compare dictionaries"):
+        taken = {"measures", "align", "names", "controls", "draw", "progress"}
+        idle = [name for name in verbs.COMPARE.settings if name not in taken]
+        verbs.COMPARE.refuse(settings, idle, "dictionaries are compared as they are")
         measures = [] if asked is not None and "all" in asked else measures
-        return _of_dictionaries(dictionaries.read(models, data, align, names), measures, draw)
+        return _of_dictionaries(dictionaries.read(models, data, align, names), measures, draw, settings["controls"])
     on_disk = _all_are(is_stored, models, "{!r} holds activations and {!r} does not: compare activations")
     if on_disk and data is not None:
         raise InputError("Activations on disk were read from a text before: leave out `data` (`--data`).")
+    if on_disk:
+        settled = settings_in(groups.Rows, groups.Order, groups.Source, groups.Batches, groups.Special, groups.Device)
+        verbs.COMPARE.refuse(settings, settled, "activations on disk were read before")
     if data is None and not on_disk:
         raise InputError("Models are compared on a text: give `data` (`--data`), or dictionaries in place of models.")
     report = reporter(settings["progress"]) or (lambda step: None)
@@ -364,7 +371,9 @@ def _about(reading: Reading, number: int, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _of_dictionaries(sides: dictionaries.Sides, measures: Sequence[str] | None, draw: int) -> Comparison:
+def _of_dictionaries(
+    sides: dictionaries.Sides, measures: Sequence[str] | None, draw: int, controls: bool
+) -> Comparison:
     """Saved dictionaries, compared as sets."""
     began = time.monotonic()
     known = [name for name in layers.SET_MEASURES if name != "jaccard_by_token" or sides.token_ids_known]
@@ -377,7 +386,7 @@ def _of_dictionaries(sides: dictionaries.Sides, measures: Sequence[str] | None, 
     found = layers.compare_sets(sides.atoms, wanted, sides.token_id, sides.groups, sides.tokens)
     equal = _corresponding(sides.about)
     sizes = _sizes(sides.atoms, sides.token_id, sides.groups, sides.tokens, equal)
-    random = _chance(sides.atoms, sides.token_id, sides.tokens, equal)
+    random = _chance(sides.atoms, sides.token_id, sides.tokens, equal) if controls else {}
     measured = {
         name: _measured(name, similarity, sides.names, random.get(name, {}), sides.atoms, draw, equal)
         for name, similarity in found.items()

@@ -166,6 +166,8 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     if not len(dictionary):
         raise InputError(f"{name} has no atoms to measure: give one with some (a lower `threshold` admits more).")
     if is_stored(data):
+        idle = ("tokenizer", "device", "trust_remote_code")
+        verbs.EVALUATE.refuse(given, idle, "activations on disk are measured without a model")
         reading = stream | {name: given[name] for name in ("model", "dtype", "special_tokens")}
         return _on_disk(name, dictionary, data, reading, asked, wanted, settings, systems, report)
     hooked, hook = model_of(dictionary.cfg, given, head=ce_tokens != 0)

@@ -17,8 +17,7 @@ from itda.errors import InputError, one_line
 from itda.models.hooked_model import HookedModel, rows_of
 from itda.models.hub import load_tokenizer
 from itda.models.layout import Layout
-from itda.models.pretrained import survey
-from itda.settings import names, verbs
+from itda.models.pretrained import handed_on, survey
 
 
 class TracedModel(HookedModel):
@@ -160,8 +159,7 @@ def remote_model(
         tokenizer = found.tokenizer(tokenizer)
         with found.door():
             words = copy.deepcopy(tokenizer)  # nnsight changes its padding
-            own = {name: value for name, value in how.items() if name not in names(verbs.Loading)}
-            given = {"task": "text-generation", "tokenizer": words, **found.hub, **own}
+            given = {"task": "text-generation", "tokenizer": words, **found.hub, **handed_on(how)}
             envoy = nnsight.TransformersModel(found.model, **given)
     else:
         raise InputError(

@@ -21,7 +21,7 @@ from itda.models.adapters import Adapter, adapter_of, put_on
 from itda.models.classes import auto_class, base_of, class_with_head, empty, named_kinds
 from itda.models.hub import check_hub, commit_of, door, file_of, load_tokenizer, place_of, quiet
 from itda.models.layout import Layout
-from itda.settings import names, verbs
+from itda.settings import groups, names, verbs
 
 _SPREAD = ("device_map", "tp_plan", "distributed_config")  # arguments with which transformers chooses the devices
 PLACED = ("device_map", "quantization_config", "tp_plan", "tp_size", "distributed_config")  # of `from_pretrained`
@@ -153,6 +153,12 @@ class Survey:
         return base.eval(), frozenset(info["missing_keys"])
 
 
+def handed_on(how: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the settings of loading is for the library that loads, device_map aside."""
+    own = set(names(verbs.Loading)) - set(names(groups.Transformers))
+    return {name: value for name, value in how.items() if name not in own and value is not None}
+
+
 def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | None = None) -> Survey:
     """Read the config of a hub id or folder, and build what can be built without weights.
 
@@ -161,7 +167,7 @@ def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | Non
     how = how or {}
     revision, trust_remote_code = how.get("revision"), bool(how.get("trust_remote_code"))
     dtype = _dtype(how.get("dtype") or "auto", device)
-    kwargs = {name: value for name, value in how.items() if name not in names(verbs.Loading)}
+    kwargs = handed_on(how)
     kwargs |= {"device_map": how["device_map"]} if how.get("device_map") is not None else {}
     name = str(model)
     place, packed = place_of(name, kwargs.get("subfolder", ""), kwargs.get("gguf_file"))

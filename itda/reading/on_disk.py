@@ -13,7 +13,7 @@ from itda.errors import InputError, shortened
 from itda.labels import Labels
 from itda.reading.saelens_cache import Cache, is_cache
 from itda.reading.store import Store, is_store
-from itda.settings import kept, names, verbs
+from itda.settings import groups, kept, names, verbs
 from itda.settings.groups import Padding
 
 
@@ -29,6 +29,10 @@ def from_disk(model: Any, data: Any, given: Mapping[str, Any]) -> Store | Cache:
     default that is not as it was.
     """
     path = data.path if isinstance(data, Store | Cache) else data
+    if unknown := [name for name in given if name not in verbs.ACTIVATIONS.settings]:
+        raise InputError(f"`activations` has no setting `{unknown[0]}`: `help(itda.activations)` lists all of them.")
+    idle = set(names(verbs.Loading, groups.Tokenizer)) - {"dtype", "device", "revision"}
+    verbs.ACTIVATIONS.refuse(given, sorted(idle), "activations on disk are read without a model")
     how: dict[str, Any] = {name: given[name] for name in ("layer", "hook", "tokens", "device")}
     name = _name_of(model)
     if not is_store(path):

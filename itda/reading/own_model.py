@@ -26,6 +26,8 @@ def model_of(cfg: Mapping[str, Any], how: Mapping[str, Any] | None = None, *, he
             "activations."
         )
     by_name = model is None or isinstance(model, str | os.PathLike)
+    if not by_name and how.get("dtype") is not None:
+        raise InputError("`model` is loaded already and used as it is: drop `dtype`, or pass the model's name.")
     settings: dict[str, Any] = {"device": how.get("device"), "trust_remote_code": bool(how.get("trust_remote_code"))}
     if by_name:
         settings |= {

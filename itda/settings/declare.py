@@ -14,6 +14,7 @@ import math
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -94,7 +95,7 @@ class Declared:
                 said = ", ".join(map(repr, self.choices))
                 raise InputError(f"`{self.name}` is {shortened(value)}; choose one of {said}.")
             return value
-        wanted = [kind for kind in self.kinds if kind in _CHECKS or get_origin(kind) is Sequence]
+        wanted = [kind for kind in self.kinds if kind in _CHECKS or get_origin(kind) in (Sequence, Callable)]
         if not wanted or len(wanted) < len(self.kinds):  # of a type that is checked where it is used
             if getattr(value, "ndim", 0):  # which no comparison with a name would survive
                 raise InputError(
@@ -102,10 +103,9 @@ class Declared:
                 )
             return value
         for kind in wanted:
-            check = _CHECKS.get(kind) or functools.partial(_several, get_args(kind))
-            if (found := check(value)) is not None:
+            if (found := _check_of(kind)(value)) is not None:
                 return self._in_range(found)
-        said = " or ".join(_SAID.get(kind) or _listed(get_args(kind)) for kind in wanted)
+        said = " or ".join(map(_said, wanted))
         least = f", {self.setting.least:,} or more" if self.setting.least is not None else ""
         raise InputError(f"`{self.name}` is {shortened(value)}: pass {said}{least}.")
 
@@ -125,7 +125,11 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, Real) and not _is_flag(value) and not math.isnan(value) else None
+    if not isinstance(value, Real) or _is_flag(value):
+        return None
+    with suppress(OverflowError):  # of 400 digits: no number that is of use
+        return float(value) if not math.isnan(value) else None
+    return None
 
 
 def _flag(value: Any) -> bool | None:
@@ -157,9 +161,23 @@ def _several(items: tuple, value: Any) -> Any:
     return found if str not in items or all(isinstance(item, str) for item in found) else None
 
 
-def _listed(items: tuple) -> str:
-    said = {int: "a list of whole numbers", str: "a list of texts"}
-    return " or ".join(said[item] for item in items if item in said) or "a list"
+def _function(value: Any) -> Any:
+    return value if callable(value) else None
+
+
+def _check_of(kind: Any) -> Callable[[Any], Any]:
+    """What takes a value of `kind`, and gives it as it is kept, or None for one of another."""
+    if get_origin(kind) is Callable:
+        return _function
+    return _CHECKS.get(kind) or functools.partial(_several, get_args(kind))
+
+
+def _said(kind: Any) -> str:
+    """A type in words."""
+    if get_origin(kind) is Callable:
+        return "a function"
+    lists = {int: "a list of whole numbers", str: "a list of texts"}
+    return _SAID.get(kind) or " or ".join(lists[item] for item in get_args(kind) if item in lists) or "a list"
 
 
 _CHECKS: dict[Any, Callable[[Any], Any]] = {bool: _flag, int: _whole, float: _number, str: _text, os.PathLike: _path}
@@ -193,6 +211,12 @@ class Verb:
             out[name] = replace(declared, setting=setting, kind=kind)
         return out
 
+    def refuse(self, settings: Mapping[str, Any], idle: Iterable[str], why: str) -> None:
+        """Raise `InputError` for the first of the `idle` settings that is not its default: it would have no effect."""
+        for name in idle:
+            if settings[name] != self.settings[name].default:
+                raise InputError(f"`{name}` has no effect here, since {why}: leave it out.")
+
     def complete(self, function: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is given, else what the preset says, else the default, all of it checked.
 
@@ -210,7 +234,7 @@ class Verb:
         return out | {name: value for name, value in chosen.items() if name not in out}
 
     def _unknown(self, function: str, name: str) -> None:
-        near = difflib.get_close_matches(name, self.settings, 1, 0.8 if self.open else 0.6)
+        near = difflib.get_close_matches(name, self.settings, 1, 0.86 if self.open else 0.6)
         if self.open and not near:
             return
         advice = f"perhaps `{near[0]}` was meant" if near else f"`help({function})` lists all of them"
@@ -236,7 +260,8 @@ def takes(verb: Verb) -> Callable[[Function], Function]:
             for n, d in verb.settings.items()
         ]
         rest = [p for p in own.values() if p.kind is inspect.Parameter.VAR_KEYWORD and verb.open]
-        signature = inspect.Signature([*written, *added, *(p.replace(annotation=Any) for p in rest)])
+        parameters = [*written, *added, *(p.replace(annotation=Any) for p in rest)]
+        signature = inspect.Signature(parameters, return_annotation=inspect.signature(function).return_annotation)
         called.__signature__ = signature  # type: ignore[attr-defined]
         called.verb = verb  # type: ignore[attr-defined]
         called.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{described(verb)}"

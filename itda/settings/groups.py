@@ -142,6 +142,17 @@ class Large(TypedDict, total=False):
     state_dir: Annotated[Any, Setting(None, "folder for the hidden states of a streamed model", flag=None)]
 
 
+class Transformers(TypedDict, total=False):
+    """Model loading"""
+
+    max_memory: Annotated[
+        Any, Setting(None, "memory of each device, for `device_map`, as transformers takes it", flag=None)
+    ]
+    offload_folder: Annotated[Any, Setting(None, "folder for weights that `device_map` puts on disk", flag=None)]
+    quantization_config: Annotated[Any, Setting(None, "how transformers is to quantise the model", flag=None)]
+    attn_implementation: Annotated[Any, Setting(None, "which attention transformers is to use", flag=None)]
+
+
 # -- how a dictionary grows -------------------------------------------------------------------------------------------
 
 STEPS = Setting(40, "pursuit steps for each token, the L0 budget", least=1)
@@ -189,8 +200,8 @@ class Growth(TypedDict, total=False):
         Setting(None, "never admit a token whose |x| is beyond so many times the median norm; 5 for massive ones"),
     ]
     scale: Annotated[
-        Literal["std"] | None,
-        Setting(None, "std divides each coordinate by its deviation, in loss and pursuit; not if not given"),
+        Literal["none", "std"],
+        Setting("none", "std divides each coordinate by its deviation, in loss and pursuit"),
     ]
     max_atoms: Annotated[int | None, Setting(None, "stop at so many atoms", least=1)]
     chunk_size: Annotated[
@@ -229,10 +240,10 @@ class Again(TypedDict, total=False):
 
     model: Annotated[Any, Setting(None, "the model, where it is not where the dictionary says: id or folder", flag=str)]
     tokenizer: Annotated[Any, Setting(None, "the tokenizer, where it is not the model's: id or folder", flag=str)]
-    k: Annotated[int | None, STEPS.but(default=None, help="pursuit steps for each token")]
+    k: Annotated[int | None, STEPS.but(default=None, help="pursuit steps for each token, if not the dictionary's")]
     method: Annotated[
         Literal["mp", "omp", "gp"] | None,
-        Setting(None, "matching pursuit, orthogonal matching pursuit or gradient pursuit"),
+        Setting(None, "matching, orthogonal matching or gradient pursuit, if not the dictionary's"),
     ]
     nonneg: Annotated[bool | None, SIGNS.but(default=None, off="let coefficients be negative")]
     dtype: Annotated[Any, DTYPE.but(default=None)]
@@ -244,6 +255,7 @@ class Again(TypedDict, total=False):
 class Measuring(TypedDict, total=False):
     """Measuring"""
 
+    tokens: Annotated[int, Setting(50_000, "measure on so many tokens at most", least=1)]
     ce_tokens: Annotated[
         int | None, Setting(10_000, "tokens to splice reconstructions into the running model on; 0 for none", least=0)
     ]
@@ -295,7 +307,9 @@ class Likeness(TypedDict, total=False):
         int | None,
         Setting(None, "atoms that the models share; 1,500, or half of the tokens where these are few", least=1),
     ]
-    controls: Annotated[bool, Setting(True, "measure untrained models and shuffled tokens: two thirds of the time")]
+    controls: Annotated[
+        bool, Setting(True, "measure untrained models and shuffled tokens, which cost most of the time")
+    ]
     draw: Annotated[int, DRAW]
 
 
@@ -309,8 +323,12 @@ class Changes(TypedDict, total=False):
         int | None,
         Setting(None, "tokens that stand for directions; 4,096, or half of the tokens if not given", least=2),
     ]
-    top: Annotated[int, Setting(100, "changed tokens to report; the terminal shows the first twelve", least=1)]
-    rows: Annotated[int, Setting(40, "prompts to show on the page", least=1)]
+    n_atoms: Annotated[
+        int,
+        Setting(512, "atoms of the base's dictionaries, to a tenth; the tuned model's have their threshold", least=1),
+    ]
+    top: Annotated[int, Setting(100, "changed tokens to report; the terminal shows the first twelve", least=0)]
+    rows: Annotated[int, Setting(40, "prompts to show on the page", least=0)]
 
 
 # -- how the work runs ------------------------------------------------------------------------------------------------
@@ -322,7 +340,7 @@ class Workers(TypedDict, total=False):
     workers: Annotated[int | None, Setting(None, "work with so many processes, to the same result", least=1)]
     ray: Annotated[
         bool | str,
-        Setting(False, "on the machines of the Ray cluster at this address; without one, on this machine"),
+        Setting(False, "work on the machines of the Ray cluster at this address; without one, on this machine"),
     ]
 
 
@@ -335,7 +353,7 @@ class Target(TypedDict, total=False):
 class Keeping(TypedDict, total=False):
     """Running"""
 
-    checkpoint_seconds: Annotated[float, Setting(30.0, "keep progress so often", least=0)]
+    checkpoint_seconds: Annotated[float, Setting(30.0, "keep progress every so many seconds", least=0)]
 
 
 class Progressing(TypedDict, total=False):
@@ -356,7 +374,22 @@ class Stopping(TypedDict, total=False):
 
 
 groups(
-    *(Places, Amount, Rows, Order, Source, Batches, Special, Padding, Tokenizer, Device, Revision, Backend, Large),
+    *(
+        Places,
+        Amount,
+        Rows,
+        Order,
+        Source,
+        Batches,
+        Special,
+        Padding,
+        Tokenizer,
+        Device,
+        Revision,
+        Backend,
+        Large,
+        Transformers,
+    ),
     *(Steps, Signs, Size, Growth, Preset, Improvement, Again, Measuring, Several, Drawing, Likeness, Changes),
     *(Workers, Target, Keeping, Progressing, Stopping),
 )

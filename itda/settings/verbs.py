@@ -9,7 +9,7 @@ import os
 from typing import Annotated, Any
 
 from itda.settings import groups as g
-from itda.settings.declare import Setting, Verb, names
+from itda.settings.declare import Setting, Verb, declarations, names
 
 # The published code's practice, where nothing else is given. Its threshold, 4e-4, is the default of the cosine loss.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ class Text(g.Rows, g.Order, g.Source, total=False):
     """Text as token rows."""
 
 
-class Loading(g.Device, g.Revision, g.Backend, g.Large, total=False):
+class Loading(g.Device, g.Revision, g.Backend, g.Large, g.Transformers, total=False):
     """A model by name."""
 
 
@@ -82,7 +82,7 @@ class Decompose(g.Again, total=False):
     """`itda.decompose`."""
 
 
-class Evaluate(g.Amount, g.Measuring, g.Drawing, g.Again, g.Rows, g.Source, g.Special, g.Progressing, total=False):
+class Evaluate(g.Measuring, g.Drawing, g.Again, g.Rows, g.Source, g.Special, g.Progressing, total=False):
     """`itda.evaluate`."""
 
 
@@ -96,12 +96,17 @@ class ReadAll(ReadSeveral, g.Order, total=False):
     """`itda.comparison.common_tokens.read`."""
 
 
-class Compare(g.Steps, g.Size, g.Likeness, ReadAll, total=False):
+class Compare(ReadAll, g.Likeness, g.Steps, g.Size, total=False):
     """`itda.compare`."""
 
 
-class Diff(g.Steps, g.Size, g.Changes, g.Drawing, ReadSeveral, total=False):
+class Diff(ReadSeveral, g.Steps, g.Changes, g.Drawing, total=False):
     """`itda.diff`."""
+
+
+def _said(name: str, help: str) -> dict[str, Setting]:
+    """The setting `name` where its help is more special."""
+    return {name: declarations(Train)[name].setting.but(help=help)}
 
 
 LOAD = Verb(Loading, open=True)
@@ -112,9 +117,25 @@ BUILD = Verb(Build)
 TRAIN = Verb(Train, {"tokens": 1_000_000}, presets=PRESETS)
 COLLECT = Verb(Collect, {"tokens": 1_000_000}, open=True)
 SWEEP = Verb(Sweep)
-GRID = Verb(Training, TRAIN.changed)
+GRID = Verb(Training, {**TRAIN.changed, **_said("layer", "read the residual stream after these blocks, in one pass")})
 DECOMPOSE = Verb(Decompose)
-EVALUATE = Verb(Evaluate, {"tokens": 50_000}, as_before=frozenset((*names(g.Rows, g.Source), "special_tokens")))
+EVALUATE = Verb(Evaluate, as_before=frozenset((*names(g.Rows, g.Source), "special_tokens")))
 READ_ALL = Verb(ReadAll, {"tokens": 50_000})
-COMPARE = Verb(Compare, {"tokens": 50_000, "k": 8})
-DIFF = Verb(Diff, {"tokens": 50_000, "k": 16, "n_atoms": 512})
+COMPARE = Verb(
+    Compare,
+    {
+        "tokens": 50_000,
+        **_said("layer", "compare after these blocks; after all if not given"),
+        "k": g.STEPS.but(default=8, help="pursuit steps of the dictionaries and of shared-atom codes"),
+        **_said("threshold", "build dictionaries at this threshold, to whatever size comes"),
+        **_said("n_atoms", "aim at so many atoms in each layer's dictionary; a hundredth of the tokens if not given"),
+    },
+)
+DIFF = Verb(
+    Diff,
+    {
+        "tokens": 50_000,
+        **_said("layer", "compare after these blocks; after all if not given"),
+        "k": g.STEPS.but(default=16, help="pursuit steps of the dictionaries"),
+    },
+)

@@ -72,7 +72,8 @@ def read_grid(settings: Mapping[str, Any] | str | os.PathLike, *, whole: bool = 
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values:
             raise InputError(f"{where}: {name!r} is an empty list: give it a value, or leave it out.")
-        grid[name] = list(dict.fromkeys(_checked(v, name, where) for v in values))
+        checked = [_checked(v, name, where) for v in values]
+        grid[name] = list(dict.fromkeys(SETTINGS[name].checked(v) if name in SETTINGS else v for v in checked))
     for name in _REQUIRED if whole else ():
         if name not in grid:
             raise InputError(f"{where}: {name!r} is missing: give a sweep at least one.")
@@ -93,7 +94,10 @@ def jobs_of(grid: Mapping[str, list]) -> list[Job]:
     jobs = {}
     for parts in itertools.product(*axes):
         given = {name: value for part in parts for name, value in part.items()}
-        job = Job({n: v for n, v in given.items() if v != default(n)}, kind, tuple(grid[kind]))
+        said = verbs.PRESETS.get(
+            given.get("preset") or "", {}
+        )  # of these the default is said too: the preset's holds else
+        job = Job({n: v for n, v in given.items() if v != default(n) or n in said}, kind, tuple(grid[kind]))
         jobs[job.name] = job
     return list(jobs.values())
 

@@ -26,8 +26,9 @@ from itda.progress import Progress, Step, reporter
 from itda.reading.activations import activations
 from itda.reading.on_disk import is_stored
 from itda.report.drawing import QUALITY, left_out, quality_of
-from itda.results import Report
+from itda.results import Report, text_read
 from itda.settings import groups, names, pick, takes, verbs
+from itda.text.files import kind_of
 from itda.training.cluster import check_unshared
 from itda.training.improve import Improvement
 from itda.training.reading_workers import workers_of
@@ -54,15 +55,19 @@ class Trained(Report):
     variance: dict[str, Any]  # where that of the activations lies (`itda.metrics.variance`)
     massive: dict[str, Any] | None  # the |x| from which tokens were left out, and how many of what
     settled_share: float | None  # of all decisions (which atom, admit or not), those taken in float64
+    files: int | None  # that were read; None of what is no local file
+    documents: int | None  # that the tokens judged are of; None where nobody can tell
+    unread: dict[str, int]  # files in the folder of the text that were not read, by what they end in
     seconds: float  # of this call: loading, reading, building and saving
     tokens_per_second: float | None  # reading and building; None if nothing was left to read
 
     def __str__(self) -> str:
         speed = f", reading and building at {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
+        more = text_read(vars(self)), left_out(self.massive or {}), concentrated(self.variance)
         return (
             f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} (threshold "
             f"{self.threshold:.4g}, k = {self.k}, {quality_of(vars(self))}) in {self.seconds:.1f} s{speed}"
-            + "".join(f"\n{line}" for line in (left_out(self.massive or {}), concentrated(self.variance)) if line)
+            + "".join(f"\n{line}" for line in more if line)
         )
 
 
@@ -101,6 +106,8 @@ def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verb
     with ExitStack() as held:
         if not is_stored(data):
             read["state_dir"] = given["state_dir"] or out / STATES
+        if (given["workers"] is not None or given["ray"]) and is_stored(data):
+            raise InputError("Activations on disk are read without a model: leave out `workers` and `ray`.")
         if given["workers"] is not None or given["ray"]:
             watch.step(Step("starting workers", 0, given["workers"], 0.0))
             model, read = _by_workers(held, model, read, pick(groups.Workers, given))
@@ -155,7 +162,7 @@ def _by_workers(held: ExitStack, model: Any, read: dict, who: Mapping[str, Any])
 
 
 def _check_documents(data: Any, truncate: bool) -> None:
-    if truncate and str(data).lower().endswith(".txt"):
+    if truncate and isinstance(data, str | os.PathLike) and kind_of(os.fsdecode(data)) == ".txt":
         raise InputError(
             f"`truncate` keeps the first row of each document, and {data} is one document: give a .jsonl, a .parquet "
             "or a folder of files, or leave out `truncate` (which preset 'paper' sets)."
@@ -246,6 +253,12 @@ def _kept(target: Path) -> int:
         return 0
 
 
+def _read(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """How much text a dictionary was built on."""
+    stream = cfg.get("stream", {})
+    return {name: stream.get(name) for name in ("files", "documents")} | {"unread": stream.get("unread") or {}}
+
+
 def _trained(model: ITDA, path: Path, watch: _Watch, began: float) -> Trained:
     cfg = model.cfg
     return Trained(
@@ -259,6 +272,7 @@ def _trained(model: ITDA, path: Path, watch: _Watch, began: float) -> Trained:
         massive=cfg.get("massive"),
         **{name: cfg[name] for name in QUALITY},
         settled_share=round(watch.last.settled, 6) if watch.last else None,
+        **_read(cfg),
         seconds=round(time.monotonic() - began, 3),
         tokens_per_second=round(watch.last.tokens_per_second, 1) if watch.last else None,
     )
