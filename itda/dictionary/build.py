@@ -179,7 +179,7 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     if waited and report:
         atoms, settled = sum(map(len, builders.values())), max(builder.settled for builder in builders.values())
         share = atoms / max(1, position * len(builders))
-        report(Progress(position, total, atoms, share, time.monotonic() - began, start, settled))
+        report(Progress(position, _likely(stream, total), atoms, share, time.monotonic() - began, start, settled))
     if folders:  # what comes next, and saving one after another, may be killed too
         _save(stream, read, builders, folders, position)
     if report:

@@ -27,7 +27,7 @@ from itda.reading import shards, store
 from itda.reading.activations import activations
 from itda.reading.on_disk import is_stored
 from itda.reading.store import JOURNAL, MANIFEST, Contents
-from itda.results import Report
+from itda.results import Report, text_read
 from itda.settings import groups, takes, verbs
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES if dtype.is_floating_point}
@@ -45,6 +45,9 @@ class Collected(Report):
     shards: int
     bytes: int  # of activations
     hash: str  # of the stream
+    files: int | None  # of text that were read; None of what is no local file
+    documents: int | None  # that the tokens are of; None where nothing was left to read
+    unread: dict[str, int]  # files in the folder of the text that were not read, by what they end in
     seconds: float
     tokens_per_second: float | None  # None if nothing was left to read
 
@@ -53,6 +56,7 @@ class Collected(Report):
         return (
             f"{self.path}: {self.tokens:,} tokens ({self.new:,} of them new) at {', '.join(self.hook_points)}, "
             f"{self.bytes / 1e6:,.1f} MB in {self.shards} shards, in {self.seconds:.1f} s{speed}"
+            + (f"\n{read}" if (read := text_read(vars(self))) else "")
         )
 
 
@@ -91,8 +95,9 @@ def collect(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[ve
                     f"{target} has {start:,} tokens already, more than the `tokens` = {tokens:,} given: give as many "
                     "or more, or another folder."
                 )
+            documents = None
             if start != tokens:
-                _read(stream, writer, tokens, report, stop)
+                documents = _read(stream, writer, tokens, report, stop)
             writer.finish()
         except KeyboardInterrupt:
             writer.settle()
@@ -100,6 +105,7 @@ def collect(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[ve
         finally:
             report(None)
     contents, seconds = writer.contents, time.monotonic() - began
+    text = next(iter(contents.provenance.values()))["stream"]
     new = contents.tokens - start
     return Collected(
         path=str(out),
@@ -109,13 +115,16 @@ def collect(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[ve
         shards=len(contents.shards),
         bytes=contents.tokens * sum(dtype.itemsize * d for dtype, d in contents.places.values()),
         hash=contents.hash,
+        files=text.get("files"),
+        documents=documents,
+        unread=text.get("unread") or {},
         seconds=round(seconds, 3),
         tokens_per_second=round(new / seconds, 1) if new else None,
     )
 
 
-def _read(stream: Any, writer: Writer, tokens: int | None, report: Callable, stop: Callable[[], bool]) -> None:
-    """Hand what is left of the stream to the writer."""
+def _read(stream: Any, writer: Writer, tokens: int | None, report: Callable, stop: Callable[[], bool]) -> int | None:
+    """Hand what is left of the stream to the writer; of how many documents it then is, as far as that is known."""
     done = start = writer.contents.tokens
     rest = stream.skip(start) if start else stream
     before = writer.contents.shards[-1].batches[-1][1] if start else None
@@ -132,6 +141,7 @@ def _read(stream: Any, writer: Writer, tokens: int | None, report: Callable, sto
         raise InputError("The text holds no valid token, so there is nothing to collect: give it more text.")
     writer.flush()
     writer.contents = replace(writer.contents, ended=tokens is None or done < tokens, hash=rest.hash)
+    return rest.documents(done) if hasattr(rest, "documents") else None
 
 
 def _listed(given: Any) -> list:
