@@ -85,7 +85,7 @@ class Diff(Report):
 def diff(base: Any, tuned: Any, data: Any, **settings: Unpack[verbs.Diff]) -> Diff:
     """Compare what `base` and `tuned` make of the text `data`, layer by layer (all blocks if no place is given).
 
-    base, tuned  models: hub ids, folders, or what `itda.load_model` returned. Merge adapters into the weights first
+    base, tuned  models: hub ids, folders, adapters, or what `itda.load_model` returned
     data         text on which the fine-tune may show: what it was meant for mixed with other text is best
     null         a third model, best another fine-tune of `base` of equal length on neutral text: a token's score is its
                  change less that of the null at the same token, and the null's quantiles are those of its own changes.

@@ -229,6 +229,11 @@ class ITDA:
     ) -> ITDA:
         """`load` a folder, or else download (or find in the cache) the hub repository `org/name` and load that."""
         name = os.fspath(repo_or_path)
+        if os.path.isdir(name) and _HUB_ID.fullmatch(name) and not os.path.lexists(Path(name) / folder.MANIFEST):
+            raise InputError(
+                f"The folder {name} here holds no {folder.MANIFEST}, so it is not an ITDA, and it hides {name} of the "
+                "hub, if there is one: rename the folder, or work in another, to use that."
+            )
         if os.path.lexists(name) or not _HUB_ID.fullmatch(name):
             return cls.load(name)
         from huggingface_hub import snapshot_download

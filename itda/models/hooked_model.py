@@ -340,7 +340,7 @@ class HookedModel:
         if (found := self._readable()) is None:
             return "choose another hook point (`itda hooks` lists them)."
         blocks = [path for path in found if self._layout.blocks and path.rpartition(".")[0] == self._layout.blocks]
-        inside = [path for path in found if self._layout.layer(path) is not None]
+        inside = sorted((p for p in found if self._layout.layer(p) is not None), key=lambda path: path.count("."))
         if named := (blocks or inside or found):
             return f"choose another hook point, such as `{self._layout.name(named[0])}`."
         return f"no module of `{self._layout.model}` puts out such vectors, so choose another model."
@@ -399,6 +399,9 @@ class _NoVectors(InputError):
     def __init__(self, said: str, path: str) -> None:
         super().__init__(said)
         self.path = path
+
+    def __reduce__(self) -> tuple:
+        return _NoVectors, (str(self), self.path)  # as one of another process
 
 
 class Stop(BaseException):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import itda
 from itda.dictionary.build import build
+from itda.dictionary.itda import ITDA
 from itda.errors import InputError
 from itda.models import hub
 from itda.models.hub import load_tokenizer
@@ -103,6 +107,14 @@ def test_a_dictionary_of_an_adapter_finds_it_again(adapter):
     hooked, hook = model_of(dictionary.cfg)
     assert hook == "model.layers.1"
     assert fingerprint(hooked) == dictionary.cfg["model"]["fingerprint"]
+
+
+def test_what_an_adapter_changed(base, adapter):
+    found = itda.diff(str(base), str(adapter), DOCUMENTS * 3, layer=1, context_length=24, k=4, n_atoms=20)
+    assert found.tuned == adapter.name and found.hook_points == ["model.layers.1"]
+    assert found.layers[0]["change"]["mean"] > 0.01
+    same = itda.diff(str(base), str(base), DOCUMENTS * 3, layer=1, context_length=24, k=4, n_atoms=20)
+    assert same.layers[0]["change"]["mean"] < 1e-3
 
 
 def test_the_tokenizer_of_an_adapter(base, adapter, tmp_path):
@@ -302,3 +314,20 @@ def test_a_folder_that_is_no_model_does_not_hide_one_of_the_hub_in_silence(tmp_p
             load_model(f"./{name}", hooks=1)
         with pytest.raises(InputError, match=rf"The folder `{name}` here .*hides"):
             load_tokenizer(name)
+        (tmp_path / name / "cfg.json").unlink()
+        with pytest.raises(InputError, match=rf"The folder {name} here .*so it is not an ITDA, and it hides {name}"):
+            ITDA.from_pretrained(name)
+    monkeypatch.chdir(tmp_path / "org")  # which is the advice
+    with pytest.raises(InputError, match="`gpt2` is neither a local folder nor in the local cache"):
+        load_model("gpt2", hooks=1, cache_dir=str(tmp_path / "cache"))
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_no_example_writes_into_a_folder_that_is_called_as_a_model_of_the_hub(page):
+    said = (ROOT / page).read_text("utf-8")
+    models = {"gpt2", "distilgpt2", *re.findall(r"itda (?:train|collect|hooks) ([\w./-]+)", said)}
+    written = set(re.findall(r"--out ([\w./-]+)", said)) | set(re.findall(r"\.save\(\"([\w./-]+)\"\)", said))
+    assert not models & written
