@@ -126,6 +126,7 @@ class Comparison(Report):
         return drawing_comparisons.comparison(self, options)
 
 
+OF_DICTIONARIES = {"measures", "align", "names", "controls", "draw", "progress"}  # settings of their comparison
 STORED = ("layer", "hook", "tokens", "align", "names", "progress")  # of how activations on disk are read
 
 
@@ -157,25 +158,13 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
     Raises `InputError` for different texts, for rows that differ where there is no text to align them by, and for
     models without a token in common.
     """
-    if isinstance(models, str) or not isinstance(models, Sequence):
-        raise InputError(f"`models` is {shortened(models)}: pass a list of two or more, as in `compare([a, b], data)`.")
-    if len(models) < 2:
-        came = f"One model came ({models[0]})" if models else "No model came"
-        raise InputError(f"{came}: pass two or more models, or dictionaries.")
-    asked = settings["measures"]
-    measures = [asked] if isinstance(asked, str) else list(dict.fromkeys(asked or ()))
-    measures = list(layers.FAMILIES) if "all" in measures else measures
-    if unknown := [name for name in measures if name not in layers.FAMILIES]:
-        raise InputError(
-            f"There is no measure {shortened(unknown[0])}: choose of {', '.join(layers.FAMILIES)}, or all."
-        )
+    measures, asked = _checked(models, settings["measures"]), settings["measures"] or ()
     draw, align, names = settings["draw"], settings["align"], settings["names"]
     if _all_are(dictionaries.is_dictionary, models, "{!r} is a dictionary and {!r} is not: compare dictionaries"):
-        taken = {"measures", "align", "names", "controls", "draw", "progress"}
-        idle = [name for name in verbs.COMPARE.settings if name not in taken]
+        idle = [name for name in verbs.COMPARE.settings if name not in OF_DICTIONARIES]
         verbs.COMPARE.refuse(settings, idle, "dictionaries are compared as they are")
-        measures = [] if asked is not None and "all" in asked else measures
-        return _of_dictionaries(dictionaries.read(models, data, align, names), measures, draw, settings["controls"])
+        sides = dictionaries.read(models, data, align, names)
+        return _of_dictionaries(sides, [] if "all" in asked else measures, draw, settings["controls"])
     on_disk = _all_are(is_stored, models, "{!r} holds activations and {!r} does not: compare activations")
     if on_disk and data is not None:
         raise InputError("Activations on disk were read from a text before: leave out `data` (`--data`).")
@@ -223,6 +212,22 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
     spent["controls"] = spent["all"] - spent["reading"] - spent["measures"]
     used = {"k": how.k, "n_atoms": how.n_atoms, "threshold": how.threshold, "center": False} if unions else {}
     return Comparison(about, len(token_id), by_end, measured, sizes, spent, used)
+
+
+def _checked(models: Any, asked: str | Sequence[str] | None) -> list[str]:
+    """The measures that are asked for, after a look at how many models there are; [] for the default ones."""
+    if isinstance(models, str) or not isinstance(models, Sequence):
+        raise InputError(f"`models` is {shortened(models)}: pass a list of two or more, as in `compare([a, b], data)`.")
+    if len(models) < 2:
+        came = f"One model came ({models[0]})" if models else "No model came"
+        raise InputError(f"{came}: pass two or more models, or dictionaries.")
+    measures = [asked] if isinstance(asked, str) else list(dict.fromkeys(asked or ()))
+    measures = list(layers.FAMILIES) if "all" in measures else measures
+    if unknown := [name for name in measures if name not in layers.FAMILIES]:
+        raise InputError(
+            f"There is no measure {shortened(unknown[0])}: choose of {', '.join(layers.FAMILIES)}, or all."
+        )
+    return measures
 
 
 def _corresponding(models: Sequence[dict[str, Any]]) -> bool:
