@@ -265,7 +265,7 @@ def _hub(name: str, source: Source, chat: Chat) -> tuple[Documents, str | None]:
 
     commit = str(builder.hash)
     kind = getattr(dataset.features, "get", lambda name: None)(column)  # known before a row is, of most
-    is_chat = kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string")
+    is_chat = kind is not None and not isinstance(kind, datasets.Value)
     found = Documents(documents, {"split": split, "config": config, "files": None}, chat=is_chat)
     return found, commit if re.fullmatch("[0-9a-f]{40}", commit) else revision
 

@@ -663,3 +663,16 @@ def test_hub_that_breaks_off(hub):
     path.unlink()
     with pytest.raises(InputError, match="'user/data' broke off"):
         list(stream)
+
+
+def test_hub_of_chats(hub):
+    path, _ = hub
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in ASCII]
+    pq.write_table(pa.Table.from_pylist(chats), path)
+    tokenizer = byte_level()
+    tokenizer.chat_template = "<bos>{{ messages[0]['content'] }}"
+    stream = TokenStream("user/data", tokenizer, context_length=16, column="messages")
+    assert plain(list(stream)) == plain(rows_of([f"<bos>{text}" for text in ASCII]))
+    assert len(stream.provenance["chat_template"]) == 64
+    pq.write_table(pa.table({"text": ASCII}), path)
+    assert "chat_template" not in TokenStream("user/data", tokenizer).provenance
