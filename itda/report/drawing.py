@@ -184,7 +184,7 @@ def _facts(report: Any) -> list[tuple[str, str]]:
         how += ", each coordinate over its deviation" if cfg.get("scale") else ""
         facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}{how}")]
     if facts_of_massive := left_out(section(cfg, "massive")):
-        facts += [("left out", facts_of_massive)]
+        facts += [("massive tokens", facts_of_massive.removeprefix("massive tokens: "))]
     refined, selected = section(cfg, "refined"), section(cfg, "selected")
     if selected:
         how = f"on {_whole(selected.get('tokens'))} tokens in {_whole(selected.get('rounds'))} rounds"
@@ -206,10 +206,12 @@ def _facts(report: Any) -> list[tuple[str, str]]:
 
 def left_out(massive: Mapping[str, Any]) -> str:
     """What tokens were left out for their size, of what."""
-    of = {"left_out": "admission", "left_out_of_mean": "the mean"}
-    parts = [f"{_whole(massive[name])} of {what}" for name, what in of.items() if massive.get(name)]
+    of = {"left_out": "not admitted", "left_out_of_mean": "not in the mean"}
+    parts = [f"{_whole(massive[name])} {what}" for name, what in of.items() if massive.get(name)]
     norm: Any = massive.get("norm")
-    return f"tokens of |x| beyond {digits(norm)}: {', '.join(parts)}" if parts and is_number(norm) else ""
+    if not parts or not is_number(norm):
+        return ""
+    return f"massive tokens: those of |x| beyond {digits(norm)} are left out: {' and '.join(parts)}"
 
 
 def quality_of(cfg: Mapping[str, Any]) -> str:

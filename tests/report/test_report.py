@@ -454,7 +454,7 @@ def test_the_summary_has_all_errors():
     cfg = built.cfg
     assert f"robust {cfg['fvu_robust']:.4f}, standardised {cfg['fvu_standardised']:.4f}, mean error " in text
     assert f"mean error {cfg['relative_error']:.4f}, median {cfg['median_error']:.4f}" in text
-    assert "tokens of |x| beyond" in text and "2 of the mean" in text
+    assert "massive tokens those of |x| beyond" in text and "left out: 2 not in the mean" in text
     old = replace(built, cfg={"fvu": 0.25, "variance": "forged", "massive": [1]})
     assert "FVU 0.2500, L0" in drawn(report.summary(old))
 
