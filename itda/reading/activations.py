@@ -54,7 +54,7 @@ def activations(model: Any, data: Any, **settings: Unpack[verbs.Reading]) -> Act
     if model is None:
         raise InputError("`model` is None: name a model, or give the folder of activations on disk as `data`.")
     hooks, single = _places(given)
-    if isinstance(data, str | os.PathLike) and not os.path.exists(data):
+    if isinstance(data, str | os.PathLike):
         open_documents(data, pick(groups.Source, given))  # or refused, before a model is loaded
     others = {name: value for name, value in given.items() if name not in names(verbs.Reading)}
     how = pick(verbs.Loading, given) | others

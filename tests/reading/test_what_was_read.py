@@ -96,3 +96,13 @@ def test_a_cache_of_saelens_has_no_text_to_choose_from(tmp_path, asked):
     assert len(list(itda.activations(None, tmp_path)))
     with pytest.raises(InputError, match="is an activation cache"):
         itda.activations(None, tmp_path, **asked)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"split": "test"}, {"config": "en"}, {"data_revision": "main"}, {"column": "x"}], ids=str
+)
+def test_what_a_text_does_not_have_is_said_before_a_model_is_loaded(folder, asked):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Unread)
+        with pytest.raises(InputError, match=f"`{next(iter(asked))}`"):
+            itda.activations("no-such-model", folder, layer=1, **asked)
