@@ -19,15 +19,15 @@ _WANTED = "and an SAE in SAELens' format was wanted: save it as one (`save_model
 def foreign(path: str | os.PathLike) -> str | None:
     """What a file or folder of SAEs that is not in SAELens' format is, in a few words; None for any other."""
     path = Path(path)
-    names = set(os.listdir(path)) if path.is_dir() else {path.name}
+    names = set(os.listdir(path)) if os.path.isdir(path) else {path.name}
     if any(name.endswith(".npz") for name in names):
         return "a dictionary of Gemma Scope (JumpReLU weights in .npz)"
-    inner = [path / name for name in sorted(names) if (path / name / "sae.safetensors").is_file()]
+    inner = [name for name in sorted(names) if os.path.isfile(path / name / "sae.safetensors")]
     if "sae.safetensors" in names or inner:
         return "an SAE of sparsify (sae.safetensors)" if not inner else "a folder of SAEs of sparsify"
     if "ae.pt" in names or "trainer" in json_object(path / "config.json"):
         return "a dictionary of dictionary_learning (ae.pt, a pickle, with its trainer in config.json)"
-    if path.is_file() and path.suffix in (".pt", ".pth", ".bin"):
+    if os.path.isfile(path) and path.suffix in (".pt", ".pth", ".bin"):
         return "a pickle, which could run any code and is not read"
     return None
 

@@ -40,7 +40,7 @@ def place_of(model: str, subfolder: str = "", gguf_file: str | None = None) -> t
     if not os.path.isdir(folder):
         raise InputError(f"`{model}` is {'a file' if os.path.exists(folder) else 'not there'}: {wanted}")
     if gguf_file is not None:
-        if not (folder / gguf_file).is_file():
+        if not os.path.isfile(folder / gguf_file):
             raise InputError(f"The folder `{model}` holds no {gguf_file}: pass the name of a GGUF file in it.")
         return place, _checked_gguf(folder / gguf_file)
     if (folder / ADAPTER).is_file():
