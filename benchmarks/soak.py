@@ -1,15 +1,16 @@
 """Training and collecting, killed at random moments and started again, end in the bytes of an undisturbed run.
 
     make soak [MINUTES=30] [KILLS=50]
-    python benchmarks/soak.py [--minutes 30] [--kills 50] [--seed 0] [--kinds train streamed refined collect]
+    python benchmarks/soak.py [--minutes 30] [--kills 50] [--seed 0] [--kinds train streamed refined collect plain]
                               [--model DIR --data FILE] [--folder DIR]
 
 Until the minutes are over and the kills are reached: a command of --kinds, in turn, into a new folder, in a process
 that is ended by a signal (mostly SIGKILL) at a moment drawn from the seed, and the same command again until it is done.
 Then every file of the folder is compared with those of an undisturbed run, and a difference or a file more ends the
-soak with a sentence and status 1. A moment is so many seconds after the start, or just after so many changes of the
-folder, which finds the short moments in which files are written. The processes are forked from this one, which has
-everything imported and computes nothing, so that the time goes into work that can be spoilt.
+soak with a sentence and status 1. `plain` is `itda.build` of a list of arrays. What was killed before is killed once
+more early on, every other time: while it recovers. A moment is so many seconds after the start, or just after so many
+changes of the folder, which finds the short moments in which files are written. The processes are forked from this one,
+which has everything imported and computes nothing, so that the time goes into work that can be spoilt.
 """
 
 import argparse
@@ -30,9 +31,10 @@ KINDS = {
     "streamed": ["--threshold", "0.2", "--stream-layers"],
     "refined": ["--n-atoms", "48", "--candidates", "2", "--refine", "2", "--refine-tokens", "500"],
     "collect": [],
+    "plain": [],
 }
 # What the commands import when they are called, so that no attempt spends its time on it.
-IMPORTED = ("cli.main", "training.train", "reading.collect", "comparison.compare")
+IMPORTED = ("cli.main", "training.train", "dictionary.build", "reading.collect", "comparison.compare")
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
 ENDED = {0, 130, 143, *(-number for number in SIGNALS)}
 PATIENCE = 3  # kills of one command before it is left alone, so that every one finishes
@@ -41,9 +43,25 @@ STUCK = 600  # seconds
 
 
 def command(kind, args, out):
+    if kind == "plain":
+        return ["plain", str(args.tokens), str(args.checkpoint_seconds), str(out)]
     words = ["collect"] if kind == "collect" else [*TRAIN, str(args.checkpoint_seconds)]
     where = ["--batch-rows", "4", "--layer", *map(str, args.layers), "--tokens", str(args.tokens), "--out", str(out)]
     return [words[0], str(args.model), str(args.data), *words[1:], *KINDS[kind], *where]
+
+
+def plain(tokens, seconds, out):
+    """What a notebook does: a dictionary of arrays, kept on the way, and saved."""
+    import numpy as np
+
+    import itda
+
+    x = np.random.default_rng(0).normal(size=(int(tokens), 24)).astype(np.float32)
+    parts = np.array_split(x, max(1, len(x) // 100))
+    model = itda.build(parts, k=4, threshold=0.3, checkpoint=out, checkpoint_seconds=float(seconds))
+    model.save(out)
+    (Path(out) / "checkpoint.safetensors").unlink(missing_ok=True)
+    return 0
 
 
 def start(words, log):
@@ -55,7 +73,7 @@ def start(words, log):
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        status = sys.modules["itda.cli.main"].main(words)
+        status = plain(*words[1:]) if words[0] == "plain" else sys.modules["itda.cli.main"].main(words)
         sys.stdout.flush()
     except KeyboardInterrupt:  # before the command line had its hands on signals
         status = 130
@@ -138,7 +156,7 @@ class Soak:
     def __init__(self, args, place):
         self.args, self.place, self.random = args, place, random.Random(args.seed)
         self.kills, self.finishes, self.moments, self.signals = 0, Counter(), Counter(), Counter()
-        self.half = 0
+        self.half, self.recovering = 0, 0
         self.end = 0.0
 
     def undisturbed(self, kind):
@@ -152,9 +170,12 @@ class Soak:
     def over(self):
         return self.kills >= self.args.kills and time.monotonic() >= self.end
 
-    def moment(self, seconds, changes):
-        """A moment to kill at, of a command that takes so long and changes its folder so often."""
+    def moment(self, seconds, changes, again):
+        """A moment to kill at, of a command that takes so long and changes its folder so often; `again`: an early one."""
         how = self.random.choice(SIGNALS)
+        if again and self.random.random() < 0.5:
+            self.recovering += 1
+            seconds, changes = 0.2 * seconds, min(2, changes)
         if self.random.random() < 0.5:
             return dict(changes=None, seconds=self.random.uniform(0, 0.8 * seconds), how=how)
         return dict(changes=self.random.randint(1, changes), seconds=self.random.uniform(0, 0.01), how=how)
@@ -166,7 +187,7 @@ class Soak:
         while not done:
             log.unlink(missing_ok=True)
             leave = len(kills) >= PATIENCE or self.over()
-            plan = {} if leave else self.moment(seconds, changes)
+            plan = {} if leave else self.moment(seconds, changes, bool(kills))
             status, _ = attempt(words, out, log, **plan)
             what, half = held(out)
             # One that is complete may be killed still; the same command is then refused, and has to change nothing.
@@ -194,7 +215,7 @@ class Soak:
         rows = dict(seed=self.args.seed, kills=self.kills, finishes=self.finishes.total())
         rows |= {f"finished: {kind}": n for kind, n in self.finishes.items()}
         rows |= {f"killed at: {what}": n for what, n in self.moments.most_common()}
-        rows |= {"with a half-written file": self.half, **self.signals}
+        rows |= {"with a half-written file": self.half, "early in a recovery": self.recovering, **self.signals}
         for name, value in rows.items():
             print(f"{name:>28}  {value}", flush=True)
 

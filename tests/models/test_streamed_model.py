@@ -375,7 +375,10 @@ def test_one_process_at_a_time(home, tmp_path):
     with pytest.raises(InputError, match=r"Another process is keeping hidden states in .*states: wait for it to end"):
         itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)
     assert folder_bytes(tmp_path / "out" / "states") == there
-    with locks.locked(tmp_path / "out" / "model.layers.1", "training into"), pytest.raises(InputError, match="training"):
+    with (
+        locks.locked(tmp_path / "out" / "model.layers.1", "training into"),
+        pytest.raises(InputError, match="training"),
+    ):
         itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)
     reading.close()
     assert len(itda.train(str(home / "llama"), TEXTS, tmp_path / "out", **one)) == 1
@@ -489,3 +492,38 @@ def test_reading_again_and_at_other_places(home):
     assert equal(loading.load_model(home / "llama", hooks=1).read_all(asked), other.read_all(asked))
     one = streamed.read(asked[0].ids, asked[0].mask)
     assert torch.equal(one["model.layers.2"], whole.read(asked[0].ids, asked[0].mask)["model.layers.2"])
+
+
+def test_stopped_again_while_it_recovers(home, tmp_path):
+    """At every group of every block of a reading that goes on from states; each time it goes on from no less."""
+    asked = groups()
+    whole = list(loading.load_model(home / "llama", hooks=[0, 3], stream_layers=False).read_all(asked))
+
+    def read(place, after):
+        reading = loading.load_model(home / "llama", hooks=[0, 3], stream_layers=True, state_dir=place)
+        count = iter(range(1, 1000))
+        reading.stop = lambda: next(count) == after
+        try:
+            return list(reading.read_all(asked))
+        except KeyboardInterrupt:
+            return None
+
+    def block(place):
+        return json.loads((place / "states.json").read_text())["block"] or 0
+
+    for first, second in ((2, 1), (4, 1), (4, 2), (5, 3), (8, 1), (8, 2)):
+        place = tmp_path / f"{first}-{second}"
+        assert read(place, first) is None
+        before = block(place)
+        found = read(place, second)
+        assert found is not None or block(place) >= before
+        assert equal(whole, found or read(place, 0))
+
+
+def test_files_that_are_only_called_as_states_are_stay(home, tmp_path):
+    (tmp_path / "hidden-0.bin").write_text("mine")
+    reading = loading.load_model(home / "llama", hooks=2, stream_layers=True, state_dir=tmp_path)
+    with pytest.raises(InputError, match=r"and no states\.json that says that they are: move them away"):
+        list(reading.read_all(groups()))
+    hidden_states.remove(tmp_path)
+    assert (tmp_path / "hidden-0.bin").read_text() == "mine"

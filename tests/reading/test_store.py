@@ -984,3 +984,69 @@ def test_an_interrupted_command(capfd, folder, tmp_path, monkeypatch):
     assert run(capfd, *words, "--out", tmp_path / "acts")[0] == 0
     assert run(capfd, *words, "--out", tmp_path / "whole")[0] == 0
     assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
+
+
+# -- interrupted again, while it recovers -----------------------------------------------------------------------------
+
+
+def test_killed_again_while_it_recovers(few, tmp_path):
+    """A collecting that was killed is killed again, at steps all over its recovery, and ends as if undisturbed."""
+    few(tmp_path / "whole")
+    want = contents(tmp_path / "whole")
+    for first in (9, 20):
+        for second in itertools.count(0, 6):
+            out = tmp_path / f"{first}-{second}"
+            assert tried(first, lambda out=out: few(out))
+            failed = tried(second, lambda out=out: few(out))
+            few(out)
+            assert contents(out) == want
+            if not failed:
+                break
+        assert second > 6
+
+
+def test_stopped_again_while_it_recovers(few, tmp_path):
+    few(tmp_path / "whole")
+    want = contents(tmp_path / "whole")
+    for first, second in ((1, 1), (2, 1), (2, 2), (3, 1)):
+        out = tmp_path / f"{first}-{second}"
+        for after in (first, second):
+            asked = itertools.count(1)
+            with suppress(KeyboardInterrupt):
+                few(out, stop=lambda asked=asked, after=after: next(asked) == after)
+        few(out)
+        assert contents(out) == want
+
+
+def test_what_other_versions_read_is_not_added_to(few, tmp_path, monkeypatch):
+    few(tmp_path / "x", tokens=50)
+    before = contents(tmp_path / "x")
+    monkeypatch.setattr(import_module("itda.reading.activations"), "_versions", lambda: {"torch": "1.0"})
+    with pytest.raises(
+        InputError, match=r"was collected with torch \S+, and this is torch 1\.0, whose activations may"
+    ):
+        few(tmp_path / "x")
+    assert contents(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("name", [".thesis.tmp-0123456789abcdef", ".shard-1.parquet.tmp-" + "0" * 16])
+def test_what_is_called_like_a_leftover_stays(few, tmp_path, name):
+    few(tmp_path / "x", tokens=50)
+    (tmp_path / "x" / name).write_text("mine")
+    with pytest.raises(InputError, match=re.escape(f"holds {name!r}, which is no part of activations on disk")):
+        few(tmp_path / "x")
+    assert (tmp_path / "x" / name).read_text() == "mine"
+
+
+def test_numbers_of_labels_that_are_none(few, tmp_path, monkeypatch):
+    """A position below 0 is refused, whoever vouches for the file."""
+    few(tmp_path / "x", tokens=50)
+    labels = shards._labels_bytes
+
+    def negative(found):
+        return labels(replace(found, position=found.position - 99))
+
+    monkeypatch.setattr(shards, "_labels_bytes", negative)
+    few(tmp_path / "bad", tokens=50)
+    with pytest.raises(InputError, match=r"shard-00000\.parquet has a `position` of -9\d, and 0 is the least"):
+        read_all(tmp_path / "bad")
