@@ -199,14 +199,14 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
     yield from _rest(report.top)
     for key, who in (("only_tuned", "only the tuned model"), ("only_base", "only the base")):
         found = [(layer, atom) for layer in report.layers for atom in layer[key]["atoms"]]
-        found.sort(key=lambda pair: _ratio(pair[1]["loss"], key, pair[0]["threshold"]))
+        found.sort(key=lambda pair: (pair[1]["beside"], _ratio(pair[1]["loss"], key, pair[0]["threshold"])))
         total, tokens = (sum(layer[key][name] for layer in report.layers) for name in ("count", "tokens"))
         title = f"{counted(total, 'atom')} that {who} needs, for {counted(tokens, 'token')}"
         table = columns("in tuned", "in base", "tokens", label=title, first="losses at")
         width = room(options, 52)
         for layer, atom in found[:SHOWN]:
             losses = (digits(atom["loss"][name]) for name in ("tuned", "base"))
-            cells = (*losses, f"{atom['tokens']:,}", in_context(atom["label"], width))
+            cells: Any = (*losses, f"{atom['tokens']:,}", in_context(atom["label"], width))
             place = f"{layer['hook_point']}{' *' * atom['beside']}"
             table.add_row(Text(one_line(place)), *cells)
         if found:

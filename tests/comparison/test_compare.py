@@ -779,7 +779,7 @@ def test_what_is_shown_stands_beside_what_it_compares_with(home, both):
     shown, measure = str(both), both.measures["jaccard"]
     layers_alike, models_alike = np.diag(measure.pairs["a", "b"]).mean(), measure.models["a", "b"]
     assert layers_alike != pytest.approx(models_alike, abs=1e-3)
-    row = [line for line in shown.splitlines() if line.startswith("jaccard ")][0].split()
+    row = next(line for line in shown.splitlines() if line.startswith("jaccard ")).split()
     random = measure.controls["random"]["diagonal"]
     assert [float(row[1]), float(row[4])] == [pytest.approx(layers_alike, abs=1e-3), pytest.approx(random, abs=1e-3)]
     assert f"(eq. 10): {models_alike:.4g}" in shown
