@@ -137,23 +137,18 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
             continue
         read = hashed
         batches = _batches(item, position)
-        size = _size(batches, builders)
-        if tokens is not None:
-            size = min(size, tokens - position)
+        there = _size(batches, builders)
+        size = there if tokens is None else min(there, tokens - position)
         atoms = sum(map(len, builders.values()))
         try:
             _give(batches, builders, position, size)
         except _Stopped:
-            if folders:
-                _save(stream, read, builders, folders, position + size)
+            _save(stream, read, builders, folders, position + size)
             raise
         position += size
         now = time.monotonic()
         if report:
-            after = sum(map(len, builders.values()))
-            share = (after - atoms) / max(1, size * len(builders))
-            settled = max(builder.settled for builder in builders.values())
-            report(Progress(position, _likely(stream, total), after, share, now - began, start, settled))
+            report(_progress(builders, _likely(stream, total), position, size, atoms, now - began, start))
         stopping = stop()
         if folders and (stopping or now - saved > checkpoint_seconds):
             _save(stream, read, builders, folders, position)
@@ -173,15 +168,12 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     try:
         waited = _settled(builders)
     except _Stopped:
-        if folders:
-            _save(stream, read, builders, folders, position)
+        _save(stream, read, builders, folders, position)
         raise
     if waited and report:
-        atoms, settled = sum(map(len, builders.values())), max(builder.settled for builder in builders.values())
-        share = atoms / max(1, position * len(builders))
-        report(Progress(position, _likely(stream, total), atoms, share, time.monotonic() - began, start, settled))
-    if folders:  # what comes next, and saving one after another, may be killed too
-        _save(stream, read, builders, folders, position)
+        seconds = time.monotonic() - began
+        report(_progress(builders, _likely(stream, total), position, position, 0, seconds, start))
+    _save(stream, read, builders, folders, position)  # what comes next, and saving one by one, may be killed too
     if report:
         report(None)
     return read
@@ -199,6 +191,14 @@ def _give(batches: dict[str, Batch], builders: dict[str, Builder], position: int
             builders[name].pass_over(activations[:skipped])
         if skipped < size:
             builders[name].update(activations[skipped:size], labels[skipped:size])
+
+
+def _progress(
+    builders: dict[str, Builder], total: int | None, position: int, size: int, before: int, seconds: float, start: int
+) -> Progress:
+    """Where a build is after `size` more tokens, at the start of which there were `before` atoms."""
+    atoms, settled = sum(map(len, builders.values())), max(builder.settled for builder in builders.values())
+    return Progress(position, total, atoms, (atoms - before) / max(1, size * len(builders)), seconds, start, settled)
 
 
 def _likely(stream: Any, total: int | None) -> int | None:
@@ -347,7 +347,7 @@ def _save(stream: Any, read: str | None, builders: dict[str, Builder], folders: 
 
     One that is ahead, since its checkpoint was, has not been compared with the stream yet: its checkpoint stays.
     """
-    identity = _identity(stream, builders)
+    identity = _identity(stream, builders) if folders else {}
     for name, folder in folders.items():
         if builders[name].position != position:
             continue
