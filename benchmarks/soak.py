@@ -171,7 +171,7 @@ class Soak:
         return self.kills >= self.args.kills and time.monotonic() >= self.end
 
     def moment(self, seconds, changes, again):
-        """A moment to kill at, of a command that takes so long and changes its folder so often; `again`: an early one."""
+        """A moment to kill at, of a command that takes so long and changes its folder so often; early if `again`."""
         how = self.random.choice(SIGNALS)
         if again and self.random.random() < 0.5:
             self.recovering += 1

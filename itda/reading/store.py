@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from itda.devices import checked_device
-from itda.disk import DTYPES, as_input_error, leftover_of, read_sealed, sealed_json, small_file, unspeakable
+from itda.disk import (
+    DTYPES,
+    as_input_error,
+    json_object,
+    leftover_of,
+    read_sealed,
+    sealed_json,
+    small_file,
+    unspeakable,
+)
 from itda.errors import InputError, shortened, whole
 from itda.labels import Batch, Labels
 from itda.reading import shards
@@ -355,5 +364,6 @@ def foreign(folder: Path) -> str | None:
     names = sorted(name for name in os.listdir(folder) if not is_leftover(folder / name))
     if not names or is_store(folder):
         rest = [name for name in names if name not in (MANIFEST, JOURNAL) and not OUR_FILES.fullmatch(name)]
+        rest += [name for name in (MANIFEST, JOURNAL) if json_object(folder / name).get("format", FORMAT) != FORMAT]
         return rest[0] if rest else None
     return names[0]

@@ -1038,6 +1038,14 @@ def test_what_is_called_like_a_leftover_stays(few, tmp_path, name):
     assert (tmp_path / "x" / name).read_text() == "mine"
 
 
+def test_a_manifest_of_something_else_stays(few, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "activations.json").write_text('{"format": "another"}')
+    with pytest.raises(InputError, match=r"holds 'activations\.json', which is no part of activations on disk"):
+        few(tmp_path / "x", overwrite=True)
+    assert (tmp_path / "x" / "activations.json").read_text() == '{"format": "another"}'
+
+
 def test_numbers_of_labels_that_are_none(few, tmp_path, monkeypatch):
     """A position below 0 is refused, whoever vouches for the file."""
     few(tmp_path / "x", tokens=50)
