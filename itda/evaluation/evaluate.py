@@ -155,8 +155,8 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     if seed >= 1 << 63:
         raise InputError(f"`seed` is {shortened(seed)}: pass a whole number below 2**63.")
     systems, probe = list(given["systems"]), given["probe"]
-    stream = {name: value for name, value in pick(g.Rows, given).items() if value is not None}
-    stream |= {name: value for name, value in pick(g.Source, given).items() if value is not None}
+    cut = pick(g.Rows, given) | pick(g.Source, given)
+    stream = {name: value for name, value in cut.items() if value is not None}
     settings = {name: value for name in ("k", "method", "nonneg") if (value := given[name]) is not None}
     labelled = None if probe is None else probes.labelled(probe, given["probe_column"], given["probe_label"])
     began = time.monotonic()
@@ -187,11 +187,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
         rows = split.first(ce_tokens)
         clean, at_ce = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
     _judged(said, at_ce)
-    probing = None
-    if labelled is not None:
-        texts: dict[str, Any] = dict(special_tokens=special_tokens, seed=seed)
-        texts |= {"context_length": split.stream.context_length, "bos": split.stream.bos}
-        probing = probes.probe(loading.load_model(hooked, hooks=hook), hook, every, labelled, **texts)
+    probing = None if labelled is None else _probed(hooked, hook, every, labelled, split, special_tokens, seed)
     if "untrained model" in wanted:
         other, there = untrained(dictionary, hooked, reader, settings, seed)
         found |= _measured([other], there, dictionary, seed)[0]
@@ -211,6 +207,13 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
         settings=_settings(dictionary, hooked, hook, split, asked),
         seconds={"all": round(time.monotonic() - began, 3)},
     )
+
+
+def _probed(hooked, hook, systems, labelled, split, special_tokens, seed) -> dict[str, Any]:
+    """Probes of texts that are cut as those that were measured on."""
+    texts = {"context_length": split.stream.context_length, "bos": split.stream.bos}
+    model = loading.load_model(hooked, hooks=hook)
+    return probes.probe(model, hook, systems, labelled, special_tokens=special_tokens, seed=seed, **texts)
 
 
 def _on_disk(
