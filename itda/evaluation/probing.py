@@ -135,7 +135,7 @@ def probe(
     return about | {"test": int((~tasks[0][2]).sum()), "systems": found}
 
 
-def _rows(model: HookedModel, texts: list[str], length: int, bos: Any) -> tuple[TokenStream, int]:
+def _rows(model: HookedModel, texts: list[str], length: int, bos: Any = "auto") -> tuple[TokenStream, int]:
     """The first row of each text, those left out that were there already; and how many these are."""
     stream = TokenStream(texts, model.tokenizer, context_length=length, truncate=True, bos=bos)
     rows = list(stream)
