@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import itda
-from itda import disk
+from itda import locks
 from itda.cli import terminal
 from itda.cli.main import COMMANDS, main
 from itda.labels import Batch, Labels
@@ -360,7 +360,7 @@ def test_a_finished_dictionary_beside_an_unfinished_one_is_not_overwritten(capfd
 
 
 def test_two_trainings_into_one_folder(capfd, tmp_path):
-    with disk.locked(tmp_path / "out", "training into"):
+    with locks.locked(tmp_path / "out", "training into"):
         assert "Another process" in fails(capfd, "train", "model", "text.txt", *SMALL, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
