@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from itda.errors import InputError, shortened
+from itda.settings import verbs
 
 VERSIONS = "versions."  # in an `identity`, before the name of a library
 # Of a stream, what was read of it so far or lay beside it: that it is the same text its hash says.
@@ -44,7 +45,11 @@ def checked_rest(stream: Any, hashes: set[str | None], work: str) -> Iterator:
 
 
 def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What two identities do not agree on, weights last, which say least; versions that were not taken down agree."""
+    """What two identities do not agree on, weights last, which say least; versions that were not taken down agree.
+
+    A setting that one of them does not know, since it is older, was at its default then.
+    """
+    was, now = _whole(was, now), _whole(now, was)
     for name in sorted(
         was.keys() | now.keys(), key=lambda name: (name == FINGERPRINT, name.startswith(VERSIONS), name)
     ):
@@ -52,6 +57,12 @@ def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         if was.get(name) != now.get(name) and not unknown:
             return name
     return None
+
+
+def _whole(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`one` with the default of every setting that `other` alone knows."""
+    missing = {name: verbs.TRAIN.settings.get(name.removeprefix("stream.")) for name in other.keys() - one.keys()}
+    return {name: declared.default for name, declared in missing.items() if declared is not None} | dict(one)
 
 
 def said_of(name: str, was: Any, now: Any) -> str:
