@@ -55,7 +55,7 @@ def diff(
     base: Annotated[Positional[str], arg(metavar="BASE", help="id of a model, or its folder")],
     tuned: Annotated[
         Positional[str],
-        arg(metavar="TUNED", help="the same for what became of it; merge adapters into the weights first"),
+        arg(metavar="TUNED", help="the same for what became of it, or the folder of an adapter"),
     ],
     data: Annotated[
         Positional[str],

@@ -43,7 +43,6 @@ def _spec(read: Callable[[list[str]], Any], metavar: str) -> Any:
 # Numbers as people write them: 1_000_000, 1e6.
 Whole = Annotated[int, _spec(_whole, "N")]
 MaybeWhole = Annotated[int | None, _spec(_whole, "N")]
-MaybeReal = Annotated[float | None, _spec(_number, "X")]
 Real = Annotated[float, _spec(_number, "X")]
 
 # What commands take besides settings.

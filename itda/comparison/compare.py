@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 ATOMS = 1500  # of the shared-atom codes
 SCORED = 20_000  # tokens whose shared-atom codes are compared, beside the atoms: more changed little
 ANCHORS = 300  # of the relative representations
-K = 8
 DRAWS = 200
 
 

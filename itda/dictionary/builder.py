@@ -34,7 +34,6 @@ MEASURED = (
     *("fvu", "fvu_robust", "fvu_standardised", "variance"),
     *("relative_error", "median_error", "sample_tokens"),
 )
-ADMISSIONS = ("sequential", "batch", "paper")
 
 
 class Builder:

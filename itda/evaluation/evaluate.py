@@ -143,7 +143,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
                  all, tells `probe_label` from the `probe_column` (`itda.evaluation.probing.probe`)
     in_sample    measure on text that the dictionary was built on all the same
     special_tokens   score and replace special tokens and position 0 too; as in building by default
-    stream       further settings of the text (`context_length`, `column`, ...), if not as in building
+    Other settings of the text (`context_length`, `column`, ...) are those of building unless given.
 
     Raises `InputError` for text of which no document is left, and for another model unless `force`.
     """

@@ -43,7 +43,7 @@ def of_cross_entropy(losses: Mapping[str, Float[ndarray, " predicted"]], draws: 
 
 
 def overall(verdict: Mapping[str, Any]) -> str:
-    """"better" or "worse" where nothing says the other, "mixed" where both are said, or "not told apart"."""
+    """ "better" or "worse" where nothing says the other, "mixed" where both are said, or "not told apart"."""
     said = {part["says"] for part in verdict.values() if isinstance(part, dict)} - {"not told apart"}
     return "mixed" if len(said) > 1 else next(iter(said), "not told apart")
 

@@ -39,7 +39,7 @@ KEEP = "logits_to_keep"  # what transformers calls the positions whose logits a 
 
 
 class HookedModel:
-    """A model with the hook points at which it is read; made by `load`.
+    """A model with the hook points at which it is read; made by `load_model`.
 
     `module` is left as it is: hooks and eval mode last as long as a reading. `hook_points` are canonical names, in
     the order in which a forward pass reaches them; `d` has the width of each.

@@ -223,6 +223,8 @@ def load_tokenizer(tokenizer: Any, **hub) -> Any:
                 raise own_error from None
             if "trust_remote_code" in str(error) or isinstance(error, remote.BadAnswer):
                 raise InputError(_sentence(str(tokenizer), None, error)) from error
+            if (said := shortage(error, f"The tokenizer {tokenizer} could not be loaded")) is not None:
+                raise said from error
             raise InputError(
                 f"`{tokenizer}` has no tokenizer that can be loaded ({_one_line(error)}): "
                 "pass one with `tokenizer=`, loaded or as an id or folder."

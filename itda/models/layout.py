@@ -74,7 +74,7 @@ class Layout:
         """How many blocks must run for `hooks`; None for all, where one is outside and may come after them."""
         layers = [self.layer(self.path(hook)) for hook in hooks]
         inside = [layer for layer in layers if layer is not None]
-        return max(inside) + 1 if inside == layers else None
+        return max(inside) + 1 if inside and inside == layers else None
 
     def path(self, hook: int | str) -> str:
         """The path that `hook` names: a layer, a module path with or without the prefix, a TransformerLens name.

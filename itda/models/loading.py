@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -30,8 +30,8 @@ def load_model(
 ) -> HookedModel:
     """A model to read `hooks` from: layers (the residual stream after that block), module paths, TransformerLens names.
 
-    `model` is a hub id or a local folder, of which the blocks up to the last one needed are loaded (`kwargs` go to
-    `from_pretrained`), or a loaded one, Hugging Face module or `HookedModel`, which is used as and where it is.
+    `model` is a hub id or a local folder, of which the blocks up to the last one needed are loaded (what is no setting
+    here goes to `from_pretrained`), or a loaded one, Hugging Face module or `HookedModel`, used as and where it is.
     `dtype` "auto" is float32, and on CUDA that of the checkpoint. Activations are those of the weights as they are:
     TransformerLens' folded and centred weights give others under the same names.
 
@@ -95,7 +95,13 @@ def _named(model: Any, tokenizer: Any, hooks: list[int | str], how: dict[str, An
     """`load_model` for a hub id or a folder."""
     place = checked_device(how["device"])
     tell(f"loading {model}")
-    found = survey(model, place, how)
+    return _held(survey(model, place, how), tokenizer, hooks, place, how)
+
+
+def _held(
+    found: Survey, tokenizer: Any, hooks: list[int | str], place: torch.device, how: Mapping[str, Any]
+) -> HookedModel:
+    """A model that was surveyed, in the way that suits it and the memory."""
     streams = how["stream_layers"]
     if streams:
         found.unpacked("stream_layers")
@@ -133,9 +139,11 @@ def language_model(
         tell(f"loading {model}")
         found = survey(model, place, settings)
         with_head = causal(found, tokenizer, place) if found.bytes() <= 0.9 * free_bytes(place) else None
+        places = [hooks] if isinstance(hooks, int | str) else list(hooks)
         if with_head is not None:
-            places = [hooks] if isinstance(hooks, int | str) else list(hooks)
             return _said(_hooked(*with_head, found, places), settings["dtype"])
+        if settings["backend"] == "hooks" and settings["tensor_parallel"] in (None, 1):
+            return _said(_held(found, tokenizer, places, place, settings), settings["dtype"])
     return load_model(model, tokenizer, hooks=hooks, **settings)
 
 

@@ -44,7 +44,7 @@ def pretrained(
         base, missing = _load(found, layout, keep, **how)
         if layout is None:
             layout = Layout.of(base, found.name)
-        if not any(found.kwargs.get(name) for name in _SPREAD):
+        if not found.is_spread:
             base = aligned(base.to(device))
     return base.eval(), tokenizer, layout, missing
 
@@ -66,6 +66,11 @@ class Survey:
     def skeleton(self) -> Any:
         """The base model of `whole`."""
         return None if self.whole is None else base_of(self.whole)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether transformers or accelerate choose the devices of its weights."""
+        return any(self.kwargs.get(name) for name in _SPREAD)
 
     @cached_property
     def layout(self) -> Layout:
@@ -206,12 +211,12 @@ def adapted(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, A
     """The whole model that was surveyed with its adapter on it, and its tokenizer."""
     assert found.adapter is not None
     plain = replace(found, name=found.model, adapter=None)
-    whole, tokenizer = causal(plain, tokenizer := found.tokenizer(tokenizer), device) or (
-        pretrained(plain, [], tokenizer, device)[0],
-        tokenizer,
-    )
+    tokenizer = found.tokenizer(tokenizer)
+    loaded = causal(plain, tokenizer, device)
+    whole = pretrained(plain, [], tokenizer, device)[0] if loaded is None else loaded[0]
     with found.door():
-        return put_on(whole, found.adapter).to(device), tokenizer
+        whole = put_on(whole, found.adapter)
+        return whole if found.is_spread else whole.to(device), tokenizer
 
 
 def causal(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, Any] | None:
@@ -235,7 +240,7 @@ def causal(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, An
                 f"`{found.model}` lacks {len(info['missing_keys'])} weights of its language model "
                 f"(`{sorted(info['missing_keys'])[0]}` for one): download or save it again, with its head."
             )
-        if not any(found.kwargs.get(name) for name in _SPREAD):
+        if not found.is_spread:
             whole = aligned(whole.to(device))
     return whole.eval(), tokenizer
 

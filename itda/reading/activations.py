@@ -34,9 +34,9 @@ def activations(model: Any, data: Any, **settings: Unpack[verbs.Reading]) -> Act
 
     Give `layer` (the residual stream after that block; -1 is the last) or `hook` (a module path or a TransformerLens
     name). With a list of them every item is a dict of batches by hook point, from one forward pass. `model` is a hub
-    id, a folder, a loaded module with its `tokenizer`, or what `load` returned; `data` a hub id, a path, texts, or a
-    `TokenStream` (which has the settings of the stream already). `column`, `split`, `config` and `data_revision` select
-    from a data set, `revision` and `model_kwargs` belong to the model. Iteration ends after `tokens` valid tokens.
+    id, a folder, a loaded module with its `tokenizer`, or what `itda.load_model` returned; `data` a hub id, a path,
+    texts, or a `TokenStream` (which has the settings of the stream already). What is no setting here goes to
+    `from_pretrained`. Iteration ends after `tokens` valid tokens.
 
     `data` may also be a folder of activations, which `itda collect` or SAELens has written: they are read from there,
     at all hook points if none is given, and no model is loaded, so `model` may be None.
@@ -44,8 +44,7 @@ def activations(model: Any, data: Any, **settings: Unpack[verbs.Reading]) -> Act
     Valid is no padding, no special token and not position 0, unless `special_tokens`; with `padding`, rows are filled
     to `context_length` and the filling is read like text, as the paper's code does.
 
-    `backend`, `remote`, `stream_layers`, `state_gb`, `state_dir` and `tensor_parallel` are those of `load`. With
-    `device_map="auto"` (and `max_memory`, `offload_folder`) accelerate spreads the model over GPUs, memory and disk;
+    What says how the model is loaded is as for `itda.load_model`. With `device_map="auto"` (and `max_memory`, `offload_folder`) accelerate spreads the model over GPUs, memory and disk;
     `quantization_config` quantises it, which its provenance says. (Nothing of this was run on several GPUs.)
     """
     given: dict[str, Any] = dict(settings)

@@ -65,7 +65,8 @@ class Collected(Report):
 def collect(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verbs.Collect]) -> Collected:
     """Write the activations of `model` on `data`, with their labels, to the folder `out`, for `itda.Store` to read.
 
-    `layer`, `hook` and `reading` are those of `itda.activations`, and so are the activations, in the model's dtype. A
+    `layer`, `hook` and what says how to read are those of `itda.activations`, and so are the activations, in the
+    model's dtype. A
     call that was interrupted goes on after the last whole shard with the same call, to the same files; one that was
     not, with more `tokens`, adds to what is there, which stays readable meanwhile. `overwrite` starts anew where there
     is something else. Raises `InputError` for what cannot be read or written, a folder with anything else in it, other

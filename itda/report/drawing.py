@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from itda.errors import one_line
-from itda.metrics import concentrated
+from itda.metrics import MASSIVE, concentrated
 from itda.provenance import is_number, section
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ EXPLAINED = (
     "coefficient: how much of the atom is added (below 0: of its opposite); share: of |x - mean|² what it explains; "
     "error: what all of them leave; FVU: the same of many tokens together"
 )
-PLAIN_WIDTH = 120  # columns where there is no terminal
 
 
 def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
@@ -197,10 +196,10 @@ def _facts(report: Any) -> list[tuple[str, str]]:
         quality = f"{said}, " if (said := quality_of(cfg)) else ""
         facts += [("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {report.sample['tokens']:,} tokens")]
         facts += [("where its variance is", few)] if (few := concentrated(section(cfg, "variance"))) else []
-    if massive := report.massive["atoms"]:
-        limit = 5 * report.massive["usual_norm"]
-        facts += [("massive atoms", f"{massive:,} of |x| beyond {digits(limit)}, 5 times the median")]
         facts += [("atoms in use", f"{report.sample['share_alive']:.1%} in the sample")]
+    if massive := report.massive["atoms"]:
+        limit = MASSIVE * report.massive["usual_norm"]
+        facts += [("massive atoms", f"{massive:,} of |x| beyond {digits(limit)}, {MASSIVE:g} times the median")]
     return facts
 
 

@@ -13,10 +13,9 @@ from typing import Any
 from itda.errors import InputError
 from itda.settings.groups import Source
 from itda.text import folders
-from itda.text.files import SUPPORTED, Reading, brief, check_pointer, kind_of, read_file
+from itda.text.files import COMPRESSED, KINDS, SUPPORTED, Reading, brief, check_pointer, kind_of, read_file
 
-_OTHER_ENDINGS = (".gz", ".zst", ".zip", ".arrow", ".md", ".html", ".pdf")
-_ENDINGS = (".txt", ".jsonl", ".parquet", ".json", ".ndjson", ".csv", ".tsv", *_OTHER_ENDINGS)
+_ENDINGS = (*KINDS, *COMPRESSED, ".zip", ".arrow", ".md", ".html", ".pdf")  # of what is meant as a file
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 Chat = Callable[[list], str]  # the text of messages

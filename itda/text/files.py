@@ -147,16 +147,16 @@ class _Counted(io.RawIOBase):
 
 def check_text(start: bytes, path: str) -> None:
     """Raise `InputError` where the first bytes of a file are no UTF-8 text, with what they are."""
-    check_start = next((name for mark, name in _UTF16 if start.startswith(mark)), None)
-    if check_start is None and b"\0" in start:
+    encoding = next((name for mark, name in _UTF16 if start.startswith(mark)), None)
+    if encoding is None and b"\0" in start:
         even, odd = start[::2].count(0), start[1::2].count(0)
         half = max(1, len(start) // 2)
         if max(even, odd) > 0.3 * half and min(even, odd) < 0.05 * half:  # as of Latin letters in UTF-16
-            check_start = "UTF-16"
-    if check_start:
+            encoding = "UTF-16"
+    if encoding:
         raise InputError(
-            f"`data`: {path!r} is {check_start} text, but UTF-8 was wanted: convert it, as with "
-            f"`iconv -f {check_start} -t UTF-8`."
+            f"`data`: {path!r} is {encoding} text, but UTF-8 was wanted: convert it, as with "
+            f"`iconv -f {encoding} -t UTF-8`."
         )
     if b"\0" in start:
         raise InputError(f"`data`: {path!r} is a binary file, but UTF-8 text was wanted: convert or remove it.")

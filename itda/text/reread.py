@@ -18,7 +18,7 @@ def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: cfg.get("revision" if name == "data_revision" else name) for name in names(verbs.Text)}
     found = {name: value for name, value in kept.items() if value is not None}
     # Without a word on BOS rows were made by the rule that was the only one.
-    return found if "bos" in cfg or not cfg.get("tokenizer_hash") else found | {"bos": None}
+    return found if cfg.get("bos") is not None or not cfg.get("tokenizer_hash") else found | {"bos": None}
 
 
 def cut_of(cfg: Mapping[str, Any], data: Any) -> dict[str, Any]:

@@ -550,7 +550,7 @@ def test_a_stream_says_what_it_is_of(gpt2, tmp_path):
     [
         ({"layer": 4}, r"has no layer 4: it has 4 layers, so pass one of 0 to 3"),
         ({"layer": -5}, r"has no layer -5: it has 4 layers"),
-        ({"layer": True}, r"A layer is a whole number, not True"),
+        ({"layer": True}, r"`layer` is True: pass a whole number or a list of whole numbers"),
         ({"layer": []}, r"No hook point is given"),
         ({}, r"Pass one of `layer` \(`--layer`\), a number, and `hook`"),
         ({"layer": 1, "hook": "transformer.h.1"}, r"Pass one of `layer` \(`--layer`\), a number, and `hook`"),

@@ -136,7 +136,7 @@ def test_only_what_is_missing_is_trained(grid, tmp_path):
 
 def test_a_failing_training_is_told_and_the_others_go_on(home, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(home)
-    words = ["sweep", "--model", "../nowhere", "model", "--data", "text.txt", "--layer", "1", "--k", "2", "0"]
+    words = ["sweep", "--model", "../nowhere", "model", "--data", "text.txt", "--layer", "1", "--k", "2", "70000"]
     words += ["--context-length", "32", "--tokens", "200", "--out", str(tmp_path / "out")]
     assert main([*words, "--json"]) == 2
     out, err = capfd.readouterr()
@@ -145,12 +145,27 @@ def test_a_failing_training_is_told_and_the_others_go_on(home, tmp_path, capfd, 
     assert "`../nowhere` is not there" in rows[0]["problem"]
     assert "`k`" in rows[3]["problem"]
     assert "3 of 4 dictionaries are missing (`../nowhere` is not there" in err
-    assert len(err.splitlines()) == 1
+    assert {line.split()[0] for line in err.splitlines()[:-1]} <= {"loading", "reading"}
     assert len(list((tmp_path / "out").glob("*/*/cfg.json"))) == 1
     assert main(words) == 2
     out, err = capfd.readouterr()
     assert "1 dictionaries in" in out
     assert "1 there before" in out
+
+
+def test_a_setting_out_of_range_is_said_before_anything_is_trained(home, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(home)
+    words = ["sweep", "--model", "model", "--data", "text.txt", "--layer", "1", "--out", str(tmp_path / "out")]
+    for flags, says in ((["--k", "2", "0"], "`k` is 0"), (["--loss", "huber"], "`loss` is 'huber'; choose one of")):
+        assert main([*words, *flags]) == 2
+        assert says in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_is_given_beside_a_preset_holds():
+    """Also where it is the default without one."""
+    grid = {"model": ["m"], "data": ["d"], "layer": [1], "preset": ["paper"], "loss": ["relative", "cosine"]}
+    assert [job.settings["loss"] for job in jobs_of(grid)] == ["relative", "cosine"]
+    assert "loss" not in jobs_of({**grid, "loss": ["relative"], "preset": [None]})[0].settings
 
 
 def test_a_layer_has_many_names_and_one_dictionary(grid, tmp_path):
