@@ -44,8 +44,9 @@ def activations(model: Any, data: Any, **settings: Unpack[verbs.Reading]) -> Act
     Valid is no padding, no special token and not position 0, unless `special_tokens`; with `padding`, rows are filled
     to `context_length` and the filling is read like text, as the paper's code does.
 
-    What says how the model is loaded is as for `itda.load_model`. With `device_map="auto"` (and `max_memory`, `offload_folder`) accelerate spreads the model over GPUs, memory and disk;
-    `quantization_config` quantises it, which its provenance says. (Nothing of this was run on several GPUs.)
+    What says how the model is loaded is as for `itda.load_model`. With `device_map="auto"` (and
+    `max_memory`, `offload_folder`) accelerate spreads the model over GPUs, memory and disk; `quantization_config`
+    quantises it, which its provenance says. (Nothing of this was run on several GPUs.)
     """
     given: dict[str, Any] = dict(settings)
     if is_stored(data):
