@@ -81,7 +81,7 @@ def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verb
     "paper" is the published code's practice: `itda.settings.verbs.PRESETS` where nothing else is given. With
     `candidates`, a dictionary of so many times `n_atoms` is built and the atoms of most use are kept
     (`itda.refine.select`); with `refine`, atoms are moved in so many passes (`itda.refine.refine`). Both are done on
-    the first `refine_tokens` tokens, which are read again and held in memory; `progress` is then called with a `Step` too.
+    the first `refine_tokens` tokens, which are read again and held in memory; `progress` is also called with a `Step`.
 
     With `workers` or `ray`, so many processes on this machine, or on those of the Ray cluster at that address, read the
     model together (`itda.training.reading_workers`), and the dictionary is the same. With `stream_layers` (None: where
