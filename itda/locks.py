@@ -156,7 +156,8 @@ def settled(read: Callable[[], T], stamp: Callable[[], object], is_being_replace
         except InputError:
             if stamp() != before and changes < MOST_CHANGES:
                 until, changes = time.monotonic() + SETTLING, changes + 1
-            elif time.monotonic() >= until or not is_being_replaced():
+            # Looked at twice: one replacement may end, and the next begin, between two looks.
+            elif time.monotonic() >= until or not (is_being_replaced() or stamp() != before or is_being_replaced()):
                 raise
         time.sleep(_LOOK)
 

@@ -608,7 +608,7 @@ def test_misspelt_settings_and_layers_that_are_text_are_said(gpt2):
         activations(gpt2, ["text"], layer=1, contxt_length=64)
     with pytest.raises(InputError, match="no setting `layr`: perhaps `layer`"):
         activations(gpt2, ["text"], layr=1)
-    with pytest.raises(InputError, match="`layer` is the text '1'; a number was wanted"):
+    with pytest.raises(InputError, match="`layer` is '1': pass a whole number or a list of whole numbers"):
         activations(gpt2, ["text"], layer="1")
     with pytest.raises(InputError, match=r"`tokens` is 2.5: pass a whole number, 1 or more"):
         activations(gpt2, ["text"], layer=1, tokens=2.5)
