@@ -12,6 +12,7 @@ from itda.settings import verbs
 VERSIONS = "versions."  # in an `identity`, before the name of a library
 # Of a stream, what was read of it so far or lay beside it: that it is the same text its hash says.
 COUNTED = ("stream.hash", "stream.documents", "stream.files", "stream.unread")
+BOS, PREFIX = "stream.bos", "stream.prefix"
 FINGERPRINT = "model.fingerprint"  # of the weights, in an `identity`; what is read block by block says it late
 
 
@@ -47,9 +48,12 @@ def checked_rest(stream: Any, hashes: set[str | None], work: str) -> Iterator:
 def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What two identities do not agree on, weights last, which say least; versions that were not taken down agree.
 
-    A setting that one of them does not know, since it is older, was at its default then.
+    A setting that one of them does not know, since it is older, was at its default then. How rows open is said by their
+    prefix where there was no choice yet; that they are the same rows, by the hash of those that were read.
     """
-    was, now = _whole(was, now), _whole(now, was)
+    was, now = _with_defaults(was, now), _with_defaults(now, was)
+    if BOS not in was or BOS not in now:
+        was, now = ({name: value for name, value in one.items() if name != BOS} for one in (was, now))
     for name in sorted(
         was.keys() | now.keys(), key=lambda name: (name == FINGERPRINT, name.startswith(VERSIONS), name)
     ):
@@ -59,9 +63,11 @@ def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _whole(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """`one` with the default of every setting that `other` alone knows."""
-    missing = {name: verbs.TRAIN.settings.get(name.removeprefix("stream.")) for name in other.keys() - one.keys()}
+    missing = {
+        name: verbs.TRAIN.settings.get(name.removeprefix("stream.")) for name in other.keys() - one.keys() - {BOS}
+    }
     return {name: declared.default for name, declared in missing.items() if declared is not None} | dict(one)
 
 
@@ -72,6 +78,11 @@ def said_of(name: str, was: Any, now: Any) -> str:
         return (
             f"{library} {was}, and this is {library} {now}, whose activations may differ in their last bits: install "
             "the former version to go on"
+        )
+    if name == PREFIX:
+        return (
+            f"rows that open with {shortened(was)}, and now they open with {shortened(now)}: give "
+            f"`bos={'always' if was else 'never'!r}` (`--bos {'always' if was else 'never'}`) to go on"
         )
     return f"{name} = {shortened(was)}, and now it is {shortened(now)}: give the former settings to go on"
 

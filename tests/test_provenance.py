@@ -17,11 +17,16 @@ def test_what_differs_is_named():
 def test_a_setting_that_one_side_does_not_know_was_at_its_default():
     was = identity({"stream": STREAM, "batch_rows": 32}) | {"k": 40}
     for name, default, other in (
-        ("stream.bos", "auto", "never"),
         ("nonneg", False, True),
         ("stream.pack", False, True),
     ):
         assert differing(was, was | {name: default}) is None and differing(was | {name: default}, was) is None
         assert differing(was, was | {name: other}) == name
     assert differing(was, was | {"stream.prefix": [2]}) == "stream.prefix"
+    # How rows opened is said by their prefix, where there was no choice.
+    assert differing(was, was | {"stream.bos": "never"}) is None
+    assert differing(was | {"stream.bos": "auto"}, was | {"stream.bos": "never"}) == "stream.bos"
+    assert "rows that open with [1], and now they open with []: give `bos='always'` (`--bos always`)" in said_of(
+        "stream.prefix", [1], []
+    )
     assert differing(was, was | {"stream.chat_template": "c"}) == "stream.chat_template"

@@ -44,7 +44,11 @@ def train(
     terminal.output(documents if len(results) > 1 else documents[0], None if json else "\n".join(map(str, results)))
     k, tokens = results[0].k, given.get("tokens", verbs.TRAIN.settings["tokens"].default)
     if any(result.n_atoms < 2 * k for result in results):
-        terminal.say(f"few atoms for k = {k}: a lower --threshold or --n-atoms gives more, --seed 0 more varied ones")
+        more = (
+            "a larger --n-atoms" if given.get("n_atoms") is not None else "a lower --threshold, or a size (--n-atoms),"
+        )
+        varied = "" if given.get("seed") is not None or is_stored(data) else ", and --seed 0 more varied ones"
+        terminal.say(f"few atoms for k = {k}: {more} gives more{varied}; or write tokens with fewer (--k)")
     elif given.get("n_atoms") is not None and given.get("seed") is None and not is_stored(data):
         terminal.say("rows were read in the text's own order: --seed 0 shuffles them, and gives more varied atoms")
     full = all(result.n_atoms == given.get("max_atoms") for result in results)  # so that reading stopped before the end

@@ -107,6 +107,12 @@ def diff(base: Any, tuned: Any, data: Any, **settings: Unpack[verbs.Diff]) -> Di
             raise InputError(
                 f"{model} is a dictionary, and `diff` reads models: give these, or compare dictionaries with `compare`."
             )
+    tokens, n_atoms = settings["tokens"], settings["n_atoms"]
+    if tokens is not None and n_atoms > tokens // 2:
+        raise InputError(
+            f"`n_atoms` is {n_atoms:,}, and at most half of the `tokens` = {tokens:,} can be atoms: give a smaller "
+            "`n_atoms` (`--n-atoms`) or more `tokens` (`--tokens`)."
+        )
     report = reporter(settings["progress"])
     readings = read(models, data, **{**pick(verbs.ReadSeveral, settings), "progress": report or False})
     shown: dict[str, Any] = {name: settings[name] for name in ("n_atoms", "n_anchors", "k", "top", "rows", "seed")}
@@ -270,7 +276,7 @@ def _fitting(tokens: int, n_anchors: int | None, n_atoms: int = 1) -> int:
     if max(n_anchors, n_atoms) > tokens // 2:
         raise InputError(
             f"{'`n_atoms`' if n_atoms >= n_anchors else '`n_anchors`'} is {max(n_atoms, n_anchors)}, but the models "
-            f"have {tokens:,} tokens in common: give more text, or choose at most half as many as there are tokens."
+            f"have {tokens:,} tokens in common: read more `tokens`, or choose at most half as many as there are."
         )
     return n_anchors
 

@@ -20,7 +20,7 @@ from itda.dictionary.threshold import Schedule
 from itda.disk import bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
 from itda.errors import InputError, check_whole, one_line
 from itda.labels import LABEL_ARRAYS, Batch, Labels
-from itda.provenance import FINGERPRINT, VERSIONS, differing, said_of
+from itda.provenance import FINGERPRINT, PREFIX, VERSIONS, differing, said_of
 from itda.shortages import shortage
 
 VERSION = "1"
@@ -217,7 +217,7 @@ def _fill_head(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> Non
 def _compare(was: dict, wanted: dict, path: Path) -> None:
     wanted = json.loads(json.dumps(wanted))
     if (name := differing(was, wanted)) is not None:
-        if name.startswith(VERSIONS):
+        if name.startswith(VERSIONS) or name == PREFIX:
             said = said_of(name, was.get(name), wanted.get(name))
         else:
             said = (

@@ -45,6 +45,7 @@ class Decomposition(Report):
     tokens: list[str]  # all but the special ones
     token: int  # which of them
     position: int  # its place in the row, special tokens counted
+    in_training: bool  # whether tokens at such a place are among those that the dictionary was built on
     start: int  # its first character in the text
     end: int  # and the one after its last
     norm: float  # |x|
@@ -76,6 +77,8 @@ def decompose(
     Raises `InputError` for a model or tokenizer that is not the dictionary's (unless `force`), and for a text that
     does not fit into one row of the model.
     """
+    if not isinstance(text, str) or not text:
+        raise InputError(f"`text` is {shortened(text)}: pass some words.")
     dictionary = ITDA.of(dictionary)
     hooked, hook = model_of(dictionary.cfg, settings)
     row = _row(text, hooked, settings_of(section(dictionary.cfg, "stream")).get("bos", "auto"))
@@ -102,6 +105,7 @@ def decompose(
         tokens=tokens,
         token=which,
         position=int(places[which]),
+        in_training=int(places[which]) > 0 or bool(dictionary.cfg.get("special_tokens")),
         start=int(row.starts[places[which]]),
         end=int(row.ends[places[which]]),
         norm=norm,
@@ -149,8 +153,6 @@ def _row(text: str, hooked, bos: Any):
     """`text` as one row of a token stream, opened as the dictionary's rows were."""
     from itda.text.prompts import TokenStream
 
-    if not isinstance(text, str) or not text:
-        raise InputError(f"`text` is {shortened(text)}: pass some words.")
     limit = hooked.max_length or ENDLESS
     rows = list(itertools.islice(TokenStream([text], hooked.tokenizer, context_length=limit, bos=bos), 2))
     if len(rows) > 1:

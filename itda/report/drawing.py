@@ -61,6 +61,8 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
         ),
         style="dim",
     )
+    if not report.in_training:
+        yield Text("the first token of a row is not among the tokens that this dictionary was built on", style="dim")
     yield Text()
     table, shown = columns("coefficient", "atom", "share", "cumulative"), report.atoms[:SHOWN]
     width = room(options, 58)
@@ -181,6 +183,8 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     if threshold := report.threshold:
         how = ", centred" if cfg.get("center") else ""
         how += ", each coordinate over its deviation" if cfg.get("scale") else ""
+        how += ", coefficients of 0 or more" if cfg.get("nonneg") else ""
+        how += f", tokens beyond {cfg['max_norm']:g} median norms left out" if is_number(cfg.get("max_norm")) else ""
         facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}{how}")]
     if facts_of_massive := left_out(section(cfg, "massive")):
         facts += [("massive tokens", facts_of_massive.removeprefix("massive tokens: "))]

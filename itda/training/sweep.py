@@ -79,7 +79,8 @@ class Sweep(Report):
             last = Text(one_line(row["problem"] or row["folder"]), style="red" if row["problem"] else "")
             table.add_row(*(Text(one_line(_cell(cell))) for cell in cells), last)
         yield table
-        yield from self._errors([*several, named], several, places)
+        varied = [name for name, values in self.grid.items() if len(values) > 1 and name not in ONE_PASS]
+        yield from self._errors([*varied, named], varied, places)
         yield Text(f"{len(self.rows) - len(self.problems)} dictionaries in {self.path}, {self.skipped} there before")
 
     def _errors(self, names: list[str], several: list[str], places: list[str]) -> RenderResult:
