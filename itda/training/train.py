@@ -66,7 +66,8 @@ class Trained(Report):
         more = text_read(vars(self)), left_out(self.massive or {}), concentrated(self.variance)
         return (
             f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} (threshold "
-            f"{self.threshold:.4g}, k = {self.k}; on a sample of this text: {quality_of(vars(self))}) in {self.seconds:.1f} s{speed}"
+            f"{self.threshold:.4g}, k = {self.k}; on a sample of this text: {quality_of(vars(self))}) in "
+            f"{self.seconds:.1f} s{speed}"
             + "".join(f"\n{line}" for line in more if line)
         )
 
