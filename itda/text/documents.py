@@ -107,7 +107,7 @@ def _no_revision(source: Source) -> None:
 
 def _texts(data, source: Source, chat: Chat) -> Callable[[Reading], Iterator[Iterable[str]]]:
     name, wanted = f"`data` is of type {type(data).__name__}", "pass a list of strings"
-    if isinstance(data, (bytes, Mapping, Set)) or not isinstance(data, Iterable):
+    if isinstance(data, (bytes, Mapping, Set)) or not isinstance(data, Iterable) or getattr(data, "ndim", None) == 0:
         raise InputError(f"{name}, but texts in an order were wanted: {wanted}.")
     if iter(data) is data:
         raise InputError(f"{name}, which can be read only once: {wanted}, list(data).")
@@ -165,7 +165,7 @@ def _of_folder(path: str, source: Source, as_before: bool) -> folders.Chosen:
         _undivided(source, "one data set", folders.saved_split(path))
         return folders.Chosen([path], split, config)
     if (splits := folders.saved_splits(path)) is None:
-        chosen = folders.chosen_files(path, split, config)
+        chosen = folders.chosen_files(path, split, config, lambda file: _holds(file, source["column"]))
     else:
         chosen = _of_saved(path, splits, source)
     about = [file for file in chosen.files if not _has_column(file, source["column"])]
@@ -186,6 +186,15 @@ def _of_saved(path: str, splits: Sequence[str], source: Source) -> folders.Chose
         )
     names = splits if split == folders.EVERY else [split]
     return folders.Chosen([os.path.join(path, name) for name in names], split, config)
+
+
+def _holds(path: str, column: str) -> bool:
+    """Whether a file whose name is that of one about data begins with a record that has text or messages."""
+    try:
+        _, first = next(iter(read_file(path, column, Reading(0))), ("", None))
+    except InputError:
+        return False
+    return isinstance(first, Mapping) and (isinstance(first.get(column), str) or _is_chat(first.get(column)))
 
 
 def _has_column(path: str, column: str) -> bool:

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, BinaryIO
 
 from itda.errors import InputError
@@ -82,7 +83,7 @@ def read_file(path: str, column: str, reading: Reading) -> Iterator[tuple[str, A
             with _unpacked(raw, path) as file:
                 start = file.read(BLOCK)
                 check_text(start, path)
-                yield from _OF_KIND[kind or ".txt"](_Counted(file, start, raw, reading), path)
+                yield from _OF_KIND[kind or ".txt"](_Counted(file, start, raw, reading), path, column)
     reading.before, reading.here = reading.before + _size(path), 0
 
 
@@ -162,7 +163,7 @@ def check_text(start: bytes, path: str) -> None:
         raise InputError(f"`data`: {path!r} is a binary file, but UTF-8 text was wanted: convert or remove it.")
 
 
-def _text(file: _Counted, path: str) -> Iterator[tuple[str, Any]]:
+def _text(file: _Counted, path: str, _: str) -> Iterator[tuple[str, Any]]:
     yield repr(path), _text_blocks(file, path)  # read outside of this generator, hence the sentence there
 
 
@@ -180,7 +181,7 @@ def _text_blocks(file: _Counted, path: str) -> Iterator[str]:
         at += len(block)
 
 
-def _json_lines(file: _Counted, path: str) -> Iterator[tuple[str, Any]]:
+def _json_lines(file: _Counted, path: str, _: str) -> Iterator[tuple[str, Any]]:
     at, lines = 0, io.BufferedReader(file, BLOCK)
     for number, line in enumerate(lines, 1):
         try:
@@ -207,66 +208,84 @@ def _goes_on(line: str, error: Exception, after: bytes) -> bool:
     return line == "[" or (ends and bool(after.strip()) and not after.lstrip().startswith(b"{"))
 
 
-def _json(file: _Counted, path: str) -> Iterator[tuple[str, Any]]:
+# Of a list, what is allowed where a character of JSON stands that is no part of a record.
+_NEXT = {("start", "["): "first", ("first", "]"): "over", ("next", ","): "record", ("next", "]"): "over"}
+
+
+def _json(file: _Counted, path: str, _: str) -> Iterator[tuple[str, Any]]:
     """The records of a list, or those that stand one after another, as lines or over several; a part in memory."""
-    decode = json.JSONDecoder().raw_decode
-    blocks = _text_blocks(file, path)
-    text, at, number, ended, size = next(blocks, ""), 0, 0, False, 1
-    listed: bool | None = None
-
-    def more() -> bool:
-        nonlocal text, at, ended, size
-        found: list[str] = []
-        for block in blocks:
-            found.append(block)
-            if len(found) >= size:
-                break
-        ended = not found
-        text, at, size = text[at:] + "".join(found), 0, 2 * size  # so that a long record is not read again and again
-        return not ended
-
-    while True:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-        if at == len(text):
-            if more():
-                continue
-            break
-        if listed is None and text[at] == "[":
-            listed, at = True, at + 1
+    decode, state, number = json.JSONDecoder().raw_decode, "start", 0
+    ahead = _Ahead(_text_blocks(file, path))
+    while sign := ahead.sign():
+        if (state, sign) in _NEXT:
+            state, ahead.at = _NEXT[state, sign], ahead.at + 1
             continue
-        listed = bool(listed)
-        if listed and text[at] in ",]":
-            at += 1
-            continue
+        if state in ("next", "over"):
+            where = "after its list" if state == "over" else f"before record {number}, where ',' or ']' was wanted"
+            raise InputError(f"`data`: {path!r} is not JSON, since it has {sign!r} {where}: mend it there.")
         try:
-            record, end = decode(text, at)
-            if end == len(text) and not ended and more():
+            record, end = decode(ahead.text, ahead.at)
+            if end == len(ahead.text) and ahead.more():
                 continue  # a number may go on
         except (ValueError, RecursionError) as error:
-            if _is_cut(error, len(text)) and not ended and more():
+            if _is_cut(error, len(ahead.text) - 16) and ahead.more():
                 continue
+            if state in ("first", "record") and _is_cut(error, len(ahead.text.rstrip()) - 1):
+                raise _cut_short(path, number) from error
             raise InputError(
                 f"`data`: record {number} of {path!r} is not JSON ({brief(error)}): mend or remove it."
             ) from error
-        at, size = end, 1
+        state = "loose" if state in ("start", "loose") else "next"
+        ahead.at, ahead.size = end, 1
         yield f"record {number} of {path!r}", record
         number += 1
+    if state in ("first", "next", "record"):
+        raise _cut_short(path, number)
 
 
-def _is_cut(error: Exception, length: int) -> bool:
-    """Whether what is wrong with `length` characters of JSON may be that more are to come."""
+class _Ahead:
+    """The text of blocks from the place `at` on that is reached; no more of it than is needed."""
+
+    def __init__(self, blocks: Iterator[str]) -> None:
+        self.blocks, self.text, self.at, self.size = blocks, next(blocks, ""), 0, 1
+
+    def sign(self) -> str:
+        """The next character that is no blank; none at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def more(self) -> bool:
+        """Read on, and say whether there was more."""
+        found = list(islice(self.blocks, self.size))
+        if found:  # twice as much each time, so that a long record is not read again and again
+            self.text, self.at, self.size = self.text[self.at :] + "".join(found), 0, 2 * self.size
+        return bool(found)
+
+
+def _cut_short(path: str, number: int) -> InputError:
+    return InputError(
+        f"`data`: {path!r} is cut short, since it ends in its list, at record {number}, without ']': fetch it again."
+    )
+
+
+def _is_cut(error: Exception, last: int) -> bool:
+    """Whether what is wrong with JSON may be that more is to come: a string without end, or a fault after `last`."""
     unfinished = "Unterminated string" in str(error)
-    return isinstance(error, json.JSONDecodeError) and (unfinished or error.pos > length - 16)
+    return isinstance(error, json.JSONDecodeError) and (unfinished or error.pos > last)
 
 
-def _table(separator: str) -> Callable[[_Counted, str], Iterator[tuple[str, Any]]]:
-    def records(file: _Counted, path: str) -> Iterator[tuple[str, Any]]:
+def _table(separator: str) -> Callable[[_Counted, str, str], Iterator[tuple[str, Any]]]:
+    def records(file: _Counted, path: str, column: str) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(_WIDEST_FIELD - 1)
         text = io.TextIOWrapper(io.BufferedReader(file, BLOCK), "utf-8-sig", newline="")
         rows = csv.reader(text, delimiter=separator, strict=True)
         number = 0
         try:
             names = next(rows, [])
+            if names and column not in names:
+                yield f"the first line of {path!r}", dict.fromkeys(names)  # refused
             for number, row in enumerate(rows):
                 if not row:
                     continue
@@ -276,8 +295,6 @@ def _table(separator: str) -> Callable[[_Counted, str], Iterator[tuple[str, Any]
                         f"{len(names)}: mend or remove that row."
                     )
                 yield f"row {number} of {path!r}", dict(zip(names, row, strict=True))
-            if names and not number:
-                yield f"the first line of {path!r}", dict.fromkeys(names)  # refused, unless it has the column
         except UnicodeDecodeError as error:
             raise InputError(f"`data`: {path!r} is not UTF-8: convert the file to UTF-8.") from error
         except csv.Error as error:
@@ -305,7 +322,7 @@ def _parquet_records(file: BinaryIO, path: str, column: str, reading: Reading) -
         raise InputError(f"`data`: {path!r} is no sound parquet file ({brief(error)}): write it again.") from error
 
 
-_OF_KIND: dict[str, Callable[[_Counted, str], Iterator[tuple[str, Any]]]] = {
+_OF_KIND: dict[str, Callable[[_Counted, str, str], Iterator[tuple[str, Any]]]] = {
     ".txt": _text,
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,17 +35,19 @@ class Chosen:
     unread: list[str] = field(default_factory=list)  # those that are neither read nor of another split
 
 
-def chosen_files(folder: str, split: str | None, config: str | None) -> Chosen:
+def chosen_files(folder: str, split: str | None, config: str | None, holds: Callable[[str], bool]) -> Chosen:
     """What is read of `folder`, a split or a configuration asked for or not.
 
-    Linked folders are read like others, once. Files are sorted by name, level by level; hidden ones are left out. If
+    `holds` says of a .json whose name is that of a file about data whether it has records all the same. Linked folders
+    and files are read like others, once. Files are sorted by name, level by level; hidden ones are left out. If
     their names tell splits apart, "train" is read unless another is named; "all" is every file. Raises `InputError`
     for a split or configuration that is not there, and a folder without files that can be read.
     """
     found = listed(folder)
     saved = {path for path in found if os.path.isdir(path)}
     found = [path for path in found if os.path.dirname(path) not in saved]
-    files = [path for path in found if path in saved or _readable(path)]
+    about = {path for path in found if _about(path) and not (kind_of(path) == ".json" and holds(path))}
+    files = [p for p in found if p in saved or (_readable(p) and not (p in about and kind_of(p) == ".json"))]
     if not files:
         _none(folder, found)
     if said := _declared(folder):
@@ -66,12 +68,13 @@ def chosen_files(folder: str, split: str | None, config: str | None) -> Chosen:
     if (
         split is None
         and "train" in of
-        and (said or len(of) > 1 or known >= {path for path in files if not _about(path)})
+        and (said or len(of) > 1 or known >= {path for path in files if path not in about})
     ):
         split = "train"  # else one file happens to be called so
     taken = of.get(split or EVERY, known if said else files)
-    unread = [] if said else [path for path in found if path not in known.union(taken) and not _about(path)]
-    return Chosen(sorted(taken, key=_order), split, config, unread)
+    once, read = _once(taken), {os.path.realpath(path) for path in taken}
+    unread = [] if said else [p for p in found if p not in known | about and os.path.realpath(p) not in read]
+    return Chosen(once, split, config, unread)
 
 
 def chosen_before(folder: str) -> Chosen:
@@ -149,11 +152,18 @@ def _is_file(path: str) -> bool:
     return os.path.isfile(path) or not os.path.exists(path)  # a broken link is said later
 
 
+def _once(paths: Iterable[str]) -> list[str]:
+    """The files in order, each of them once, and where it lies rather than where a link to it does."""
+    first: dict[str, str] = {}
+    for path in sorted(paths, key=lambda path: (os.path.islink(path), _order(path))):
+        first.setdefault(os.path.realpath(path), path)
+    return sorted(first.values(), key=_order)
+
+
 def _readable(path: str) -> bool:
     kind = kind_of(path)
-    if kind in MAY_BE_ABOUT and ((kind == ".json" and _about(path)) or not (_is_file(path) and os.path.getsize(path))):
-        return False
-    return kind is not None and _is_file(path)
+    empty = kind in MAY_BE_ABOUT and not (os.path.isfile(path) and os.path.getsize(path))
+    return kind is not None and not empty and _is_file(path)
 
 
 def _about(path: str) -> bool:
@@ -230,13 +240,23 @@ def _by_config(folder: str, config: str | None, found: Iterable[str]) -> dict[st
     """The files of each split of a configuration, as the README.md has it and `datasets` reads it."""
     import datasets
 
+    start = f"`data` is the folder {folder!r}, whose README.md "
+    mend = "mend or remove that README.md"
     try:
         builder = datasets.load_dataset_builder(os.path.abspath(folder), config)
+    except FileNotFoundError as error:
+        raise InputError(f"{start}has `configs` that match no file ({brief(error)}): {mend}.") from error
     except Exception as error:  # `datasets` raises anything, and lists the configurations there are
+        try:
+            datasets.get_dataset_config_names(os.path.abspath(folder))
+        except Exception:
+            raise InputError(f"{start}has `configs` that cannot be read ({brief(error)}): {mend}.") from error
         raise InputError(
-            f"`data` is the folder {folder!r}, whose README.md names configurations, and `config` is {config!r} "
-            f"({brief(error)}): choose one of them."
+            f"{start}names configurations, and `config` is {config!r} ({brief(error)}): choose one of them."
         ) from error
     there = {os.path.realpath(path): path for path in found}
     files = builder.config.data_files or {}
-    return {str(s): [there[r] for p in paths if (r := os.path.realpath(p)) in there] for s, paths in files.items()}
+    of = {str(s): [there[r] for p in paths if (r := os.path.realpath(p)) in there] for s, paths in files.items()}
+    if not any(of.values()):
+        raise InputError(f"{start}has `configs` that match no file that is read here: {mend}.")
+    return of

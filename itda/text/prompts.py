@@ -92,9 +92,9 @@ class TokenStream:
 
     A document becomes successive rows of `context_length` tokens, each opened by BOS (else CLS) and closed by SEP where
     the tokenizer has CLS and SEP; both count. `bos` "auto" does so where the tokenizer itself begins a text with that
-    token, "always" where it has one, "never" nowhere. A row of text that begins with BOS or ends in SEP itself gets no
-    second one. None is the rule of dictionaries that do not say one: "always", and a second one. The last row of a
-    document is as short as it comes.
+    token, "always" where it has one, "never" nowhere. A row of text that begins with BOS (or blanks and BOS) or ends in
+    SEP itself gets no second one. None is the rule of dictionaries that do not say one: "always", and a second one. The
+    last row of a document is as short as it comes.
 
     `truncate` keeps the first row of each document. `pack` joins all documents that have tokens into one: document 0,
     whose text is theirs with nothing between them, whose spans count its characters, and whose ids have EOS between
@@ -226,7 +226,9 @@ class TokenStream:
         for piece in pieces:
             text, start = (text + piece.text, start) if text else (piece.text, piece.start)
             tokens, at = np.concatenate([tokens, piece.tokens]), 0
-            while len(tokens) - at >= (room := self._room + len(self._opening) - len(self._put_in(tokens[at:])[0])):
+            while len(tokens) - at >= (
+                room := self._room + len(self._opening) - len(self._put_in(tokens[at:], text, start)[0])
+            ):
                 yield self._row(document, tokens[at : at + room], text, start)
                 at += room
             tokens = tokens[at:]
@@ -235,18 +237,27 @@ class TokenStream:
         if len(tokens):
             yield self._row(document, tokens, text, start)
 
-    def _put_in(self, tokens: ndarray) -> tuple[ndarray, ndarray]:
-        """What opens and closes a row of `tokens`: nothing that they begin or end with themselves."""
+    def _put_in(self, tokens: ndarray, text: str, start: int) -> tuple[ndarray, ndarray]:
+        """What opens and closes a row of `tokens`: nothing that they begin, after blanks, or end with themselves."""
         opening, closing = self._opening, self._closing
         if self._once and len(tokens):
-            opening = opening[: len(opening) - (len(opening) and tokens[0, 0] == opening[0, 0])]
+            if len(opening) and self._begins(tokens[: self._room + 1], text, start):
+                opening = opening[:0]
             closing = closing[: len(closing) - (len(closing) and tokens[-1, 0] == closing[0, 0])]
         return opening, closing
+
+    def _begins(self, tokens: ndarray, text: str, start: int) -> bool:
+        """Whether `tokens` of the text from character `start` on have BOS at first, or after nothing but blanks."""
+        if not (found := np.flatnonzero(tokens[:, 0] == self._opening[0, 0])).size:
+            return False
+        before = tokens[: found[0]]
+        blanks = len(before) == 0 or text[max(0, before[0, 1] - start) : before[-1, 2] - start].isspace()
+        return bool(blanks and (before[:, 1] >= 0).all())
 
     def _row(self, document: int, tokens: ndarray, text: str, start: int) -> Row:
         """One row of `tokens`; `text` holds theirs and begins at character `start` of the document."""
         first, last = (max(start, character) for character in _span(tokens, start))
-        opening, closing = self._put_in(tokens)
+        opening, closing = self._put_in(tokens, text, start)
         ids, starts, ends = np.ascontiguousarray(np.concatenate([opening, tokens, closing]).T)
         special = np.isin(ids, self._special_ids)
         return Row(-1, document, ids, starts, ends, special, text[first - start : last - start], first)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from hashlib import sha256
+from itertools import takewhile
 
 import numpy as np
 from numpy import ndarray
 
 from itda.errors import InputError, first_line
 
-# The date that Llama 3's template has where it is told none, in place of today's.
+# The date that Llama 3's template has where it is told none, in place of today's: what `strftime` makes of every code,
+# put into the form by a macro, since `transformers` hands no function to a template.
+_FORMS = [f"%{code}" for code in (*"aAbBcdDeFfGhHIjmMpRSTuUVwWxXyYzZ", "-d", "-m", "-H", "-I", "-M", "-S", "-j", "%")]
+_MADE = [(form, datetime.datetime(2024, 7, 26).strftime(form)) for form in _FORMS]
 _ONE_DAY = (
-    "{%- macro strftime_now(form) -%}{%- if form == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
-    "{%- endmacro %}"
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(f" | replace({form!r}, {made!r})" for form, made in _MADE)
+    + " }}{%- endmacro %}"
 )
 
 
@@ -34,23 +40,27 @@ def special_ids(tokenizer) -> list[int]:
 def frame(tokenizer, bos: str | None) -> tuple[list[int], list[int]]:
     """The tokens that open and close a row: BOS (else CLS), and SEP where there are CLS and SEP; none with "never".
 
-    "always" has them where the tokenizer has such tokens, "auto" where it begins a text with them itself. None is the
+    "always" has them where the tokenizer has such tokens, "auto" where BOS is among those that it puts before a
+    text itself. None is the
     rule of dictionaries that do not say one, which is that of "always".
     """
     begin, cls, sep = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "sep"))
     begin = cls if begin is None else begin
-    if begin is None or bos == "never" or (bos == "auto" and _own(tokenizer)[:1] != [begin]):
+    if begin is None or bos == "never" or (bos == "auto" and begin not in _own(tokenizer)):
         return [], []
     return [begin], [sep] if cls is not None and sep is not None else []
 
 
 def _own(tokenizer) -> list[int]:
-    """The ids of a short text with the special tokens that the tokenizer adds by itself."""
+    """The special tokens that the tokenizer puts before a text by itself."""
+    special = set(special_ids(tokenizer))
     state = _backend_state(tokenizer)
     if state is not None:
         copy = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))  # that of the user keeps its last call
-        return copy.encode("a").ids
-    return [int(token) for token in tokenizer(["a"], verbose=False)["input_ids"][0]]
+        ids = copy.encode("a").ids
+    else:
+        ids = [int(token) for token in tokenizer(["a"], verbose=False)["input_ids"][0]]
+    return list(takewhile(special.__contains__, ids))
 
 
 def chat(tokenizer) -> Callable[[list], str]:
@@ -61,8 +71,14 @@ def chat(tokenizer) -> Callable[[list], str]:
     """
 
     def rendered(messages: list) -> str:
-        if not getattr(tokenizer, "chat_template", None):
+        templates = getattr(tokenizer, "chat_template", None)
+        if not templates:
             raise InputError("the tokenizer has no chat template: name that of an instruct model with `tokenizer`.")
+        if isinstance(templates, dict) and "default" not in templates:
+            raise InputError(
+                f"the tokenizer has several chat templates ({', '.join(map(repr, templates))}) and none is its "
+                "default: set its `chat_template` to one of them, or name another tokenizer with `tokenizer`."
+            )
         try:
             template = tokenizer.get_chat_template()
             if "strftime_now" in template:

@@ -115,7 +115,16 @@ def test_packed_files_of_several_parts_and_cut_ones(tmp_path, packed):
 
 
 BAD = {
-    "cut.json": (b'[{"text": "a"}, {"text": "b"', ["record 1 of", "not JSON", "mend"]),
+    "cut.json": (b'[{"text": "a"}, {"text": "b"', ["cut short", "record 1", "fetch it again"]),
+    "cut in a string.json": (b'[{"text": "a"}, {"text": "b', ["cut short", "record 1", "fetch it again"]),
+    "cut after a record.json": (b'[{"text": "a"}, {"text": "b"}\n', ["cut short", "record 2", "fetch it again"]),
+    "cut after a comma.json": (b'[{"text": "a"}, ', ["cut short", "record 1", "fetch it again"]),
+    "cut at once.json": (b"[", ["cut short", "record 0", "fetch it again"]),
+    "comma.json": (b'[{"text": "a"} {"text": "b"}]', ["not JSON", "'{' before record 1", "',' or ']'", "mend"]),
+    "commas.json": (b'[{"text": "a"},,,]]]],{"text": "b"}', ["record 1 of", "not JSON", "mend"]),
+    "last comma.json": (b'[{"text": "a"},]', ["record 1 of", "not JSON", "mend"]),
+    "ends.json": (b'[{"text": "a"}]]]', ["not JSON", "']' after its list", "mend"]),
+    "more.json": (b'[{"text": "a"}, {"text": "b"}] {"text": "c"}', ["not JSON", "'{' after its list", "mend"]),
     "odd.json": (b'[{"text": "a"}, {text}, 1]' + b" " * 99, ["record 1 of", "not JSON"]),
     "strings.json": (b'["a", "b"]', ["record 0 of", "type str", 'JSON object, {"text": "..."}']),
     "columns.json": (b'{"text": ["a", "b"]}', ["'text' of record 0", "type list", "`column`"]),
@@ -138,7 +147,27 @@ BAD = {
 def test_bad_files(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(BAD[name][0])
-    refusal(name, "`data`", *BAD[name][1])
+    for block in (1 << 18, 7):
+        if len(BAD[name][0]) < 1000:
+            monkeypatch.setattr("itda.text.files.BLOCK", block)
+        refusal(name, "`data`", *BAD[name][1])
+
+
+def test_lists_without_records_and_records_without_a_list(tmp_path):
+    path = tmp_path / "a.json"
+    for written, read in (("[]", []), (" [ ]\n", []), ('{"text": "a"}{"text": "b"}', ["a", "b"]), (" ", [])):
+        path.write_text(written)
+        assert texts(path) == read
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_table_has_as_many_documents_as_rows(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    for rows in range(4):
+        path.write_text("text\n" + "x\n" * rows)
+        assert texts(path) == ["x"] * rows
+        path.write_text("text\n" + "\nx\n" * rows)
+        assert texts(path) == ["x"] * rows
 
 
 def test_advice_about_pretty_printed_files_works(tmp_path):
@@ -231,6 +260,37 @@ def test_linked_folders_are_read_once(tmp_path):
     assert texts(tmp_path / "way") == texts(data)
 
 
+def test_linked_files_are_read_once(tmp_path):
+    data = tmp_path / "data"
+    write(data / "b.txt", "b")
+    write(data / "train" / "c.txt", "c")
+    write(tmp_path / "other.txt", "other")
+    (data / "a.txt").symlink_to("b.txt")  # sorts before what it leads to
+    (data / "z.txt").symlink_to(data / "train" / "c.txt")
+    for name in ("x.txt", "y.txt"):
+        (data / name).symlink_to(tmp_path / "other.txt")
+    assert texts(data) == ["b", "c", "other"]
+    assert stream(data).provenance["files"] == 3
+
+
+def test_a_link_from_one_split_to_another_stays_in_both(tmp_path):
+    write(tmp_path / "train.txt", "x")
+    (tmp_path / "test.txt").symlink_to("train.txt")
+    (tmp_path / "latest.txt").symlink_to("train.txt")
+    assert texts(tmp_path) == texts(tmp_path, split="test") == texts(tmp_path, split="all") == ["x"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.json", "dataset_info.json"])
+def test_records_under_a_name_of_a_file_about_data_are_read(tmp_path, name):
+    write(tmp_path / name, json.dumps(RECORDS))
+    assert texts(tmp_path) == DOCUMENTS
+    write(tmp_path / "a.txt", "a")
+    assert texts(tmp_path) == ["a", *DOCUMENTS]
+    for about in ('{"model_type": "x"}', '{"text": {"features": 1}}', "{broken", "[1]", ""):
+        write(tmp_path / name, about)
+        assert texts(tmp_path) == ["a"]
+
+
 # -- splits, configurations
 
 
@@ -315,6 +375,26 @@ def test_configurations_are_those_of_the_readme(tmp_path):
     refusal(tmp_path, "README.md names configurations", "`config` is None", "en")
     refusal(tmp_path, "`config` is 'fr'", "en", config="fr")
     refusal(tmp_path, "`split` is 'test'", "'train'", config="de", split="test")
+
+
+BAD_READMES = {
+    "yaml": ("configs:\n- config_name: en\n   data_files: [a.txt\n", None, ["cannot be read ("]),
+    "kind": ("configs: en\n", None, ["cannot be read ("]),
+    "pattern": ("configs:\n- config_name: en\n  data_files: b*.txt\n", None, ["match no file"]),
+    "named": ("configs:\n- config_name: en\n  data_files: b*.txt\n", "en", ["match no file"]),
+    "folder": ("configs:\n- config_name: en\n  data_dir: b\n", "en", ["match no file"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_READMES)
+def test_a_readme_that_names_no_files_is_blamed_itself(tmp_path, name):
+    head, config, parts = BAD_READMES[name]
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "README.md", f"---\n{head}---\n# Data\n")
+    refusal(tmp_path, "README.md", "`configs`", "mend or remove", *parts, config=config)
+    with pytest.raises(InputError) as caught:
+        texts(tmp_path, config=config)
+    assert "`config` is" not in str(caught.value)
 
 
 # -- `save_to_disk`

@@ -59,6 +59,32 @@ def test_auto_is_what_the_tokenizer_does_itself(name):
         assert whole(text, tokenizer, bos="always") == ([2, *own, 3] if name == "bert" else [0, *own])
 
 
+def test_bos_counts_after_other_special_tokens():
+    """As GLM's `[gMASK] <sop>`: BOS is not the first that the tokenizer puts in."""
+    tokenizer = words()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<sop>"]})
+    sop = tokenizer.convert_tokens_to_ids("<sop>")
+    for template, prefix in (("<sop> <s> $A", [0]), ("<sop> $A <s>", []), ("<s> <sop> $A", [0]), ("<sop> $A", [])):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<sop>", sop), ("<s>", 0)]
+        )
+        assert TokenStream(TEXTS, tokenizer, bos="auto").prefix == prefix, template
+
+
+@pytest.mark.parametrize("blanks", [" ", "\n\n", " \t\n "])
+@pytest.mark.parametrize("bos", ["auto", "always"])
+def test_blanks_before_a_bos_of_the_text_bring_no_second_one(blanks, bos):
+    text = f"{blanks}<s>{TEXTS[0]}"
+    own = WITH(text, add_special_tokens=False)["input_ids"]
+    assert own[0] != 0
+    for length in (1000, 16, 9):
+        rows = ids_of([text], WITH, bos=bos, context_length=length)
+        assert rows[0] == own[:length] and rows[0].count(0) == 1
+        assert all(row[0] == 0 for row in rows[1:]) and all(len(row) == length for row in rows[:-1])
+    assert whole(f"{blanks}a<s>b", WITH, bos=bos)[0] == 0
+    assert whole(text, WITH, bos=None) == [0, *own]
+
+
 def test_a_tokenizer_that_was_used_is_asked_all_the_same():
     tokenizer = words()
     tokenizer.backend_tokenizer.enable_truncation(1)
@@ -187,6 +213,11 @@ def test_a_template_that_asks_for_the_date_gets_the_same_every_day():
     template = "{{ strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}"
     row = rows_of([{"messages": CHAT[1]}], words(template=template), column="messages", context_length=99)[0]
     assert row.text == "26 Jul 2024 2024-07-26 And a dog?"
+    template = (
+        "{% macro day() %}{{ strftime_now('%B %d, %Y') }}{% endmacro %}{{ day() }} {{ strftime_now('%A %-d %%') }}"
+    )
+    row = rows_of([{"messages": CHAT[1]}], words(template=template), column="messages", context_length=99)[0]
+    assert row.text == "July 26, 2024 Friday 26 %"
 
 
 BAD_CHATS = {
@@ -194,6 +225,11 @@ BAD_CHATS = {
         None,
         CHAT[0],
         ["'messages' of `data[0]` is a chat", "no chat template", "instruct model", "`tokenizer`"],
+    ),
+    "several": (
+        {"rag": TEMPLATE, "tool_use": TEMPLATE},
+        CHAT[0],
+        ["is a chat", "several chat templates", "'rag', 'tool_use'", "none is its default", "`chat_template`"],
     ),
     "refused": ("{{ raise_exception('roles must alternate') }}", CHAT[0], ["does not take it", "roles must alternate"]),
     "no role": (TEMPLATE, [{"from": "human", "value": "x"}], ["type list, not text", "`role` and `content`"]),
