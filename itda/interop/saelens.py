@@ -108,7 +108,7 @@ def _write(out: Path, cfg: dict[str, Any], weights: list) -> None:
         digest.update(chunk)
     cfg["metadata"]["itda"]["sha256"] = digest.hexdigest()
     with locked(Path(os.path.realpath(out)), patience=PATIENCE, within=True):
-        _target(out)  # once more: others may have written while it was waited for
+        _check_exports_alone(out)
         for name in (CFG, WEIGHTS):
             remove_leftovers(out / name)  # of an export that was killed
         with as_input_error(f"{out} could not be written", ELSEWHERE):
@@ -133,16 +133,20 @@ def _target(out: str | os.PathLike) -> Path:
     target = Path(out)
     if not os.path.isdir(target):
         check_writable_target(target)
-        return target
+    return target
+
+
+def _check_exports_alone(target: Path) -> None:
+    """Raise `InputError` for a folder with anything but an export; known within its lock, when nobody else writes."""
     with as_input_error(f"{target} could not be used", ELSEWHERE):
-        names = {path.name for path in target.iterdir() if not _is_leftover(path)}
-    if foreign := sorted(names - {CFG, WEIGHTS}):
+        found = [path for path in target.iterdir() if not _is_leftover(path)]
+    # What has vanished meanwhile was a temporary file of another export into it.
+    if foreign := sorted({path.name for path in found if os.path.lexists(path)} - {CFG, WEIGHTS}):
         raise InputError(f"{target} holds {foreign[0]!r}, which is no part of an export: choose a new or empty folder.")
     if (target / WEIGHTS).exists() and not (target / CFG).exists() and not _is_ours(target / WEIGHTS):
         raise InputError(f"{target} holds {WEIGHTS} of something else: choose a new or empty folder.")
     if (target / CFG).exists() and not _is_export(target / CFG):
         raise InputError(f"{target} holds a {CFG} that is not of an export: choose a new or empty folder.")
-    return target
 
 
 def _is_leftover(path: Path) -> bool:

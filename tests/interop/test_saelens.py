@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +20,7 @@ from sae_lens.saes.topk_sae import TopKSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 
 import itda
-from itda import metrics
+from itda import locks, metrics
 from itda.cli.main import main
 from itda.errors import InputError
 from itda.evaluation.evaluate import evaluate
@@ -359,6 +361,26 @@ def test_an_export_replaces_an_export_and_no_other_sae(dictionaries, tmp_path, m
     assert not (out / "cfg.json").exists()  # else new weights would be read with the old settings
     monkeypatch.undo()
     assert not load(saelens.export(d, out)).b_dec.any()
+
+
+def test_what_lies_in_a_folder_is_judged_when_nobody_else_exports_into_it(dictionaries, tmp_path, monkeypatch):
+    d, out = dictionaries["signed"], saelens.export(dictionaries["signed"], tmp_path / "sae")
+
+    def listed(path, is_leftover=saelens._is_leftover):
+        (out / ".cfg.json.tmp-0123456789abcdef").unlink(missing_ok=True)  # moved by its writer since it was listed
+        return is_leftover(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saelens, "_is_leftover", listed)
+        (out / ".cfg.json.tmp-0123456789abcdef").touch()
+        saelens.export(d, out)
+    with ThreadPoolExecutor(1) as thread:
+        with locks.locked(out):
+            (out / "cfg.json").write_text("{}")  # what another export is about to replace
+            waiting = thread.submit(saelens.export, d, out)
+            time.sleep(0.3)
+            (out / "cfg.json").unlink()
+        assert load(waiting.result()).W_dec.shape[1] == d.d
 
 
 def test_what_is_no_sae_for_the_dictionary_is_refused(home, tmp_path):
