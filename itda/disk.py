@@ -35,11 +35,17 @@ _NO_DIGEST = "0" * 64
 
 
 def checked_path(path: str | os.PathLike) -> str:
-    """`path` as text; raises `InputError` if it is empty or a NUL is in it, which no system takes."""
+    """`path` as text; raises `InputError` if it is empty, or a NUL or what is no character is in it."""
     if not (place := os.fsdecode(path)):
         raise InputError("The path is empty: give one, or . for the folder that you are in.")
     if "\0" in place:
         raise InputError(f"The path {place!r} has a NUL in it, which no path can have: choose another.")
+    try:
+        os.fsencode(place)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The path {place!a} is not UTF-8 (a lone surrogate is in it): choose another path."
+        ) from error
     return place
 
 

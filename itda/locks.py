@@ -164,7 +164,7 @@ def settled(read: Callable[[], T], stamp: Callable[[], object], is_being_replace
 
 def stamp_of(path: Path) -> tuple[int, int, int] | None:
     """What tells one file at `path` from the next; None where there is none."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # of a name that no file can have
         found = os.stat(path)
         return found.st_ino, found.st_mtime_ns, found.st_size
     return None

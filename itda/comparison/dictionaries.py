@@ -56,7 +56,7 @@ def is_dictionary(model: Any) -> bool:
 
 def _folders(path: Any) -> list[Path]:
     """The folder of a dictionary, or the folders of those of several layers in it; [] for anything else."""
-    if not isinstance(path, str | os.PathLike) or not Path(path).is_dir():
+    if not isinstance(path, str | os.PathLike) or not os.path.isdir(path):
         return []
     if (Path(path) / folder.MANIFEST).is_file():
         return [Path(path)] if not (Path(path) / "config.json").is_file() else []

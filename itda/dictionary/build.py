@@ -263,8 +263,9 @@ def _peek(stream: Any) -> tuple[list[str], Iterator | None]:
     """The names of the dictionaries to build ("" for the only one); and the iterator, if it had to be started."""
     if hasattr(stream, "hook_points"):
         return [""] if stream.single else list(stream.hook_points), None
-    if not isinstance(stream, Iterable):
-        raise InputError(f"The stream is of type {type(stream).__name__}: pass an iterable of activations.")
+    if not isinstance(stream, Iterable) or getattr(stream, "ndim", None) == 0:
+        single = " of a single number" if isinstance(stream, Iterable) else ""
+        raise InputError(f"The stream is of type {type(stream).__name__}{single}: pass an iterable of activations.")
     items = iter(stream)
     first = next(items, None)
     if first is None or (isinstance(first, Mapping) and not first):

@@ -22,7 +22,7 @@ from itda import remote
 from itda.arguments import DICTIONARY, PATH, TEXT, checks
 from itda.codes import Codes
 from itda.dictionary import folder, tables
-from itda.disk import safetensors_chunks
+from itda.disk import checked_path, safetensors_chunks
 from itda.errors import InputError, first_line, one_line, shortened
 from itda.labels import Labels
 from itda.pursuit import as_tensor, pursue
@@ -130,15 +130,22 @@ class ITDA:
 
     def standardised(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Activations as the pursuit has them: less the mean and over the scale, as far as the dictionary has these."""
+        self._check_vectors(x)
         if self.mean is not None:
             x = x - self.mean.to(x.device)  # float16 and bfloat16 become float32 here
         return x if self.scale is None else x / self.scale.to(x.device)
 
     def restored(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """What `standardised` gives as activations again; dtype of `x`."""
+        self._check_vectors(x)
         if self.scale is not None:
             x = x * self.scale.to(x.device, x.dtype)
         return x if self.mean is None else x + self.mean.to(x.device, x.dtype)
+
+    def _check_vectors(self, x: Any) -> None:
+        if not isinstance(x, Tensor) or x.ndim < 1 or x.shape[-1] != self.d:
+            came = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is {shortened(x)}"
+            raise InputError(f"`x` {came}: pass a tensor of activations (..., {self.d}), as {self!r} has them.")
 
     def reconstruct(self, x: Float[Tensor, "*batch d"] | ndarray, **settings) -> Float[Tensor, "*batch d"]:
         """`decode(encode(x))`, (..., d); `settings` as for `encode`. float32, or float64 for float64 `x`."""
@@ -187,7 +194,7 @@ class ITDA:
     @checks(path=PATH)
     def load(cls, path: str | os.PathLike) -> ITDA:
         """Read the dictionary in the folder `path`, on the CPU, after checking all of it; `InputError` if it is bad."""
-        path = Path(path)
+        path = Path(checked_path(path))
         with shortages_told(f"{path} could not be read"):
             return cls._of_files(path, *folder.read_files(path))
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itda.arguments import PATH, checks
 from itda.devices import checked_device
 from itda.disk import (
     DTYPES,
     as_input_error,
+    checked_path,
     json_object,
     leftover_of,
     read_sealed,
@@ -192,6 +194,7 @@ class Store:
     shard is held while the next is read. Raises `InputError` for what is not there or damaged.
     """
 
+    @checks(path=PATH)
     def __init__(
         self,
         path: str | os.PathLike,
@@ -201,7 +204,7 @@ class Store:
         tokens: int | None = None,
         device: str | torch.device | None = None,
     ):
-        self.path = Path(path)
+        self.path = Path(checked_path(path))
         if not os.path.lexists(self.path / MANIFEST):
             if is_store(path):
                 raise InputError(f"The collecting into {path} has not finished: the same `itda collect` goes on.")

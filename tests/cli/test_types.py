@@ -3,13 +3,14 @@
 import contextlib
 import inspect
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import itda
-from itda import interop, metrics, report, similarity
+from itda import interop, locks, metrics, report, similarity
 from tests import tiny_models
 from tests.untyped import untyped
 
@@ -128,3 +129,43 @@ def test_arrays_in_place_of_tensors_are_called_arrays(tmp_path):
     model.atoms, model.labels = torch.from_numpy(model.atoms), None
     with pytest.raises(itda.InputError, match="`labels` is of type NoneType, and Labels was wanted"):
         model.save(tmp_path / "d")
+
+
+@pytest.mark.parametrize("path", [None, 5, [], object()], ids=repr)
+def test_a_store_of_what_is_no_path(path):
+    with pytest.raises(itda.InputError, match=r"`path` is .*: pass a path or a name, as text"):
+        itda.Store(path)
+
+
+SURROGATE = "\ud800"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: itda.Store(SURROGATE),
+        lambda: itda.ITDA.load(SURROGATE),
+        lambda: itda.ITDA.of(SURROGATE),
+        lambda: itda.ITDA.from_pretrained(SURROGATE),
+        lambda: itda.evaluate(SURROGATE, ["some words"]),
+        lambda: itda.sweep({"model": "model", "data": "text.txt", "layer": 1}, out=SURROGATE),
+    ],
+)
+def test_a_path_with_a_lone_surrogate(call):
+    with pytest.raises(itda.InputError, match=r"The path '\\ud800' is not UTF-8 \(a lone surrogate is in it\): choose"):
+        call()
+    assert locks.stamp_of(Path(SURROGATE)) is None
+
+
+def test_names_and_tensors_that_are_none(good):
+    model, _ = good
+    with pytest.raises(itda.InputError, match=r"is a dictionary and .* is not: compare dictionaries only"):
+        itda.compare([model, "a" * 5000])
+    with pytest.raises(itda.InputError, match="stream is of type Tensor of a single number: pass an iterable"):
+        itda.build(torch.tensor(3))
+    with pytest.raises(itda.InputError, match="`data` is of type Tensor, but texts in an order were wanted"):
+        itda.activations("model", torch.tensor(3), layer=1)
+    for call in (itda.ITDA.standardised, itda.ITDA.restored):
+        for wrong, came in ((None, "is None"), (5, "is 5"), (torch.zeros(3), r"has shape \(3,\)")):
+            with pytest.raises(itda.InputError, match=rf"`x` {came}: pass a tensor of activations \(\.\.\., 8\)"):
+                untyped(call)(model, wrong)
