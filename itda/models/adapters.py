@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itda.errors import InputError, shortened
+from itda.errors import InputError, first_line, shortened
 from itda.models import hub
 
 CONFIG, WEIGHTS = hub.ADAPTER, "adapter_model.safetensors"
+# What peft says where a base has no module of those names, and torch where one has another shape.
+_MISFIT = re.compile("not found in the base model|No modules were targeted|size mismatch")
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,16 @@ def put_on(whole: Any, adapter: Adapter) -> Any:
     peft = library(adapter.name)
     config = peft.PeftConfig.from_pretrained(adapter.folder)
     _check_changes_modules(adapter.name, {"default": config}, ["default"])
-    found = peft.PeftModel(whole, config)
-    lacks = found.load_adapter(adapter.folder, "default", torch_device=str(whole.device))
+    try:
+        found = peft.PeftModel(whole, config)
+        lacks = found.load_adapter(adapter.folder, "default", torch_device=str(whole.device))
+    except (ValueError, RuntimeError) as error:
+        if not _MISFIT.search(str(error)):
+            raise
+        raise InputError(
+            f"The adapter `{adapter.name}` does not fit `{adapter.base}` ({first_line(error)}): name the model that it "
+            f"was made for in its {CONFIG}."
+        ) from error
     if wrong := [*lacks.missing_keys, *lacks.unexpected_keys]:
         raise InputError(
             f"The adapter `{adapter.name}` does not fit `{adapter.base}` ({len(wrong)} of its weights have no place "

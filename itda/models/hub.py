@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from itda.shortages import shortage
 
 ADAPTER, GGUF = "adapter_config.json", ".gguf"
 _READ = (".json", ".safetensors", ".model", ".txt", ".py", ".jinja", GGUF)  # of what lies in a repository of a model
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
@@ -43,6 +44,8 @@ def place_of(model: str, subfolder: str = "", gguf_file: str | None = None) -> t
         if not os.path.isfile(folder / gguf_file):
             raise InputError(f"The folder `{model}` holds no {gguf_file}: pass the name of a GGUF file in it.")
         return place, _checked_gguf(folder / gguf_file)
+    for file in sorted(folder.glob("*.safetensors")):
+        _check_pointer(file)
     if (folder / ADAPTER).is_file():
         return place, None
     weights = any(folder.glob("*.safetensors"))
@@ -76,7 +79,18 @@ def _no_model(model: str, is_path: bool, wanted: str) -> str:
     )
 
 
+def _check_pointer(path: Path) -> None:
+    """Raise `InputError` if the file of weights is what Git keeps in place of a large file that was not fetched."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise InputError(
+                f"`{path}` is a pointer of Git LFS, and not the weights themselves: fetch them with `git lfs pull` in "
+                "its folder."
+            )
+
+
 def _checked_gguf(path: Path) -> str:
+    _check_pointer(path)
     if _PART.search(path.name):
         raise InputError(
             f"`{path.name}` is one of several parts of a GGUF file, which transformers does not read: merge them with "

@@ -164,10 +164,17 @@ def handed_on(how: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in how.items() if name not in own and value is not None}
 
 
-def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | None = None) -> Survey:
+class _AdapterError(InputError):
+    """The base of an adapter is an adapter."""
+
+
+def survey(
+    model: str | Path, device: torch.device, how: Mapping[str, Any] | None = None, above: Adapter | None = None
+) -> Survey:
     """Read the config of a hub id or folder, and build what can be built without weights.
 
     `how` has settings of loading by name, and whatever else `from_pretrained` is to be given.
+    `above` is the adapter that the model is the base of.
     """
     how = how or {}
     revision, trust_remote_code = how.get("revision"), bool(how.get("trust_remote_code"))
@@ -183,6 +190,8 @@ def survey(model: str | Path, device: torch.device, how: Mapping[str, Any] | Non
 
         check_hub(place, hub)
         if not hub.get("gguf_file") and (adapter := adapter_of(place, hub)) is not None:
+            if above is not None:
+                raise _AdapterError(_of_two(above, adapter))
             return _of_adapter(replace(adapter, name=name), device, how)
         config = AutoConfig.from_pretrained(place, **hub)
         return Survey(name, place, config, empty(auto_class(config), config, trust_remote_code), hub, dtype, kwargs)
@@ -192,19 +201,29 @@ def _of_adapter(adapter: Adapter, device: torch.device, how: Mapping[str, Any]) 
     """What is known of the model that an adapter belongs on."""
     own = {name: value for name, value in how.items() if name not in ("revision", "subfolder")}
     try:
-        found = survey(adapter.base, device, own | {"revision": adapter.base_revision})
+        found = survey(adapter.base, device, own | {"revision": adapter.base_revision}, adapter)
+    except _AdapterError:
+        raise
     except InputError as error:
         why = str(error).rstrip(".")
         raise InputError(
             f"`{adapter.name}` is an adapter of `{adapter.base}`, and that cannot be loaded ({why}): "
             "write where it is into `base_model_name_or_path` of its adapter_config.json."
         ) from error
-    if found.adapter is not None:
-        raise InputError(
-            f"`{adapter.name}` is an adapter of `{adapter.base}`, which is an adapter too: merge that into its model "
-            "(`merge_and_unload`), save it, and name the folder as `base_model_name_or_path`."
-        )
     return replace(found, name=adapter.name, adapter=adapter)
+
+
+def _of_two(adapter: Adapter, base: Adapter) -> str:
+    """What is said of an adapter whose base is one: itself, one of itself, or another."""
+    name = "name the model that it was made for as `base_model_name_or_path` in its adapter_config.json."
+    if os.path.realpath(base.folder) == os.path.realpath(adapter.folder):
+        return f"`{adapter.name}` is an adapter whose base is itself: {name}"
+    if os.path.realpath(Path(base.base).expanduser()) == os.path.realpath(adapter.folder):
+        return f"`{adapter.name}` is an adapter of `{adapter.base}`, and that is an adapter of it: {name}"
+    return (
+        f"`{adapter.name}` is an adapter of `{adapter.base}`, which is an adapter too: merge that into its model "
+        "(`merge_and_unload`), save it, and name the folder as `base_model_name_or_path`."
+    )
 
 
 def adapted(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, Any]:
