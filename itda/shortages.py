@@ -27,6 +27,8 @@ _WORDS = {
     _DISK: r"no space left on device|disk quota exceeded|os error (28|122)\b",
     _THREADS: r"can't start new thread|resource temporarily unavailable|os error 11\b",
 }
+# What is said where an allocation failed that nobody looked at: a shortage only where memory has a limit.
+_UNDER_A_LIMIT = r"could not find/load shared object|error return without exception set|returned a result with an excep"
 _SAID = {
     _MEMORY: (
         "memory ran out",
@@ -69,7 +71,20 @@ def _kind(error: BaseException) -> str | None:
     if isinstance(error, InputError) or not isinstance(error, Exception):
         return None  # a sentence of ours may quote anything
     text = str(error)[:4000]
-    return next((kind for kind, words in _WORDS.items() if re.search(words, text, re.IGNORECASE)), None)
+    for kind, words in _WORDS.items():
+        if re.search(words, text, re.IGNORECASE):
+            return kind
+    unsaid = isinstance(error, SystemError | OSError | ImportError) and re.search(_UNDER_A_LIMIT, text, re.IGNORECASE)
+    return _MEMORY if unsaid and _is_limited() else None
+
+
+def _is_limited() -> bool:
+    """Whether this process may have so much memory only (`ulimit -v`)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def shortage(error: BaseException, what: str = "It could not be done", advice: str = "") -> Shortage | None:

@@ -164,6 +164,26 @@ def test_what_libraries_raise(kind):
         assert lacking(outer) == kind
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemError("<built-in function f> returned NULL: error return without exception set"),
+        OSError("Could not find/load shared object file 'libllvmlite.so' from resource location 'llvmlite.binding'"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_fails_unsaid_is_memory_where_that_has_a_limit(error, monkeypatch):
+    resource = pytest.importorskip("resource")
+    outer = ImportError("numba needs llvmlite")
+    outer.__cause__ = error
+    for limit, kind in ((resource.RLIM_INFINITY, None), (1 << 30, "memory")):
+        monkeypatch.setattr(resource, "getrlimit", lambda which, limit=limit: (limit, resource.RLIM_INFINITY))
+        assert lacking(error) == lacking(outer) == kind
+    assert lacking(SystemError("error return without exception set: cannot allocate memory")) == "memory"
+    assert lacking(ImportError("libx.so: failed to map segment from shared object")) == "memory"
+    assert lacking(ImportError("No module named 'x'")) is None
+
+
 def test_a_note_that_could_not_be_read_is_no_empty_one(tmp_path, monkeypatch):
     """Else all that it says is done would be done again."""
     (tmp_path / "job.json").write_text('{"done": {}}')
