@@ -67,8 +67,7 @@ class Trained(Report):
         return (
             f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} (threshold "
             f"{self.threshold:.4g}, k = {self.k}; on a sample of this text: {quality_of(vars(self))}) in "
-            f"{self.seconds:.1f} s{speed}"
-            + "".join(f"\n{line}" for line in more if line)
+            f"{self.seconds:.1f} s{speed}" + "".join(f"\n{line}" for line in more if line)
         )
 
 
