@@ -131,7 +131,7 @@ def test_arrays_in_place_of_tensors_are_called_arrays(tmp_path):
         model.save(tmp_path / "d")
 
 
-@pytest.mark.parametrize("path", [None, 5, [], object()], ids=repr)
+@pytest.mark.parametrize("path", [None, 5, [], object()], ids=lambda path: type(path).__name__)
 def test_a_store_of_what_is_no_path(path):
     with pytest.raises(itda.InputError, match=r"`path` is .*: pass a path or a name, as text"):
         itda.Store(path)
