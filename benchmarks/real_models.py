@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from itda.disk import locked
+from itda.locks import locked
 
 CACHE = Path(os.environ.get("ITDA_REAL_MODELS") or Path.home() / ".cache" / "itda" / "real-models")
 PACKAGES = {
@@ -37,7 +37,7 @@ def ensure(name, out=CACHE):
     """The folder of a model, made if it is not there yet; ends the program with one sentence if that cannot be."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / name, "making"):
+    with locked(out / name, "making", patience=3600):
         if (there := path_of(name, out)) is not None:
             return there
         for needed in ("gguf", "accelerate"):
