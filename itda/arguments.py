@@ -1,4 +1,4 @@
-"""Arguments of the wrong type, refused at the door of a public function in one sentence.
+"""Arguments at the door of a public function: the wrong type is refused in one sentence, one or several are a list.
 
     @checks(path=PATH, atom=WHOLE)
     def atom_report(path, atom, *, top=12): ...
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
@@ -62,6 +62,26 @@ DICTIONARY = Kind("an ITDA, its folder or its repository on the hub", lambda v: 
 LABELS = Kind("the `Labels` of these tokens", lambda value: _named(value, "Labels"))
 CODES = Kind("`Codes`, as `encode` and `pursue` give them", lambda value: _named(value, "Codes"))
 GRID = Kind("a dict of settings, or the path of a TOML file", lambda value: isinstance(value, Mapping) or _path(value))
+
+
+def listed(value: Any) -> list:
+    """`value` as a list: [] for None, and one text, number or other single thing in a list of its own."""
+    return [] if value is None else [value] if _is_one(value) else list(value)
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, str) or not isinstance(value, Iterable)
+
+
+def places_of(layer: Any, hook: Any, *, needed: bool = False) -> tuple[list, bool]:
+    """What `layer` or `hook` names as a list, [] if neither is given, and whether it was no list.
+
+    Raises `InputError` if both are given, and, where one is `needed`, if none is.
+    """
+    if (layer is not None and hook is not None) or (needed and layer is None and hook is None):
+        raise InputError("Pass one of `layer` (`--layer`), a number, and `hook` (`--hook`), the path of a module.")
+    given = hook if layer is None else layer
+    return listed(given), _is_one(given)
 
 
 def checks(**kinds: Kind) -> Callable[[Function], Function]:

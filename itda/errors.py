@@ -1,6 +1,7 @@
 """The one error of the library that a user can mend, and text that is safe to show."""
 
 import re
+from collections.abc import Iterator
 from numbers import Integral
 
 LONGEST = 1000  # characters of a sentence about bad input
@@ -51,6 +52,16 @@ def first_line(error: BaseException) -> str:
     """The first line of what `error` says, fit for a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return one_line(lines[0]).rstrip(".:")[:240] if lines else "no reason given"
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what led to it, one after the other."""
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__ or each.__context__
 
 
 def shortened(value: object) -> str:

@@ -134,9 +134,13 @@ def _lines() -> Callable[[Progress | Step | None], None]:
     return report
 
 
-def reporter(progress: Any) -> Any:
-    """What progress is told to: the function given, a bar for True, None for nothing."""
-    return progress if callable(progress) else bar() if progress else None
+def reporter(progress: Any) -> Callable[[Progress | Step | None], None]:
+    """What progress is told to: the function given, a bar for True, nobody for anything else."""
+    return progress if callable(progress) else bar() if progress else _silent
+
+
+def _silent(progress: Progress | Step | None) -> None:
+    """Nobody listens."""
 
 
 _listeners: list[Callable[[str], None]] = []

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from itda.errors import shortened
+from itda.errors import InputError, causes, shortened
+from itda.shortages import shortage
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[A-Za-z0-9][\w.:+=-]{0,199}", re.ASCII)
@@ -22,6 +23,7 @@ _LIBRARIES = {
     *("socket", "ssl", "http", "selectors", "asyncio", "concurrent", "threading", "queue", "anyio", "certifi"),
     *("httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3", "huggingface_hub", "hf_xet", "transformers"),
 }
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 MOST_RETRIES = 8  # of one download, after which a server does not send what it has announced
 
 
@@ -110,20 +112,30 @@ def bounded_retries() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def door(what: str, sentence: Callable[[Exception], str]) -> Iterator[None]:
+    """Whatever goes wrong inside leaves as one `sentence`; what the machine ran out of, as a `Shortage`: `what` failed.
+
+    The caller's own `TimeoutError` leaves as it is, and so does an `InputError`.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if (own := own_timeout(error)) is not None:
+            raise own from None
+        raise shortage(error, what) or InputError(sentence(error)) from error
+
+
 def own_timeout(error: BaseException) -> TimeoutError | None:
     """The `TimeoutError` of the caller's own (of an alarm, for one) that `error` is or was made of; None for others."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        if isinstance(cause, TimeoutError):
-            trace = cause.__traceback__
-            while trace is not None and trace.tb_next is not None:
+    for cause in causes(error):
+        if isinstance(cause, TimeoutError) and (trace := cause.__traceback__) is not None:
+            while trace.tb_next is not None:
                 trace = trace.tb_next
-            name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-            if trace is not None and name.partition(".")[0] not in _LIBRARIES:
+            if str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] not in _LIBRARIES:
                 return cause
-        cause = cause.__cause__ or cause.__context__
     return None
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from itda.errors import InputError
+from itda.errors import InputError, causes
 
 # By errno, and by what libraries say that have an exception of their own for it; the first that fits.
 _MEMORY, _FILES, _SYSTEM, _DISK, _THREADS = "memory", "files", "files of the system", "disk", "threads"
@@ -53,14 +53,7 @@ class Shortage(InputError):
 
 def lacking(error: BaseException) -> str | None:
     """What ran out, if that is what `error`, or one of those that led to it, is about; else None."""
-    seen: set[int] = set()
-    each: BaseException | None = error
-    while each is not None and id(each) not in seen:
-        seen.add(id(each))
-        if (kind := _kind(each)) is not None:
-            return kind
-        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
-    return None
+    return next((kind for each in causes(error) if (kind := _kind(each)) is not None), None)
 
 
 def _kind(error: BaseException) -> str | None:

@@ -76,7 +76,7 @@ def export(
 
     found = ITDA.of(dictionary)
     path = saelens.export(found, out, architecture=architecture)
-    n, nonneg = len(found), bool(found.cfg.get("nonneg"))
+    n, nonneg = len(found), found.nonneg
     signs = {"positive" if nonneg else "both": [0, n]}  # from latent, to before latent
     said = f"latent i is atom i, with coefficients {'of zero or more' if nonneg else 'of both signs'}"
     if architecture == "matching_pursuit" and not nonneg:

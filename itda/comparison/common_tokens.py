@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from itda.arguments import places_of
 from itda.devices import free_bytes
 from itda.errors import InputError, shortened
 from itda.labels import Batch, Labels
@@ -91,7 +92,8 @@ def read(
     the activations would not fit into memory.
     """
     layer, hook, tokens = settings["layer"], settings["hook"], settings["tokens"]
-    names = _checked(models, layer, hook, settings["names"])
+    wanted, _ = places_of(layer, hook)
+    names = _checked(models, settings["names"])
     report = reporter(settings["progress"])
     tokenizers = [m.tokenizer if isinstance(m, HookedModel) else load_tokenizer(m) for m in models]
     streams = _streams(data, tokenizers, pick(verbs.Text, settings))
@@ -104,24 +106,19 @@ def read(
             chosen = {name: loading[name] for name in ("device", "trust_remote_code")}
             model = untrained(model, tokenizers[i], seed=random_weights + i, **chosen)
         elif not isinstance(model, HookedModel):
-            hooks = layer if hook is None else hook
-            hooks = -1 if hooks is None else hooks  # all blocks are loaded for the last one
-            model = load_model(model, tokenizers[i], hooks=hooks, **loading)
-        every = (
-            dict(layer=list(range(model.n_layers)))
-            if layer is None and hook is None
-            else _lists(dict(layer=layer, hook=hook))
-        )
+            model = load_model(
+                model, tokenizers[i], hooks=wanted or -1, **loading
+            )  # all blocks are loaded for the last
+        every: Any = {"hook" if layer is None else "layer": wanted} if wanted else {"layer": range(model.n_layers)}
         what = f"reading {name} ({i + 1} of {len(models)})" if len(models) > 1 else f"reading {name}"
         source = activations(model, streams[i], **every, **how)
         read_here = gather(source, where_common[i], len(models) - i, what, report)
         readings.append(Reading(name, *read_here, model.n_layers))
-    if report:
-        report(None)
+    report(None)
     return readings
 
 
-def _checked(models: Sequence[Any], layer: Any, hook: Any, names: Sequence[str] | None) -> list[str]:
+def _checked(models: Sequence[Any], names: Sequence[str] | None) -> list[str]:
     """The names of the models, after every check that needs no model."""
     if isinstance(models, str | Path | HookedModel) or not len(models):
         raise InputError(f"`models` is {shortened(models)}: pass a list of one or more models.")
@@ -133,16 +130,8 @@ def _checked(models: Sequence[Any], layer: Any, hook: Any, names: Sequence[str] 
     for model in models:
         if not isinstance(model, HookedModel):
             place_of(str(model))  # says what is wrong with a path before its tokenizer is asked for
-    if layer is not None and hook is not None:
-        raise InputError("Both `layer` and `hook` were given: choose one of them.")
     said = [model._layout.model if isinstance(model, HookedModel) else str(model) for model in models]
     return named(names, told_apart(said))
-
-
-def _lists(where: dict[str, Any]) -> dict[str, Any]:
-    """The same places as lists, so that a reading is a dict by hook point."""
-    one = {name: isinstance(value, str) or not hasattr(value, "__iter__") for name, value in where.items()}
-    return {name: [value] if one[name] else list(value) for name, value in where.items() if value is not None}
 
 
 def _streams(data: Any, tokenizers: Sequence[Any], settings: dict[str, Any]) -> list[TokenStream]:
@@ -168,15 +157,22 @@ def _common(
             f"{a} and {b} have different tokenizers, so their rows differ: compare them where tokens end at the same "
             "character with `align=True` (the default)."
         )
-    shared = reduce(np.intersect1d, (key[key >= 0] for key in keys.values()))
+    advice = "give more text, or models whose tokenizers are more alike"
+    found = dict(zip(keys, in_common(list(keys.values()), " and ".join(names), advice), strict=True))
+    return [found[id(stream)] for stream in streams]
+
+
+def in_common(keys: Sequence[Int[ndarray, " _"]], who: str, advice: str) -> list[Int[ndarray, " _"]]:
+    """For each stream, of whose tokens `keys` has the `ends`, the places of these among those that all streams have.
+
+    They are in the order of the first stream; the place of others is -1. Raises `InputError`, that `who` have no such
+    token, with `advice`.
+    """
+    shared = reduce(np.intersect1d, (key[key >= 0] for key in keys))
     if not len(shared):
-        raise InputError(
-            f"{' and '.join(names)} have no token in common: no token ends at one character for all; give more text, "
-            "or models whose tokenizers are more alike."
-        )
-    first = keys[id(streams[0])]
-    in_order = first[np.isin(first, shared)]
-    return [places(keys[id(stream)], in_order) for stream in streams]
+        raise InputError(f"{who} have no token in common, since none ends at the same character for all: {advice}.")
+    in_order = keys[0][np.isin(keys[0], shared)]
+    return [places(key, in_order) for key in keys]
 
 
 def places(keys: Int[ndarray, " n"], among: Int[ndarray, " m"]) -> Int[ndarray, " n"]:
@@ -250,8 +246,7 @@ def gather(
             read_at[name][torch.from_numpy(to[rows])] = x
         labels.append(next(iter(item.values())).labels[rows])
         done += size
-        if report:
-            report(Step(what, done, len(place), time.monotonic() - began))
+        report(Step(what, done, len(place), time.monotonic() - began))
     kept = place[place >= 0]
     order = np.empty_like(kept)
     order[kept] = np.arange(len(kept))

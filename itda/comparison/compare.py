@@ -172,7 +172,7 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
         verbs.COMPARE.refuse(settings, settled, "activations on disk were read before")
     if data is None and not on_disk:
         raise InputError("Models are compared on a text: give `data` (`--data`), or dictionaries in place of models.")
-    report = reporter(settings["progress"]) or (lambda step: None)
+    report = reporter(settings["progress"])
     wanted = measures or list(layers.DEFAULT)
     size: dict[str, Any] = pick(groups.Steps, settings) | pick(groups.Size, settings)
     Builder(**size, total=1 << 60)  # which checks them, before any model is read

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from itda.comparison.common_tokens import places, valid_tokens
+from itda.comparison.common_tokens import in_common, places, valid_tokens
 from itda.dictionary import folder
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, shortened
@@ -165,26 +164,20 @@ def _on_text(names, sides, streams: dict[str, tuple[Labels, ndarray]], align: bo
             "the same character with `align=True` (the default with a text)."
         )
     alike = len(streams) == 1 and not align
-    keys = {name: np.arange(len(labels)) if alike else ends for name, (labels, ends) in streams.items()}
-    common = reduce(np.intersect1d, (key[key >= 0] for key in keys.values()))
-    if not len(common):
-        raise InputError(
-            "The dictionaries have no token in common, since none ends at the same character in all streams: build "
-            "them on the same text."
-        )
-    first, first_labels = next(iter(keys.values())), next(iter(streams.values()))[0]
-    kept = np.flatnonzero(np.isin(first, common))
+    keys = [np.arange(len(labels)) if alike else ends for labels, ends in streams.values()]
+    common = in_common(keys, "The dictionaries", "build them on the same text")
+    place = dict(zip(streams, common, strict=True))
     atoms, shares = [], []
     for side in sides:
         rows = []
         for dictionary in side:
-            labels, key = streams[_hash(dictionary)][0], keys[_hash(dictionary)]
+            labels = streams[_hash(dictionary)][0]
             at = places(_numbers(dictionary.labels), _numbers(labels))
             if (at < 0).any():
                 raise InputError(
                     f"{dictionary!r} has an atom that is no valid token of the text: give the text of its training."
                 )
-            rows.append(places(key[at], first[kept]))
+            rows.append(place[_hash(dictionary)][at])
         shares.append(float(np.mean(np.concatenate(rows) >= 0)) if sum(map(len, rows)) else 1.0)
         atoms.append([row[row >= 0] for row in rows])
     if not any(len(row) for of in atoms for row in of):
@@ -192,7 +185,7 @@ def _on_text(names, sides, streams: dict[str, tuple[Labels, ndarray]], align: bo
             "The dictionaries have no atom at a token that all of them have: build larger ones, or compare the models "
             "on a text."
         )
-    found = first_labels[kept]
+    found = next(iter(streams.values()))[0][np.flatnonzero(common[0] >= 0)]
     about = _about(names, sides, shares)
     return Sides(names, about, atoms, found.token_id, groups_of(found), len(found), not alike)
 

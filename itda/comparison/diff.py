@@ -11,7 +11,7 @@ its position. Differences of sparse codes find far less: which of several alike 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -25,7 +25,7 @@ from itda.comparison.common_tokens import Reading, read
 from itda.comparison.dictionaries import is_dictionary
 from itda.comparison.token_changes import NAMES, at_places, compare_atoms, draw_anchors, label, measure
 from itda.disk import write_file
-from itda.errors import InputError, check_whole
+from itda.errors import InputError
 from itda.labels import Labels
 from itda.progress import Step, reporter
 from itda.report import diff_page, drawing_comparisons
@@ -113,38 +113,26 @@ def diff(base: Any, tuned: Any, data: Any, **settings: Unpack[verbs.Diff]) -> Di
             f"`n_atoms` is {n_atoms:,}, and at most half of the `tokens` = {tokens:,} can be atoms: give a smaller "
             "`n_atoms` (`--n-atoms`) or more `tokens` (`--tokens`)."
         )
-    report = reporter(settings["progress"])
-    readings = read(models, data, **{**pick(verbs.ReadSeveral, settings), "progress": report or False})
-    shown: dict[str, Any] = {name: settings[name] for name in ("n_atoms", "n_anchors", "k", "top", "rows", "seed")}
-    return of_readings(readings, **shown, progress=report)
+    settings["progress"] = reporter(settings["progress"])  # one bar for all of it
+    readings = read(models, data, **pick(verbs.ReadSeveral, settings))
+    return of_readings(readings, **pick(verbs.Changed, settings))
 
 
-def of_readings(
-    readings: Sequence[Reading],
-    *,
-    n_atoms: int = 512,
-    n_anchors: int | None = None,
-    k: int = 16,
-    top: int = 100,
-    rows: int = 40,
-    seed: int = 0,
-    progress: Callable[[Step | None], None] | None = None,
-) -> Diff:
+@takes(verbs.CHANGED)
+def of_readings(readings: Sequence[Reading], **settings: Unpack[verbs.Changed]) -> Diff:
     """`diff` of what was read already: base, tuned and, if there is one, the null, of the same tokens."""
     base, tuned, *null = readings
     hooks, positions = _same_places(readings), base.labels.position
-    _check(n_atoms=n_atoms, n_anchors=2 if n_anchors is None else n_anchors, k=k, top=top, rows=rows, seed=seed)
-    n_anchors = _fitting(len(base), n_anchors, n_atoms)
+    n_atoms, k, seed, report = settings["n_atoms"], settings["k"], settings["seed"], reporter(settings["progress"])
+    n_anchors = _fitting(len(base), settings["n_anchors"], n_atoms)
     anchors = draw_anchors(len(base), n_anchors, seed)
     measured, layers = [], []
     for i, names in enumerate(hooks):
-        if progress:
-            progress(Step(f"comparing at {names[0]}", i, len(hooks), 0.0))
+        report(Step(f"comparing at {names[0]}", i, len(hooks), 0.0))
         measured.append(measure(at_places(readings, names), anchors, positions))
         atoms = compare_atoms(readings, names, n_atoms, k, seed)
         layers.append({"hook_point": names[0], **_layer(measured[-1], positions), **atoms})
-    if progress:
-        progress(None)
+    report(None)
     pooled = {name: np.mean([m[name] for m in measured], axis=0) for name in measured[0]}
     scores = np.stack([m["score"] for m in measured])
     return Diff(
@@ -158,8 +146,8 @@ def of_readings(
         layers=layers,
         pooled=_quantiles(pooled["score"]) | {"above": _above(pooled["score"], pooled["noise"])},
         positions=_by_position(pooled["change"], pooled.get("null_change"), positions),
-        top=_top(readings, hooks, anchors, scores, top),
-        rows=diff_page.changed_rows(base.labels, scores, rows),
+        top=_top(readings, hooks, anchors, scores, settings["top"]),
+        rows=diff_page.changed_rows(base.labels, scores, settings["rows"]),
     )
 
 
@@ -290,10 +278,3 @@ def _same_places(readings: Sequence[Reading]) -> list[tuple[str, ...]]:
             "all have."
         )
     return list(zip(*(reading.hook_points for reading in readings), strict=True))
-
-
-def _check(**settings: Any) -> None:
-    """Settings that are no whole numbers, or too small."""
-    for name, value in settings.items():
-        least = {"n_anchors": 2, "top": 0, "rows": 0, "seed": 0}.get(name, 1)
-        check_whole(name, value, least)

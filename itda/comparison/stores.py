@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from itda.comparison.common_tokens import Reading, ends, gather, places
+from itda.comparison.common_tokens import Reading, ends, gather, in_common
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.progress import reporter
@@ -41,8 +40,7 @@ def readings(
     names = named(names, told_apart([str(Path(getattr(model, "path", model))) for model in models]))
     streams: list[Any] = []
     for model in models:
-        listed: Any = {key: [v] if isinstance(v, int | str) else v for key, v in (("layer", layer), ("hook", hook))}
-        found: Any = activations(None, model, tokens=tokens, **listed)
+        found: Any = activations(None, model, tokens=tokens, layer=layer, hook=hook)
         streams.append(activations(None, model, tokens=tokens, hook=list(found.hook_points)))
     labels = [all_labels(stream)[0] for stream in streams]
     first = labels[0]
@@ -67,22 +65,13 @@ def readings(
         depth = getattr(getattr(stream, "contents", None), "n_layers", None)  # a cache of SAELens does not say
         found_readings.append(Reading(name, *gather(stream, place, left, f"reading {name}", report), depth))
         left -= 1
-    if report:
-        report(None)
+    report(None)
     return found_readings
 
 
 def _aligned(labels: Sequence[Labels], names: Sequence[str]) -> list[Int[ndarray, " tokens"]]:
     """For each the place of its tokens among those that end at one character for all; -1 for the others."""
-    keys = [ends(own) for own in labels]
-    shared = reduce(np.intersect1d, (key[key >= 0] for key in keys))
-    if not len(shared):
-        raise InputError(
-            f"{' and '.join(names)} have no token in common: no token ends at one character for all; collect "
-            "activations of one text."
-        )
-    in_order = keys[0][np.isin(keys[0], shared)]
-    where = [places(key, in_order) for key in keys]
+    where = in_common([ends(own) for own in labels], " and ".join(names), "collect activations of one text")
     said = [_last_characters(own, place) for own, place in zip(labels, where, strict=True)]
     if any(other != said[0] for other in said[1:]):
         raise InputError(

@@ -147,8 +147,7 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
             raise
         position += size
         now = time.monotonic()
-        if report:
-            report(_progress(builders, _likely(stream, total), position, size, atoms, now - began, start))
+        report(_progress(builders, _likely(stream, total), position, size, atoms, now - began, start))
         stopping = stop()
         if folders and (stopping or now - saved > checkpoint_seconds):
             _save(stream, read, builders, folders, position)
@@ -170,12 +169,11 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
     except _Stopped:
         _save(stream, read, builders, folders, position)
         raise
-    if waited and report:
+    if waited:
         seconds = time.monotonic() - began
         report(_progress(builders, _likely(stream, total), position, position, 0, seconds, start))
     _save(stream, read, builders, folders, position)  # what comes next, and saving one by one, may be killed too
-    if report:
-        report(None)
+    report(None)
     return read
 
 
@@ -206,15 +204,14 @@ def _likely(stream: Any, total: int | None) -> int | None:
     return min((n for n in (total, getattr(stream, "expected", None)) if n is not None), default=None)
 
 
-def _teller(report: Callable[[Any], None] | None, stop: Callable[[], bool], name: Any) -> Callable[[int], None]:
+def _teller(report: Callable[[Any], None], stop: Callable[[], bool], name: Any) -> Callable[[int], None]:
     """What a builder calls while it chooses a threshold; `name` is its hook point, "" if that is not known."""
     what, began = f"choosing a threshold for {name}" if name else "choosing a threshold", 0.0
 
     def tell(tried: int) -> None:
         nonlocal began
         began = began if tried else time.monotonic()  # of several builders, one begins after the other
-        if report:
-            report(Step(what, tried, TRIES, time.monotonic() - began))
+        report(Step(what, tried, TRIES, time.monotonic() - began))
         if stop():
             raise _Stopped
 

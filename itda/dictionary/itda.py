@@ -6,8 +6,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from itda.disk import checked_path, safetensors_chunks
 from itda.errors import InputError, first_line, one_line, shortened
 from itda.labels import Labels
 from itda.pursuit import as_tensor, pursue
-from itda.shortages import shortage, shortages_told
+from itda.shortages import shortages_told
 
 UNIT_NORM_TOLERANCE = 1e-5
 TENSORS = ("atoms", "norms", "losses", "mean", "moved", "scale")
@@ -80,6 +79,16 @@ class ITDA:
         """The size of an activation."""
         return self.atoms.shape[1]
 
+    @property
+    def method(self) -> str:
+        """The pursuit that its codes are made by, "mp" where `cfg` says nothing."""
+        return self.cfg.get("method", "mp")
+
+    @property
+    def nonneg(self) -> bool:
+        """Whether it was built for codes of 0 or more."""
+        return bool(self.cfg.get("nonneg", False))
+
     def __len__(self) -> int:
         return self.n_atoms
 
@@ -116,8 +125,8 @@ class ITDA:
             self.standardised(x),
             self.atoms,
             k=self.k if k is None else k,
-            method=self.cfg.get("method", "mp") if method is None else method,
-            nonneg=self.cfg.get("nonneg", False) if nonneg is None else nonneg,
+            method=self.method if method is None else method,
+            nonneg=self.nonneg if nonneg is None else nonneg,
             tol=tol,
             backend=backend,
         )
@@ -236,12 +245,12 @@ class ITDA:
     ) -> ITDA:
         """`load` a folder, or else download (or find in the cache) the hub repository `org/name` and load that."""
         name = os.fspath(repo_or_path)
-        if os.path.isdir(name) and _HUB_ID.fullmatch(name) and not os.path.lexists(Path(name) / folder.MANIFEST):
+        if os.path.isdir(name) and remote.HUB_ID.fullmatch(name) and not os.path.lexists(Path(name) / folder.MANIFEST):
             raise InputError(
                 f"The folder {name} here holds no {folder.MANIFEST}, so it is not an ITDA, and it hides {name} of the "
                 "hub, if there is one: rename the folder, or work in another, to use that."
             )
-        if os.path.lexists(name) or not _HUB_ID.fullmatch(name):
+        if os.path.lexists(name) or not remote.HUB_ID.fullmatch(name):
             return cls.load(name)
         from huggingface_hub import snapshot_download
 
@@ -271,9 +280,6 @@ class ITDA:
                 message = f"ITDA of {self.n_atoms} atoms"
                 api.upload_folder(repo_id=repo_id, folder_path=path, revision=revision, commit_message=message)
         return str(url)
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 
 def _problem(model: ITDA) -> tuple[str, str] | None:
@@ -380,34 +386,27 @@ def _plain(value, name: str):
     raise InputError(f"`{name}` is a {kind}, but numbers, strings, lists and dicts can be saved: convert or drop it.")
 
 
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Say in one sentence whatever the hub's client raises; its kinds differ between versions and HTTP libraries."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if (own := remote.own_timeout(error)) is not None:
-            raise own from None
-        if (short := shortage(error, what)) is not None:
-            raise short from error
-        status, kind = remote.status_of(error), type(error).__name__
-        if isinstance(error, remote.BadAnswer):
-            why = f"{error}: that is no hub, so do not use this server (`HF_ENDPOINT`)"
-        elif kind == "LocalEntryNotFoundError":
-            why = "the hub cannot be reached and the cache does not have it: check the network, or give a local folder"
-        elif kind == "RevisionNotFoundError":
-            why = "there is no such revision: check `revision`"
-        elif status in (401, 403, 404):
-            why = f"HTTP {status}: check the name `org/name`, and your access with `hf auth login`"
-        elif kind == "HFValidationError":
-            why = f"{first_line(error)}: give a name `org/name`"
-        elif status is not None and status >= 500:
-            why = f"HTTP {status}: the server has failed, so try again later"
-        else:
-            why = f"{kind}: {first_line(error)}; try again later, or with a local folder"
-        raise InputError(f"{what} ({why}).") from error
+def _hub_errors(what: str) -> AbstractContextManager[None]:
+    """Say in one sentence whatever the hub's client raises: `what`, and why."""
+    return remote.door(what, lambda error: f"{what} ({_reason(error)}).")
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub's client failed; the kinds of its errors differ between versions and HTTP libraries."""
+    status, kind = remote.status_of(error), type(error).__name__
+    if isinstance(error, remote.BadAnswer):
+        return f"{error}: that is no hub, so do not use this server (`HF_ENDPOINT`)"
+    if kind == "LocalEntryNotFoundError":
+        return "the hub cannot be reached and the cache does not have it: check the network, or give a local folder"
+    if kind == "RevisionNotFoundError":
+        return "there is no such revision: check `revision`"
+    if status in (401, 403, 404):
+        return f"HTTP {status}: check the name `org/name`, and your access with `hf auth login`"
+    if kind == "HFValidationError":
+        return f"{first_line(error)}: give a name `org/name`"
+    if status is not None and status >= 500:
+        return f"HTTP {status}: the server has failed, so try again later"
+    return f"{kind}: {first_line(error)}; try again later, or with a local folder"
 
 
 _MARKUP = re.compile(r"[<>&|`*\[\]()!#\\~]|(?<!\w)_|_(?!\w)")  # within a word _ is no markup
@@ -425,7 +424,7 @@ def _model_card(model: ITDA, repo_id: str) -> str:
     base = source.get("id")
     front = ["library_name: itda", "tags:", "- itda", "- interpretability", "- dictionary-learning"]
     # A local folder is no use to anybody else.
-    if isinstance(base, str) and _HUB_ID.fullmatch(base) and not os.path.exists(base):
+    if isinstance(base, str) and remote.HUB_ID.fullmatch(base) and not os.path.exists(base):
         front.append(f'base_model: "{base}"')
     settings = {"n_atoms": model.n_atoms, "d": model.d, "k": model.k, **model.cfg}
     settings |= {f"model.{key}": source.get(key) for key in ("id", "revision", "hook_point")}

@@ -246,7 +246,7 @@ def _sampled(model: ITDA, x: Float[Tensor, "tokens d"], labels: Labels | None) -
 
 
 def _how(model: ITDA) -> dict[str, Any]:
-    return {"method": model.cfg.get("method", "mp"), "nonneg": bool(model.cfg.get("nonneg", False))}
+    return {"method": model.method, "nonneg": model.nonneg}
 
 
 def _checked(model: ITDA, activations: Any, labels: Labels | None) -> tuple[Tensor, Tensor]:

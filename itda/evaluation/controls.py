@@ -68,7 +68,7 @@ def _plain(atoms: Tensor, dictionary: ITDA) -> ITDA:
 
 def like(dictionary: ITDA, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The dictionary's own settings of the pursuit, and those given."""
-    own = {"method": dictionary.cfg.get("method", "mp"), "nonneg": bool(dictionary.cfg.get("nonneg"))}
+    own = {"method": dictionary.method, "nonneg": dictionary.nonneg}
     return {"k": dictionary.k} | own | dict(settings)
 
 
@@ -79,7 +79,7 @@ def untrained(
     other = loading.load_model(loading.untrained(hooked, hooked.tokenizer, seed=seed), hooks=reader.hook)
     held = reader.read(other, "reading the untrained model")
     grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
-    grow["nonneg"] = bool(dictionary.cfg.get("nonneg"))
+    grow["nonneg"] = dictionary.nonneg
     grow |= {"max_norm": dictionary.cfg.get("max_norm"), "scale": "none" if dictionary.scale is None else "std"}
     wish = min(len(dictionary), len(held.pool))
     built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)

@@ -160,7 +160,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     settings = {name: value for name in ("k", "method", "nonneg") if (value := given[name]) is not None}
     labelled = None if probe is None else probes.labelled(probe, given["probe_column"], given["probe_label"])
     began = time.monotonic()
-    report = reporter(given["progress"]) or (lambda step: None)
+    report = reporter(given["progress"])
     name = str(dictionary) if not isinstance(dictionary, ITDA) else repr(dictionary)
     dictionary = ITDA.of(dictionary)
     if not len(dictionary):

@@ -42,7 +42,7 @@ def adapter(dictionary: ITDA, device: torch.device | str = "cpu", dtype: torch.d
             f"SAEBench cannot be imported ({said}): install it with `pip install sae-bench==0.6.0` in an environment "
             "of its own (it wants numpy < 2 and datasets < 4), and beside a torch for the CPU uninstall torchvision."
         ) from error
-    signed = not dictionary.cfg.get("nonneg", False)
+    signed = not dictionary.nonneg
     return _class(BaseSAE)(dictionary, signed, _metadata(dictionary, signed), torch.device(device), dtype)
 
 
@@ -63,7 +63,7 @@ def _class(base: Any) -> Any:
                 self.b_dec.data.copy_(dictionary.mean)
             self.requires_grad_(False)
             cfg = {"architecture": "itda", "device": str(device), "apply_b_dec_to_input": True}
-            cfg |= {"activation_fn_str": dictionary.cfg.get("method", "mp")}
+            cfg |= {"activation_fn_str": dictionary.method}
             cfg |= {"activation_fn_kwargs": {"k": dictionary.k, "nonneg": not signed}}
             cfg |= {name: meta[name] for name in ("hook_name", "context_size", "dataset_path", "prepend_bos")}
             for name, value in cfg.items():

@@ -69,7 +69,7 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
         )
     if architecture not in ARCHITECTURES:
         raise InputError(f"`architecture` is {architecture!r}; choose one of {', '.join(map(repr, ARCHITECTURES))}.")
-    method = dictionary.cfg.get("method", "mp")
+    method = dictionary.method
     if architecture == "matching_pursuit" and method != "mp":
         raise InputError(
             f"SAELens' own architecture does matching pursuit, and this dictionary has method {method!r}: export it "
@@ -77,7 +77,7 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
         )
     check_unscaled(dictionary)
     out = _target(out)
-    signed = architecture == "matching_pursuit" and not dictionary.cfg.get("nonneg", False)
+    signed = architecture == "matching_pursuit" and not dictionary.nonneg
     atoms = torch.cat([dictionary.atoms, -dictionary.atoms]) if signed else dictionary.atoms
     bias = torch.zeros(dictionary.d) if dictionary.mean is None else dictionary.mean
     cfg = {
@@ -94,7 +94,7 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
     if architecture == "matching_pursuit":
         cfg |= {"residual_threshold": 0.0, "max_iterations": dictionary.k, "stop_on_duplicate_support": False}
     else:
-        cfg |= {"k": dictionary.k, "method": method, "nonneg": bool(dictionary.cfg.get("nonneg", False))}
+        cfg |= {"k": dictionary.k, "method": method, "nonneg": dictionary.nonneg}
     tensors = {"W_dec": atoms.float(), "b_dec": bias.float()}
     with shortages_told(f"{out} could not be written"):
         _write(out, cfg, safetensors_chunks(tensors, {"format": "pt", "itda": "export"}))
@@ -331,7 +331,7 @@ def as_sae(dictionary: ITDA, device: str = "cpu") -> SAE:
     sae_class, cfg_class = register()
     from sae_lens.saes.sae import SAEMetadata
 
-    own = {"method": dictionary.cfg.get("method", "mp"), "nonneg": bool(dictionary.cfg.get("nonneg", False))}
+    own = {"method": dictionary.method, "nonneg": dictionary.nonneg}
     cfg = cfg_class(d_in=dictionary.d, d_sae=len(dictionary), device=device, k=dictionary.k, **own)
     cfg.metadata = SAEMetadata(**_metadata(dictionary, False))
     sae = sae_class(cfg)

@@ -7,21 +7,19 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from itda import remote
 from itda.disk import json_object
-from itda.errors import InputError
-from itda.shortages import shortage
+from itda.errors import InputError, causes
 
 ADAPTER, GGUF = "adapter_config.json", ".gguf"
 _READ = (".json", ".safetensors", ".model", ".txt", ".py", ".jinja", GGUF)  # of what lies in a repository of a model
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 
 def place_of(model: str, subfolder: str = "", gguf_file: str | None = None) -> tuple[str, str | None]:
@@ -71,7 +69,7 @@ def place_of(model: str, subfolder: str = "", gguf_file: str | None = None) -> t
 
 def _no_model(model: str, is_path: bool, wanted: str) -> str:
     """What is said of a folder without a config; one that the hub may have a model of the name of hides that."""
-    if is_path or not _HUB_ID.fullmatch(model):
+    if is_path or not remote.HUB_ID.fullmatch(model):
         return f"The folder `{model}` holds no config.json, so it is not a model: {wanted}"
     return (
         f"The folder `{model}` here holds no config.json, so it is not a model, and it hides the model `{model}` of "
@@ -135,36 +133,22 @@ def commit_of(path: str) -> str | None:
     return found[1] if found else None
 
 
-@contextmanager
-def door(model: str, revision: str | None) -> Iterator[None]:
+def door(model: str, revision: str | None) -> AbstractContextManager[None]:
     """Whatever goes wrong in loading `model` leaves as one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if (own := remote.own_timeout(error)) is not None:
-            raise own from None
-        if (said := shortage(error, f"`{model}` could not be loaded")) is not None:
-            raise said from error
-        raise InputError(_sentence(model, revision, error)) from error
+    return remote.door(f"`{model}` could not be loaded", lambda error: _sentence(model, revision, error))
 
 
 def _sentence(model: str, revision: str | None, error: BaseException) -> str:
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    every = list(causes(error))
+    kinds = {kind.__name__ for cause in every for kind in type(cause).__mro__}
     if "trust_remote_code" in str(error):
         return (
             f"`{model}` runs code of its own: read that code, and if you trust it pass `trust_remote_code=True` "
             "(`--trust-remote-code`)."
         )
-    if bad := next((cause for cause in causes if isinstance(cause, remote.BadAnswer)), None):
+    if bad := next((cause for cause in every if isinstance(cause, remote.BadAnswer)), None):
         return f"The server gave no model `{model}` ({bad}): that is no hub, so do not use this server (`HF_ENDPOINT`)."
-    if (status := next(filter(None, map(remote.status_of, causes)), 0)) >= 500:
+    if (status := next(filter(None, map(remote.status_of, every)), 0)) >= 500:
         return f"The hub could not give `{model}` (HTTP {status}): the server has failed, so try again later."
     if "GatedRepoError" in kinds:
         return f"`{model}` is gated: ask for access on its hub page, log in with `hf auth login`, and run this again."
@@ -222,27 +206,22 @@ def load_tokenizer(tokenizer: Any, **hub) -> Any:
     """The tokenizer of a hub id or folder; one that is loaded already as it is."""
     if not isinstance(tokenizer, str | Path):
         return tokenizer
-    with quiet():
-        try:
-            name, own = _tokenizer_place(str(tokenizer))
-            if "trust_remote_code" not in hub:  # it is not that of a model whose files were looked at
-                check_hub(name, hub)
-            found = _auto_tokenizer(name, **hub | own)
-            if len(found) <= len(found.all_special_ids):  # what transformers 5 makes up where there are no files
-                raise OSError("it has no vocabulary")
-        except InputError:
-            raise
-        except Exception as error:
-            if (own_error := remote.own_timeout(error)) is not None:
-                raise own_error from None
-            if "trust_remote_code" in str(error) or isinstance(error, remote.BadAnswer):
-                raise InputError(_sentence(str(tokenizer), None, error)) from error
-            if (said := shortage(error, f"The tokenizer {tokenizer} could not be loaded")) is not None:
-                raise said from error
-            raise InputError(
-                f"`{tokenizer}` has no tokenizer that can be loaded ({_one_line(error)}): "
-                "pass one with `tokenizer=`, loaded or as an id or folder."
-            ) from error
+
+    def sentence(error: Exception) -> str:
+        if "trust_remote_code" in str(error) or isinstance(error, remote.BadAnswer):
+            return _sentence(str(tokenizer), None, error)
+        return (
+            f"`{tokenizer}` has no tokenizer that can be loaded ({_one_line(error)}): "
+            "pass one with `tokenizer=`, loaded or as an id or folder."
+        )
+
+    with quiet(), remote.door(f"The tokenizer {tokenizer} could not be loaded", sentence):
+        name, own = _tokenizer_place(str(tokenizer))
+        if "trust_remote_code" not in hub:  # it is not that of a model whose files were looked at
+            check_hub(name, hub)
+        found = _auto_tokenizer(name, **hub | own)
+        if len(found) <= len(found.all_special_ids):  # what transformers 5 makes up where there are no files
+            raise OSError("it has no vocabulary")
         return found
 
 
@@ -257,7 +236,7 @@ def _tokenizer_place(name: str) -> tuple[str, dict[str, str]]:
         base = json_object(path / ADAPTER).get("base_model_name_or_path")
         if isinstance(base, str) and base:
             return base, {}
-        if _HUB_ID.fullmatch(name) and not (path / "config.json").is_file():
+        if remote.HUB_ID.fullmatch(name) and not (path / "config.json").is_file():
             raise InputError(_no_model(name, False, ""))
     return name, {}
 

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from itda.arguments import listed
 from itda.devices import checked_device, free_bytes
 from itda.errors import InputError
 from itda.models.adapters import unwrapped as unwrapped_module
@@ -44,7 +45,7 @@ def load_model(
     With `tensor_parallel` so many processes on this machine, each with a GPU, share every block
     (`itda.models.shared_model.SharedModel`); 1 is as without.
     """
-    hooks = [hooks] if isinstance(hooks, int | str) else list(hooks)
+    hooks = listed(hooks)
     if not hooks:
         raise InputError("No hook point is given: pass at least one layer or module path.")
     how: dict[str, Any] = dict(settings)
@@ -139,7 +140,7 @@ def language_model(
         tell(f"loading {model}")
         found = survey(model, place, settings)
         with_head = causal(found, tokenizer, place) if found.bytes() <= 0.9 * free_bytes(place) else None
-        places = [hooks] if isinstance(hooks, int | str) else list(hooks)
+        places = listed(hooks)
         if with_head is not None:
             return _said(_hooked(*with_head, found, places), settings["dtype"])
         if settings["backend"] == "hooks" and settings["tensor_parallel"] in (None, 1):

@@ -8,7 +8,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from numpy import ndarray
 
+from itda.arguments import places_of
 from itda.errors import InputError
 from itda.labels import Batch, Labels
 from itda.models.hooked_model import Group, HookedModel
@@ -53,7 +54,7 @@ def activations(model: Any, data: Any, **settings: Unpack[verbs.Reading]) -> Act
         return from_disk(model, data, given)
     if model is None:
         raise InputError("`model` is None: name a model, or give the folder of activations on disk as `data`.")
-    hooks, single = _places(given)
+    hooks, single = places_of(given["layer"], given["hook"], needed=True)
     if isinstance(data, str | os.PathLike):
         open_documents(data, pick(groups.Source, given))  # or refused, before a model is loaded
     others = {name: value for name, value in given.items() if name not in names(verbs.Reading)}
@@ -63,20 +64,6 @@ def activations(model: Any, data: Any, **settings: Unpack[verbs.Reading]) -> Act
         data = TokenStream(data, hooked.tokenizer, **pick(verbs.Text, given))
     counted = {name: given[name] for name in ("tokens", "special_tokens", "padding")}
     return Activations(hooked, data, given["batch_rows"], single=single, **counted)
-
-
-def _places(given: Mapping[str, Any]) -> tuple[list[int | str], bool]:
-    """The places to read, and whether one was given, not a list."""
-    layer, hook = given["layer"], given["hook"]
-    if (layer is None) == (hook is None):
-        raise InputError("Pass one of `layer` (`--layer`), a number, and `hook` (`--hook`), the path of a module.")
-    if isinstance(layer, str):
-        raise InputError(
-            f"`layer` is the text {layer!r}; a number was wanted, as -1 or 8. A module's path goes to `hook`."
-        )
-    place = hook if layer is None else layer
-    single = isinstance(place, str) or not isinstance(place, Iterable)
-    return [place] if single else list(place), single
 
 
 class Activations:

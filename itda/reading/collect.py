@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 import torch
 
-from itda.arguments import PATH, checks
+from itda.arguments import PATH, checks, listed
 from itda.disk import DTYPES, as_input_error, checked_path, write_file
 from itda.errors import InputError, Interrupted
 from itda.labels import Batch
@@ -74,12 +74,12 @@ def collect(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[ve
     """
     reading: dict[str, Any] = {**settings}
     overwrite, report, stop = (reading.pop(name) for name in ("overwrite", "progress", "stop"))
-    report = reporter(report) or (lambda step: None)
+    report = reporter(report)
     tokens = reading["tokens"]
     began = time.monotonic()
     target = _checked_out(out)
     for name in groups.Places.__annotations__:
-        reading[name] = None if reading[name] is None else _listed(reading[name])
+        reading[name] = None if reading[name] is None else listed(reading[name])
     if reading["layer"] is None and reading["hook"] is None and is_stored(data):  # all that is there, in our format
         reading["hook"] = list(activations(model, data).hook_points)
     stream: Any = activations(model, data, **reading)
@@ -143,10 +143,6 @@ def _read(stream: Any, writer: Writer, tokens: int | None, report: Callable, sto
     writer.flush()
     writer.contents = replace(writer.contents, ended=tokens is None or done < tokens, hash=rest.hash)
     return rest.documents(done) if hasattr(rest, "documents") else None
-
-
-def _listed(given: Any) -> list:
-    return [given] if isinstance(given, str) or not hasattr(given, "__iter__") else list(given)
 
 
 def _checked_out(out: str | os.PathLike) -> Path:

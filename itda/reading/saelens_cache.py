@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from numpy import ndarray
 
 from itda.devices import checked_device
 from itda.disk import json_object, small_file
-from itda.errors import InputError, one_line, whole
+from itda.errors import InputError, one_line
 from itda.labels import Batch, Labels
 from itda.reading.store import HOOK_NAME, chosen
+from itda.settings import takes, verbs
 from itda.shortages import shortage
 from itda.text.prompts import Row, StreamHash
 
@@ -61,33 +62,31 @@ class Cache:
     that is BOS. `model` is whose activations they are, which a cache does not say.
     """
 
+    @takes(verbs.CACHED)
     def __init__(
         self,
         path: str | os.PathLike,
         *,
-        layer: int | Sequence[int] | None = None,
-        hook: str | Sequence[str] | None = None,
-        tokens: int | None = None,
-        batch_rows: int = 32,
-        special_tokens: bool = False,
         model: str | None = None,
         device: str | torch.device | None = None,
+        **settings: Unpack[verbs.Cached],
     ):
-        batch_rows = whole("batch_rows", batch_rows, 1)
         self.path, self.skipped = Path(path), 0
-        self._budget = None if tokens is None else whole("tokens", tokens, 1)
+        self._budget, self._batch_rows = settings["tokens"], settings["batch_rows"]
         self._files = _arrow_files(self.path)
         row = next(self._rows(None), None)
         if row is None or not set(row) - {IDS}:
             raise InputError(f"{path} has no rows of activations: give a cache with activations in it.")
         columns = sorted(row)
         self._ids = IDS in columns
-        names, self.single = chosen([name for name in columns if name != IDS], layer, hook, None, path)
+        names, self.single = chosen(
+            [name for name in columns if name != IDS], settings["layer"], settings["hook"], None, path
+        )
         self.hook_points = tuple(names)
         self._about = {hook: (row[hook].shape[1], str(row[hook].dtype)) for hook in names}
-        self._model, self._batch_rows, self._special = model, batch_rows, special_tokens
+        self._model, self._special = model, settings["special_tokens"]
         self._device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._bos = None if special_tokens or not self._ids else self._opening()
+        self._bos = None if self._special or not self._ids else self._opening()
         self.hash: str = StreamHash().hexdigest()
         self.skipped_hash: str | None = self.hash
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from itda.arguments import PATH, checks
+from itda.arguments import PATH, checks, places_of
 from itda.devices import checked_device
 from itda.disk import (
     DTYPES,
@@ -29,10 +29,11 @@ from itda.disk import (
     small_file,
     unspeakable,
 )
-from itda.errors import InputError, shortened, whole
+from itda.errors import InputError, shortened
 from itda.labels import Batch, Labels
 from itda.reading import shards
 from itda.reading.shards import Places, Shard, damaged
+from itda.settings import takes, verbs
 from itda.text.prompts import StreamHash
 
 FORMAT, VERSION = "itda-activations", 1
@@ -141,16 +142,13 @@ def is_store(path: Any) -> bool:
 
 def chosen(names: Sequence[str], layer: Any, hook: Any, n_layers: int | None, path: Any) -> tuple[list[str], bool]:
     """Those of the hook points `names` that are asked for (all if none is), and whether that is one by itself."""
-    if layer is not None and hook is not None:
-        raise InputError("Pass one of `layer` (`--layer`), a number, and `hook` (`--hook`), the path of a module.")
-    given = hook if layer is None else layer
-    if given is None:
+    given, single = places_of(layer, hook)
+    if layer is None and hook is None:
         return list(names), len(names) == 1
-    single = isinstance(given, str) or not isinstance(given, Iterable)
-    asked = [_named(one, names, n_layers) for one in ([given] if single else given)]
+    asked = [_named(one, names, n_layers) for one in given]
     found = {name for name in asked if name is not None}
     if not found or None in asked:
-        missing = "no hook point" if not asked else f"{[given] if single else list(given)!r}"
+        missing = f"{given!r}" if given else "no hook point"
         kind = "layers" if layer is not None else "hook points"
         raise InputError(f"{path} holds {', '.join(names)}, and {kind} {missing} was asked for: choose of those.")
     return sorted(found, key=list(names).index), single  # as a forward pass reaches them
@@ -194,15 +192,10 @@ class Store:
     shard is held while the next is read. Raises `InputError` for what is not there or damaged.
     """
 
+    @takes(verbs.STORED)
     @checks(path=PATH)
     def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        layer: int | Sequence[int] | None = None,
-        hook: str | Sequence[str] | None = None,
-        tokens: int | None = None,
-        device: str | torch.device | None = None,
+        self, path: str | os.PathLike, *, device: str | torch.device | None = None, **settings: Unpack[verbs.Stored]
     ):
         self.path = Path(checked_path(path))
         if not os.path.lexists(self.path / MANIFEST):
@@ -210,9 +203,9 @@ class Store:
                 raise InputError(f"The collecting into {path} has not finished: the same `itda collect` goes on.")
             raise InputError(f"{path} has no {MANIFEST}: give a folder that `itda collect` has written.")
         self.contents = read_contents(self.path / MANIFEST)
+        layer, hook, self._budget = settings["layer"], settings["hook"], settings["tokens"]
         names, self.single = chosen(list(self.contents.places), layer, hook, self.contents.n_layers, path)
         self.hook_points = tuple(names)
-        self._budget = None if tokens is None else whole("tokens", tokens, 1)
         self.skipped = 0  # tokens that an iteration leaves out at the beginning
         self.hash = StreamHash().hexdigest()  # over the rows whose tokens the latest iteration has read so far
         self._device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -89,11 +89,11 @@ def decompose(
     x = hooked.read(row.ids[None], np.ones_like(row.ids[None]))[hook][0, places[which]].double().cpu()
     if not bool(torch.isfinite(x).all()):
         raise InputError(f"The activation of {tokens[which]!r} is not finite: use a wider `dtype`, such as 'float32'.")
-    k, method = settings["k"] or dictionary.k, settings["method"] or dictionary.cfg.get("method", "mp")
+    k, method = settings["k"] or dictionary.k, settings["method"] or dictionary.method
     rest, norm, usual = dictionary.standardised(x), float(x.norm()), usual_norm(dictionary)
-    nonneg = dictionary.cfg.get("nonneg", False) if settings["nonneg"] is None else settings["nonneg"]
+    nonneg = dictionary.nonneg if settings["nonneg"] is None else settings["nonneg"]
     atoms, relative_error = _pursued(dictionary, rest, k, method, nonneg)
-    own = (dictionary.k, dictionary.cfg.get("method", "mp"), bool(dictionary.cfg.get("nonneg", False)))
+    own = (dictionary.k, dictionary.method, dictionary.nonneg)
     less = None
     if (k, method, bool(nonneg)) == own:
         spent = (part["coefficient"] * dictionary.atoms[part["atom"]].double() for part in atoms)

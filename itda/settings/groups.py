@@ -313,12 +313,17 @@ class Likeness(TypedDict, total=False):
     draw: Annotated[int, DRAW]
 
 
-class Changes(TypedDict, total=False):
+class Null(TypedDict, total=False):
     """Fine-tune"""
 
     null: Annotated[
         Any, Setting(None, "another fine-tune of the base, on neutral text: what any tuning changes", flag=str)
     ]
+
+
+class Changes(TypedDict, total=False):
+    """Fine-tune"""
+
     n_anchors: Annotated[
         int | None,
         Setting(None, "tokens that stand for directions; 4,096, or half of the tokens if not given", least=2),
@@ -390,6 +395,6 @@ groups(
         Large,
         Transformers,
     ),
-    *(Steps, Signs, Size, Growth, Preset, Improvement, Again, Measuring, Several, Drawing, Likeness, Changes),
+    *(Steps, Signs, Size, Growth, Preset, Improvement, Again, Measuring, Several, Drawing, Likeness, Null, Changes),
     *(Workers, Target, Keeping, Progressing, Stopping),
 )

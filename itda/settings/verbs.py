@@ -37,6 +37,14 @@ class Reading(g.Places, g.Amount, Text, g.Batches, g.Special, g.Padding, g.Token
     """Activations of a model on text."""
 
 
+class Stored(g.Places, g.Amount, total=False):
+    """Activations on disk: `itda.Store`."""
+
+
+class Cached(Stored, g.Batches, g.Special, total=False):
+    """An activation cache of SAELens."""
+
+
 class Grow(g.Steps, g.Signs, g.Size, g.Growth, total=False):
     """A dictionary of activations."""
 
@@ -100,7 +108,11 @@ class Compare(ReadAll, g.Likeness, g.Steps, g.Size, total=False):
     """`itda.compare`."""
 
 
-class Diff(ReadSeveral, g.Steps, g.Changes, g.Drawing, total=False):
+class Changed(g.Steps, g.Changes, g.Drawing, g.Progressing, total=False):
+    """`itda.comparison.diff.of_readings`."""
+
+
+class Diff(ReadSeveral, g.Null, Changed, total=False):
     """`itda.diff`."""
 
 
@@ -112,6 +124,8 @@ def _said(name: str, help: str) -> dict[str, Setting]:
 LOAD = Verb(Loading, open=True)
 TEXT = Verb(Text)
 ACTIVATIONS = Verb(Reading, open=True)
+STORED = Verb(Stored)
+CACHED = Verb(Cached)
 GROW = Verb(Grow)
 BUILD = Verb(Build)
 TRAIN = Verb(Train, {"tokens": 1_000_000}, presets=PRESETS)
@@ -131,11 +145,12 @@ COMPARE = Verb(
         **_said("n_atoms", "aim at so many atoms in each layer's dictionary; a hundredth of the tokens if not given"),
     },
 )
+CHANGED = Verb(Changed, {"k": g.STEPS.but(default=16, help="pursuit steps of the dictionaries")})
 DIFF = Verb(
     Diff,
     {
         "tokens": 50_000,
         **_said("layer", "compare after these blocks; after all if not given"),
-        "k": g.STEPS.but(default=16, help="pursuit steps of the dictionaries"),
+        **CHANGED.changed,
     },
 )

@@ -11,12 +11,12 @@ from itertools import islice
 from typing import Any
 
 from itda.errors import InputError
+from itda.remote import HUB_ID
 from itda.settings.groups import Source
 from itda.text import folders
 from itda.text.files import COMPRESSED, KINDS, SUPPORTED, Reading, brief, check_pointer, kind_of, read_file
 
 _ENDINGS = (*KINDS, *COMPRESSED, ".zip", ".arrow", ".md", ".html", ".pdf")  # of what is meant as a file
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 Chat = Callable[[list], str]  # the text of messages
 
@@ -78,7 +78,7 @@ def _opened(data, source: Source, chat: Chat, as_before: bool) -> tuple[str, Doc
     file_like = path.lower().endswith(_ENDINGS) or path.startswith((".", "~", os.sep))
     if isinstance(data, os.PathLike) or (file_like and "\n" not in path):
         raise InputError(f"`data` is {path!r}, but there is no such file or folder: check the path.")
-    if _HUB_ID.fullmatch(path):
+    if HUB_ID.fullmatch(path):
         return "hub", *_hub(path, source, chat)
     raise InputError(
         f"`data` is the string {brief(path)}, neither a path nor the id of a Hub dataset: "

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from itda.errors import InputError, check_whole, first_line
+from itda.errors import InputError, first_line
 
 RETRIES = 3  # how often a piece of work that was lost with its worker is done again
 PATIENCE = 900.0  # seconds for Ray to start a first worker
@@ -270,12 +270,6 @@ class _Calls:
             f"A piece of work was lost with its worker {RETRIES + 1} times ({first_line(error)}): look into Ray's logs "
             "for the reason; too little memory is the usual one, and fewer `batch_rows` need less."
         )
-
-
-def check_workers(workers: int | None) -> None:
-    """Raise `InputError` unless `workers` is a number of them, or None."""
-    if workers is not None:
-        check_whole("workers", workers, 1)
 
 
 def check_unshared(tensor_parallel: int | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from itda.devices import free_bytes
 from itda.dictionary.itda import ITDA
 from itda.dictionary.refine import check_room, refine, select
-from itda.errors import InputError, check_whole
+from itda.errors import InputError
 from itda.labels import Batch, Labels
 from itda.progress import Step
 
@@ -27,15 +27,10 @@ class Improvement:
     tokens: int
 
     def __post_init__(self) -> None:
-        given = (("candidates", self.candidates, 1), ("refine", self.passes, 0), ("refine_tokens", self.tokens, 1))
-        for name, value, least in given:
-            check_whole(name, value, least)
         if self.candidates > 1 and self.n_atoms is None:
             raise InputError(
                 f"`candidates` is {self.candidates}, times as many as `n_atoms`: give that too (`--n-atoms`)."
             )
-        if self.candidates > 1:
-            check_whole("n_atoms", self.n_atoms, 1)
 
     def __bool__(self) -> bool:
         return self.candidates > 1 or self.passes > 0

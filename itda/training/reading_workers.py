@@ -23,7 +23,7 @@ from itda.errors import InputError
 from itda.models import loading as models
 from itda.models.hooked_model import Group, HookedModel
 from itda.progress import tell
-from itda.training.cluster import Crew, Surroundings, check_workers, connected, shares
+from itda.training.cluster import Crew, Surroundings, connected, shares
 
 EACH = 2  # groups of rows that a worker has at a time: the next is there when it is done with one
 AHEAD = 4  # groups per worker that may be in flight or wait for an earlier one
@@ -145,7 +145,6 @@ def workers_of(
     """
     if not isinstance(model, str | Path):
         raise InputError("Workers load the model by themselves: give its id or its folder, not the loaded model.")
-    check_workers(workers)
     found: list[Description] = []
 
     def check(answer: Description) -> None:

@@ -25,7 +25,7 @@ from itda.provenance import section
 from itda.report.drawing import QUALITY, columns
 from itda.results import Report, finite
 from itda.settings import takes, verbs
-from itda.training.cluster import POLL, Crew, Surroundings, check_unshared, check_workers, connected, shares
+from itda.training.cluster import POLL, Crew, Surroundings, check_unshared, connected, shares
 from itda.training.grid import ONE_PASS, Job, default, jobs_of, read_grid
 from itda.training.sweep_worker import Outcome, Trainer, finished, read_note
 
@@ -115,7 +115,6 @@ def sweep(settings: Mapping[str, Any] | str | os.PathLike, out: str | os.PathLik
     said so.
     """
     workers, ray, stop = how["workers"], how["ray"], how["stop"]
-    check_workers(workers)
     grid = read_grid(settings)
     jobs, shown = jobs_of(grid), str(out)
     make_folder(out)
@@ -247,7 +246,7 @@ class _Table:
 class _View:
     """How far the trainings are that were begun, all of them together."""
 
-    def __init__(self, todo: list[Job], report: Callable[[Step | None], None] | None, stop: Callable[[], bool]) -> None:
+    def __init__(self, todo: list[Job], report: Callable[[Step | None], None], stop: Callable[[], bool]) -> None:
         self._todo, self._report, self._stop = todo, report, stop
         self._began, self._running, self._ended = time.monotonic(), 0, 0
         self._tokens, self._total = 0, 0  # of those that ended; what the longest has
@@ -277,19 +276,15 @@ class _View:
         """Report, from where those are that run."""
         self._last = [state for state in states if isinstance(state, Progress)]
         self._total = max([self._total, *(state.total or 0 for state in self._last)])
-        if self._report:
-            speed = sum(state.tokens_per_second for state in self._last)
-            what = (
-                f"{self._ended} of {len(self._todo)} trainings done · {self._running} running · {speed:,.0f} tokens/s"
-            )
-            tokens = self._tokens + sum(state.tokens for state in self._last)
-            total = max(tokens, self._total * len(self._todo)) or None
-            self._report(Step(what, tokens, total, time.monotonic() - self._began))
+        speed = sum(state.tokens_per_second for state in self._last)
+        what = f"{self._ended} of {len(self._todo)} trainings done · {self._running} running · {speed:,.0f} tokens/s"
+        tokens = self._tokens + sum(state.tokens for state in self._last)
+        total = max(tokens, self._total * len(self._todo)) or None
+        self._report(Step(what, tokens, total, time.monotonic() - self._began))
 
     def end(self) -> None:
         """The display is left."""
-        if self._report:
-            self._report(None)
+        self._report(None)
 
 
 def _check_ours(out: Path) -> None:

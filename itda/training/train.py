@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from itda.arguments import PATH, checks
+from itda.arguments import PATH, checks, places_of
 from itda.dictionary import folder
 from itda.dictionary.build import build
 from itda.dictionary.builder import Builder
@@ -151,11 +151,8 @@ def _by_workers(held: ExitStack, model: Any, read: dict, who: Mapping[str, Any])
             "A model that is streamed is read by one process: drop `stream_layers`, or `workers` and `ray`."
         )
     check_unshared(read["tensor_parallel"])
-    hooks = read["hook"] if read["layer"] is None else read["layer"]
-    if hooks is None:
-        return model, read  # which is refused
+    hooks, _ = places_of(read["layer"], read["hook"], needed=True)
     how = {name: value for name, value in read.items() if name in LOADING and name not in STREAMING}
-    hooks = [hooks] if isinstance(hooks, str) or not isinstance(hooks, Iterable) else list(hooks)
     found = held.enter_context(workers_of(model, hooks, **who, **how))
     return found, {name: value for name, value in read.items() if name not in LOADING}
 
@@ -170,10 +167,9 @@ def _check_documents(data: Any, truncate: bool) -> None:
 
 def _is_single(given: Mapping[str, Any], data: Any) -> bool:
     """Whether one dictionary is to be built; of activations on disk all that are there, unless some are chosen."""
-    places = given["layer"], given["hook"]
-    if places == (None, None) and is_stored(data):
+    if given["layer"] is None and given["hook"] is None and is_stored(data):
         return activations(None, data).single
-    return all(isinstance(place, str) or not isinstance(place, Iterable) for place in places)
+    return places_of(given["layer"], given["hook"])[1]
 
 
 def _checked_out(out: str | os.PathLike, single: bool, overwrite: bool) -> Path:
@@ -213,14 +209,14 @@ class _Watch:
     """Hands progress on, remembers the last, and ends the display once."""
 
     def __init__(self, progress: bool | Callable[[Progress | Step | None], None]) -> None:
-        self._report: Callable[[Any], None] | None = reporter(progress)
+        self._report = reporter(progress)
         self.last: Progress | None = None
         self._open = True
 
     def step(self, step: Step | None) -> None:
         """Hand on what comes after the building."""
         self._open = True
-        if self._report and step is not None:
+        if step is not None:
             self._report(step)
 
     def __call__(self, progress: Progress | Step | None) -> None:
@@ -231,11 +227,10 @@ class _Watch:
             self.step(progress)
             return
         self.last = progress
-        if self._report:
-            self._report(progress)
+        self._report(progress)
 
     def end(self) -> None:
-        if self._report and self._open:
+        if self._open:
             self._report(None)
         self._open = False
 

@@ -729,7 +729,7 @@ def refused(words, *args, **settings):
             ["a-itda", "b-itda"],
             {"names": ["x", "x"], "data": None},
         ),
-        ("Both `layer` and `hook`", ["a", "b"], {"layer": 1, "hook": "h.1"}),
+        ("Pass one of `layer`", ["a", "b"], {"layer": 1, "hook": "h.1"}),
         ("have different tokenizers, so their rows differ", ["a", "code"], {"align": False}),
         (
             "cannot be compared by 'cka', because it needs models and a text: give these, or choose of jaccard",
