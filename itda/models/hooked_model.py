@@ -5,7 +5,6 @@ The forward pass is stopped at the last hook point that is read (`Stop`).
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 
 from itda.errors import InputError, first_line
 from itda.models import parameters
+from itda.models.fingerprint import fingerprint, sample_of
 from itda.models.layout import Layout
 from itda.models.outputs import readable, rows_of, with_rows
 from itda.text.tokenizers import tokenizer_hash
-
-_SAMPLE = 256  # values per parameter in a fingerprint
 
 
 class Group(NamedTuple):
@@ -376,21 +374,6 @@ class HookedModel:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         options = ("use_cache", "output_attentions", "output_hidden_states")
         return {name: False for name in options if takes_any or name in taken}
-
-
-def sample_of(name: str, values: Tensor) -> bytes:
-    """What a parameter adds to a fingerprint."""
-    values = values.detach()
-    sample = values.reshape(-1)[:: max(1, -(-values.numel() // _SAMPLE))].to("cpu", torch.bfloat16)
-    return (
-        f"{name} {tuple(values.shape)} ".encode()
-        + sample.contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
-    )
-
-
-def fingerprint(samples: Mapping[str, bytes]) -> str:
-    """The sha256 of parameters by their samples, in the order of their names."""
-    return hashlib.sha256(b"".join(samples[name] for name in sorted(samples))).hexdigest()
 
 
 class _NoVectors(InputError):

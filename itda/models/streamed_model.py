@@ -20,15 +20,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from itda.errors import InputError, shortened
 from itda.locks import locked
+from itda.models.fingerprint import fingerprint, sample_of
 from itda.models.hidden_states import States
-from itda.models.hooked_model import Group, HookedModel, Stop, fingerprint, rows_of, sample_of
-from itda.models.layout import Layout
+from itda.models.hollow import before_blocks, hollow
+from itda.models.hooked_model import Group, HookedModel, Stop, rows_of
 from itda.models.pretrained import PLACED, Survey
 from itda.models.weights import Weights
 from itda.progress import Step
@@ -116,7 +116,7 @@ class StreamedModel(HookedModel):
     def _runner(self) -> Any:
         """The base model with what runs before its first block, and blocks without weights, which are skipped."""
         skeleton = self._survey.skeleton
-        before = _before_blocks(skeleton, self._layout)
+        before = before_blocks(skeleton, self._layout)
         names = {name for name, _ in skeleton.named_parameters() if name.rpartition(".")[0] in before}
         self._around = names
         runner, missing = self._survey.part(lambda path: path in before, self._weights.outside(names))
@@ -172,7 +172,7 @@ class StreamedModel(HookedModel):
         """What `_run` finds in a block whose weights are zeros."""
         block = copy.deepcopy(self._base.get_submodule(self._own(number)))
         del block.forward
-        _hollow(block, self.dtype)
+        hollow(block, self.dtype)
         group = Group(0, torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
         with self._placed(number, block.to(self.device)):
             return self._run(number, group, None, check=False)
@@ -364,49 +364,3 @@ class StreamedModel(HookedModel):
 
     def _cannot(self, why: str) -> InputError:
         return InputError(f"`{self._layout.model}` cannot be streamed ({why}): read it whole (`--no-stream-layers`).")
-
-
-def _before_blocks(skeleton: Any, layout: Layout) -> set[str]:
-    """The paths of the modules with parameters of their own that run before the first block."""
-    ran: set[str] = set()
-    own = [(path, m) for path, m in skeleton.named_modules() if not f"{path}.".startswith(layout.blocks + ".")]
-    handles = [m.register_forward_pre_hook(lambda *_, path=path: ran.add(path)) for path, m in own if m._parameters]
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise Stop
-
-    blocks = skeleton.get_submodule(layout.blocks)
-    skeleton.set_submodule(layout.blocks, nn.ModuleList())
-    _hollow(skeleton, torch.float32)
-    skeleton.set_submodule(layout.blocks, blocks)
-    blocks[0].forward = stop
-    ids = torch.zeros(2, 3, dtype=torch.int64)
-    try:
-        with torch.no_grad(), suppress(Stop):
-            skeleton.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **HookedModel._taken_by(skeleton))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ran
-
-
-def _hollow(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give all of a module without storage parameters and buffers that are zeros, which take no memory to be read."""
-    for part in module.modules():
-        for name, p in part._parameters.items():
-            if p is not None:
-                part._parameters[name] = nn.Parameter(_zeros(p.shape, dtype), requires_grad=False)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-
-
-def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros whose memory the system has promised and not given: torch would write them."""
-    try:
-        return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype).squeeze(-1)
-    except (MemoryError, ValueError) as error:
-        raise InputError(
-            f"The config of the model asks for a weight of shape {tuple(shape)}, which no memory here can hold: check "
-            "it, or download it again."
-        ) from error
