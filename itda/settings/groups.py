@@ -379,22 +379,8 @@ class Stopping(TypedDict, total=False):
 
 
 groups(
-    *(
-        Places,
-        Amount,
-        Rows,
-        Order,
-        Source,
-        Batches,
-        Special,
-        Padding,
-        Tokenizer,
-        Device,
-        Revision,
-        Backend,
-        Large,
-        Transformers,
-    ),
+    *(Places, Amount, Rows, Order, Source, Batches, Special, Padding),
+    *(Tokenizer, Device, Revision, Backend, Large, Transformers),
     *(Steps, Signs, Size, Growth, Preset, Improvement, Again, Measuring, Several, Drawing, Likeness, Null, Changes),
     *(Workers, Target, Keeping, Progressing, Stopping),
 )
