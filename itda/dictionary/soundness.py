@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itda.dictionary import folder, tables
-from itda.labels import Labels
+from itda.dictionary import folder
+from itda.labels import LABEL_ARRAYS, Labels
 
 UNIT_NORM_TOLERANCE = 1e-5
 TENSORS = ("atoms", "norms", "losses", "mean", "moved", "scale")  # the first three are always there
@@ -66,7 +66,7 @@ def problem_of(model: Any) -> tuple[str, str] | None:
 
 def _negative(labels: Labels) -> str | None:
     """The first number of `labels` that is less than there can be; -1 says that there is none, where there may be."""
-    for name in tables.COLUMNS:
+    for name in LABEL_ARRAYS:
         least = 0 if name in ("prompt", "position") else -1
         wrong = np.flatnonzero(getattr(labels, name) < least)
         if len(wrong):
