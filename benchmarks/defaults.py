@@ -39,13 +39,13 @@ def start(place, args):
     for seed in (0, 1, 2):
         yield row(f"random tokens, draw {seed}", partial(place.random, n, seed))
     yield row("threshold 0.2", lambda: place.built(x, k=40, threshold=0.2))
-    built = row(f"n_atoms {n}", lambda: place.built(x, k=40, n_atoms=n))
-    yield built
+    built, seconds = timed(lambda: place.built(x, k=40, n_atoms=n))
+    yield System.of(built, f"n_atoms {n}"), built.labels, {"seconds": seconds}
     many = place.random(3 * n)
     yield row("chosen of 3 times as many random tokens", lambda: select(many, x, n))
     for passes in (1, 3, 10):
         yield row(f"random tokens, refined {passes}", lambda passes=passes: refine(drawn, x, passes=passes))
-    yield row("n_atoms, refined 3", lambda: refine(place.built(x, k=40, n_atoms=n), x, passes=3))
+    yield row("n_atoms, refined 3", lambda: refine(built, x, passes=3))
     yield row("chosen, refined 3", lambda: refine(select(many, x, n), x, passes=3))
 
 

@@ -144,7 +144,7 @@ class Place:
                 row |= {f"{part} ce_mean": found["score_mean"], f"{part} kl": found["kl"]}
         if judged:
             for row, (system, labels) in zip(rows, systems, strict=True):
-                row |= self.of.judge.read(self, system, labels)
+                row |= self.of.judge.read(system, labels, (self.train, self.labels), self.held["in"], self.mean)
         return rows
 
 
@@ -163,40 +163,40 @@ class Judge:
     def __init__(self):
         self.known, self.model, self.tokenizer = {}, None, None
 
-    def read(self, place, system, own):
-        fit, fit_labels = place.train[: self.TOKENS], place.labels[: self.TOKENS]
-        test, test_labels = (of[: self.TOKENS] for of in place.held["in"])
-        codes = [dense(system, x) for x in (fit, test)]
-        out = {"first 3": first(system, test, place.mean)}
+    def read(self, system, own, fit, test, mean):
+        """What the reader makes of `system`: `own` are the labels of its atoms; `fit`, `test` activations and labels."""
+        (x, x_labels), (y, y_labels) = ((acts[: self.TOKENS], labels[: self.TOKENS]) for acts, labels in (fit, test))
+        codes = [dense(system, acts) for acts in (x, y)]
         used = [(c != 0).sum(0) for c in codes]
-        usable = np.flatnonzero(((used[0] >= 5) & (used[1] >= 5)).numpy())
         rng = np.random.default_rng(5)
-        atoms = rng.permutation(usable)[: self.ATOMS]
-        shown, by_label = [], []
-        for atom in atoms.tolist():
+        found = {"auc": [], "auc of context": [], "auc of token": [], "auc by label": []}
+        for atom in rng.permutation(np.flatnonzero(((used[0] >= 5) & (used[1] >= 5)).numpy()))[: self.ATOMS].tolist():
             mine, theirs = codes[0][:, atom], codes[1][:, atom]
             sign = 1.0 if float((mine > 0).sum()) >= float((mine < 0).sum()) else -1.0
             strongest = (sign * mine).argsort(descending=True)[: self.EXAMPLES].numpy()
-            true = np.flatnonzero((sign * theirs > 0).numpy())
-            false = np.flatnonzero((theirs == 0).numpy())
+            true, false = np.flatnonzero((sign * theirs > 0).numpy()), np.flatnonzero((theirs == 0).numpy())
             if len(true) < 3 or not len(false):
                 continue
             true, false = rng.permutation(true)[: self.TRUE], rng.permutation(false)[: self.FALSE]
-            there = self.of(test_labels, np.concatenate([true, false]))
-            shown.append(auc((there @ self.of(fit_labels, strongest).T).mean(1), len(true)))
+            there, shown = self.of(y_labels, np.concatenate([true, false])), self.of(x_labels, strongest)
+            alike = np.stack([(a @ b.T).mean(1) for a, b in zip(there, shown, strict=True)])
+            found["auc"].append(auc(alike.sum(0), len(true)))
+            found["auc of context"].append(auc(alike[0], len(true)))
+            found["auc of token"].append(auc(alike[1], len(true)))
             if own is not None:
-                by_label.append(auc(there @ self.of(own, np.array([atom]))[0], len(true)))
-        out |= {"auc": mean(shown), "auc interval": spread(shown), "judged": len(shown)}
-        return out | {"auc by label": mean(by_label) if by_label else None}
+                label = self.of(own, np.array([atom]))
+                alike = sum(a @ b[0] for a, b in zip(there, label, strict=True))
+                found["auc by label"].append(auc(alike, len(true)))
+        out = {"first 3": first(system, y, mean), "judged": len(found["auc"]), "auc interval": spread(found["auc"])}
+        return out | {name: mean_of(values) for name, values in found.items()}
 
     def of(self, labels, index):
-        """What the reader sees of tokens `index`: unit vectors of the words around and of the token, joined."""
+        """What the reader sees of tokens `index`: unit vectors (2, tokens, width) of the words around and of the token."""
         words = [labels.context(i, 60, 20) for i in index.tolist()]
         wanted = {text for before, token, after in words for text in (before + token + after, token)}
         if missing := sorted(wanted - self.known.keys()):
             self.known |= dict(zip(missing, self._encoded(missing), strict=True))
-        rows = [np.concatenate([self.known["".join(each)], self.known[each[1]]]) for each in words]
-        return np.stack(rows) / np.sqrt(2)
+        return np.stack([[self.known["".join(each)] for each in words], [self.known[each[1]] for each in words]])
 
     @torch.no_grad()
     def _encoded(self, texts):
@@ -249,7 +249,7 @@ def auc(scores, n_true):
     return float((true > false).mean() + 0.5 * (true == false).mean())
 
 
-def mean(values):
+def mean_of(values):
     return float(np.mean(values)) if len(values) else None
 
 

@@ -22,6 +22,11 @@ def is_full_float32() -> bool:
     return all(place.fp32_precision in ("none", "ieee") for place in places)
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 (AMX): without, float32's are faster."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 _precision = threading.RLock()
 
 

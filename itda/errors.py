@@ -55,13 +55,13 @@ def first_line(error: BaseException) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what led to it, one after the other."""
+    """`error` and what led to it, one after the other; not beyond one that was raised `from None`."""
     seen: set[int] = set()
     each: BaseException | None = error
     while each is not None and id(each) not in seen:
         seen.add(id(each))
         yield each
-        each = each.__cause__ or each.__context__
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
 
 
 def shortened(value: object) -> str:

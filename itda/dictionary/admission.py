@@ -98,6 +98,20 @@ class Dictionary:
         self.gram = Gram(atoms, self.gram.limit)
         self.norms, self.losses = norms, losses
 
+    @property
+    def d(self) -> int:
+        """The size of an activation."""
+        return self.gram.atoms.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the atoms are."""
+        return self.gram.atoms.device
+
+    def finished(self) -> Float[Tensor, "n_atoms d"]:
+        """The atoms if the stream ends here."""
+        return self.gram.atoms
+
     def to(self, device: torch.device | str) -> None:
         """Move the atoms to `device`."""
         self.gram = self.gram.to(device)
@@ -258,7 +272,7 @@ class Batched(Dictionary):
             keep[:1] = True  # the first token is the first atom, whatever its loss
         rows, loss = rows[keep], loss[keep]
         if not self.paper:
-            first = _first_of_each(x[torch.from_numpy(rows).to(x.device)], self.nonneg)
+            first = first_of_each(x[torch.from_numpy(rows).to(x.device)], self.nonneg)
             rows, loss = rows[first], loss[first]
         room -= len(admitted)
         for t, value in list(zip(rows.tolist(), loss.tolist(), strict=True))[: int(min(room, len(rows)))]:
@@ -276,7 +290,7 @@ class Batched(Dictionary):
         return rows
 
 
-def _first_of_each(x: Float[Tensor, "rows d"], nonneg: bool = False) -> list[int]:
+def first_of_each(x: Float[Tensor, "rows d"], nonneg: bool = False) -> list[int]:
     """The rows that are no duplicate of an earlier kept row, in order; with `nonneg` an opposite row is none."""
     size: Any = (lambda cosine: cosine) if nonneg else abs
     unit = (x.double() / torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)).cpu()

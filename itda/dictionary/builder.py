@@ -14,26 +14,20 @@ from torch import Tensor
 
 from itda._version import __version__
 from itda.dictionary.admission import Batched, Sequential
-from itda.dictionary.itda import ITDA, Sample
+from itda.dictionary.itda import ITDA, measured
+from itda.dictionary.online import HEAD, Online
+from itda.dictionary.sample import SpacedSample
 from itda.dictionary.standard import Massive, estimated, within
 from itda.dictionary.threshold import QUIET, Schedule, pilot, pilot_tokens
 from itda.disk import bytes_of
 from itda.errors import InputError, shortened
 from itda.labels import Batch, Labels
-from itda.metrics import LOSSES, reconstruction, relative_error
 from itda.pursuit import MOST_STEPS, as_tensor, check_entries, too_large
 from itda.settings import takes, verbs
 
 MEAN_TOKENS = 8192  # the fixed prefix of the stream on which `center=True` estimates the mean
-SAMPLE_TOKENS = 8192  # tokens kept, evenly spaced, to measure the finished dictionary on
-SAMPLE_BYTES = 64e6
 DEFAULT_THRESHOLD = {"relative": 0.2, "cosine": 4e-4}
 SETTINGS = ("k", "nonneg", "loss", "admission", "center", "max_atoms", "threshold", "n_atoms")
-# What `measured` says in `cfg` of the sample.
-MEASURED = (
-    *("fvu", "fvu_robust", "fvu_standardised", "variance"),
-    *("relative_error", "median_error", "sample_tokens"),
-)
 
 
 class Builder:
@@ -47,11 +41,12 @@ class Builder:
     def __init__(
         self, *, total: int | None = None, max_gram_bytes: int | float | None = None, **grow: Unpack[verbs.Grow]
     ) -> None:
+        grow["admission"] = grow["admission"] or "sequential"
         _check_together(grow)
         n_atoms, loss, threshold = grow["n_atoms"], grow["loss"], grow["threshold"]
-        if n_atoms is not None and total is None:
+        if n_atoms is not None and total is None and grow["admission"] == "sequential":
             raise InputError("`n_atoms` needs to know how long the stream is: give `tokens`, or a `threshold` instead.")
-        if n_atoms is not None and n_atoms > (total or 0):
+        if n_atoms is not None and total is not None and n_atoms > total:
             raise InputError(
                 f"`n_atoms` is {n_atoms:,} but the stream has {total:,} tokens, and an atom is one token: "
                 "ask for fewer atoms or give more text."
@@ -73,7 +68,7 @@ class Builder:
         self.mean: Tensor | None = None
         self.scale: Tensor | None = None
         self.massive: Massive | None = None
-        self._dictionary: Sequential | Batched | None = None
+        self._dictionary: Sequential | Batched | Online | None = None
         self.sample = SpacedSample()
         self.head: list[Batch] = []  # what waits for the first token to be judged
         self.tell: Callable[[int], None] = QUIET  # called while a threshold is chosen
@@ -81,7 +76,7 @@ class Builder:
         self.schedule = Schedule([[0, DEFAULT_THRESHOLD.get(loss, math.nan) if threshold is None else threshold]])
 
     @property
-    def dictionary(self) -> Sequential | Batched:
+    def dictionary(self) -> Sequential | Batched | Online:
         """The dictionary, once `started`."""
         assert self._dictionary is not None, "not started"
         return self._dictionary
@@ -134,7 +129,7 @@ class Builder:
         self.settle()
         if not self.started or not self.seen:
             raise InputError("The stream held no valid token, so there is nothing to build on: give it more text.")
-        atoms = self.dictionary.gram.atoms.clone().cpu()
+        atoms = self.dictionary.finished().clone().cpu()
         cfg = self.settings | {
             "threshold": self.schedule.threshold,
             "thresholds": self.schedule.history,
@@ -143,13 +138,19 @@ class Builder:
             "itda_version": __version__,
         }
         del cfg["n_atoms"], cfg["total"]
+        moved = None
+        if isinstance(self.dictionary, Online):
+            cfg |= {"threshold": None, "thresholds": []}
+            moved = (atoms.double() * self.dictionary.start.cpu().double()).sum(1).float()
         if self.massive is not None:
             cfg["massive"] = self.massive.to_json()
         labels = Labels.concat(self.labels)
         found = (self.dictionary.norms, self.dictionary.losses)
         norms, losses = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in found)
         model = ITDA(atoms, labels, self.settings["k"], self.mean, norms, losses, cfg | dict(provenance or {}))
-        return measured(replace(model, scale=self.scale), *self.sample.tokens())
+        x, tokens = self.sample.tokens()
+        model = replace(model, scale=self.scale, moved=moved)
+        return measured(model.named(x, tokens), x, tokens)
 
     @property
     def settled(self) -> float:
@@ -164,7 +165,7 @@ class Builder:
 
     def _d(self) -> int | None:
         if self.started:
-            return self.dictionary.gram.atoms.shape[1]
+            return self.dictionary.d
         return self.head[0].activations.shape[1] if self.head else None
 
     def _head_wanted(self) -> int:
@@ -172,6 +173,8 @@ class Builder:
         if self.started:
             return 0
         wanted = MEAN_TOKENS if any(self.settings.get(name) for name in ("center", "max_norm", "scale")) else 1
+        if self.settings["admission"] == "online":
+            return max(wanted, HEAD * self.settings["n_atoms"])
         return max(wanted, pilot_tokens(self.total)) if self.settings["n_atoms"] else wanted
 
     def _start(self) -> None:
@@ -188,15 +191,21 @@ class Builder:
         how: dict[str, Any] = {name: self.settings.get(name) for name in ("center", "scale", "max_norm")}
         if any(how.values()):
             self.mean, self.scale, self.massive = estimated(x[:MEAN_TOKENS], **how)
-        if self.settings["n_atoms"]:
+        if self.settings["n_atoms"] and self.settings["admission"] == "sequential":
             self._choose(x[: pilot_tokens(self.total)])
+        first = slice(self._head_wanted())  # however long the batches
         self.head = []
         self.prepare(x.shape[1], x.device)
+        if isinstance(self.dictionary, Online):
+            self._draw(self.dictionary, x[first], Labels.concat(batch.labels for batch in head)[first])
         for batch in head:
             self._judge(batch)
 
     def prepare(self, d: int, device: torch.device | str) -> None:
         """Make the empty dictionary."""
+        if self.settings["admission"] == "online":
+            self._dictionary = Online(d, self.settings["k"], device, self.settings["nonneg"])
+            return
         shared = dict(max_gram_bytes=self.max_gram_bytes)
         args = (d, self.settings["k"], self.settings["loss"], device)
         shared["nonneg"] = self.settings["nonneg"]
@@ -204,6 +213,15 @@ class Builder:
             self._dictionary = Sequential(*args, chunk_size=self.chunk_size, **shared)
         else:
             self._dictionary = Batched(*args, paper=self.settings["admission"] == "paper", **shared)
+
+    def _draw(self, dictionary: Online, x: Tensor, labels: Labels) -> None:
+        """Draw the atoms to begin with from the first tokens."""
+        kept = self._kept(x)
+        kept = np.arange(len(x)) if kept is None else kept
+        inner = self._standardised(x[torch.from_numpy(kept).to(x.device)])
+        self.labels.append(labels[kept[dictionary.draw(inner, self.settings["n_atoms"])]])
+        if not len(dictionary):
+            raise InputError(f"The first {len(x):,} activations are all zero, so none can be an atom: give others.")
 
     def _choose(self, x: Tensor) -> None:
         """Choose the threshold for the wished number of atoms, from the first tokens."""
@@ -238,7 +256,7 @@ class Builder:
 
     def _judge(self, batch: Batch) -> None:
         x, seen, admitted = self._standardised(batch.activations), self.seen, []
-        if self.dictionary.gram.atoms.device != x.device:  # a checkpoint is read on the CPU
+        if self.dictionary.device != x.device:  # a checkpoint is read on the CPU
             self.dictionary.to(x.device)
         start, kept = 0, self._kept(batch.activations)
         while start < len(x) and not self.full:
@@ -279,23 +297,6 @@ class Builder:
         return there[rows].tolist(), losses
 
 
-def measured(model: ITDA, x: Tensor, labels: Labels) -> ITDA:
-    """The dictionary with the tokens `x` (tokens, d) and their `labels` as its sample, and its errors on them.
-
-    fvu, fvu_robust, fvu_standardised and variance are those of `metrics.reconstruction`; relative_error and
-    median_error are of |x - x_hat|^2 / |x - mean|^2 of a token, coordinates over the scale if there is one.
-    """
-    codes = model.encode(x)
-    x_hat = model.decode(codes)
-    inner, inner_hat = model.standardised(x.float()).double(), codes.decode(model.atoms).double()
-    error = relative_error(inner, inner_hat).numpy()
-    mean, median = (float(of(error)) if len(error) else math.nan for of in (np.mean, np.median))
-    cfg = model.cfg | {**reconstruction(x.double(), x_hat.double()), "sample_tokens": len(x)}
-    cfg |= {"relative_error": mean, "median_error": median}
-    loss = LOSSES[cfg.get("loss", "relative")](inner, inner_hat)
-    return replace(model, cfg=cfg, sample=Sample(labels, codes, loss.float()))
-
-
 class Content:
     """A running sha256 of activations, by which a build that goes on knows that they are those it began with."""
 
@@ -311,30 +312,6 @@ class Content:
     def hash(self) -> str:
         """The sha256 of all so far."""
         return self._digest.hexdigest()
-
-
-class SpacedSample:
-    """Every `stride`-th token seen, at most `SAMPLE_TOKENS` of them: when they are more, every other one is dropped."""
-
-    def __init__(self) -> None:
-        self.stride = 1
-        self.activations: list[Tensor] = []
-        self.labels: list[Labels] = []
-
-    def add(self, batch: Batch, tokens: int, seen: int) -> None:
-        """Take from the first `tokens` of a batch that comes after `seen` tokens."""
-        rows = np.arange(-seen % self.stride, tokens, self.stride)
-        self.activations.append(batch.activations[torch.from_numpy(rows).to(batch.activations.device)].float().cpu())
-        self.labels.append(batch.labels[rows])
-        limit = min(SAMPLE_TOKENS, max(1, int(SAMPLE_BYTES / (4 * batch.activations.shape[1]))))
-        while sum(map(len, self.labels)) > limit:
-            x, labels = self.tokens()
-            self.activations, self.labels = [x[::2].clone()], [labels[np.arange(0, len(labels), 2)]]
-            self.stride *= 2
-
-    def tokens(self) -> tuple[Tensor, Labels]:
-        """Activations (tokens, d) float32 and their labels."""
-        return torch.cat(self.activations), Labels.concat(self.labels)
 
 
 def _checked(activations, labels: Labels, d: int | None) -> Tensor:
@@ -362,11 +339,14 @@ def _check_together(grow: Mapping[str, Any]) -> None:
         raise InputError(f"`k` is {shortened(k)}: pass at most {MOST_STEPS:,} pursuit steps.")
     if threshold is not None and n_atoms is not None:
         raise InputError(f"Both `threshold` ({threshold}) and `n_atoms` ({n_atoms}) were given: choose one of them.")
-    if n_atoms is not None and (admission := grow["admission"]) != "sequential":
+    if n_atoms is not None and (admission := grow["admission"]) not in ("sequential", "online"):
         raise InputError(
-            f"`n_atoms` works with admission 'sequential' only, not {admission!r}: give a `threshold`, and `max_atoms`."
+            f"`n_atoms` works with admission 'online' and 'sequential', not {admission!r}: give a `threshold`, and "
+            "`max_atoms`."
         )
-    if threshold is None and n_atoms is None and loss not in DEFAULT_THRESHOLD:
+    if grow["admission"] == "online":
+        _check_online(grow)
+    elif threshold is None and n_atoms is None and loss not in DEFAULT_THRESHOLD:
         raise InputError(f"Loss {loss!r} has the units of the activations and no default: give a `threshold`.")
     if (max_norm := grow["max_norm"]) is not None and not 1 <= max_norm < math.inf:
         raise InputError(
@@ -376,3 +356,15 @@ def _check_together(grow: Mapping[str, Any]) -> None:
     most = {"relative": 1.0, "cosine": 4.0, "squared": math.inf}[loss]
     if threshold is not None and not 0 <= threshold < most:
         raise InputError(f"`threshold` is {shortened(threshold)}; loss {loss!r} needs one from 0 to below {most:g}.")
+
+
+def _check_online(grow: Mapping[str, Any]) -> None:
+    """Raise `InputError` for what would have no effect where nothing is admitted."""
+    if grow["n_atoms"] is None:
+        raise InputError("Admission 'online' draws its atoms: say how many (`n_atoms`), or choose another admission.")
+    if grow["loss"] != "relative" or grow["max_atoms"] is not None:
+        name = "max_atoms" if grow["max_atoms"] is not None else "loss"
+        raise InputError(
+            f"`{name}` is {grow[name]!r}, which says what is admitted, and admission 'online' admits nothing: leave "
+            "one of them out."
+        )

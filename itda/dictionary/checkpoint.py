@@ -15,6 +15,7 @@ from torch import Tensor
 
 from itda.dictionary.builder import Builder
 from itda.dictionary.folder import CHECKPOINT
+from itda.dictionary.online import Online
 from itda.dictionary.standard import Massive
 from itda.dictionary.threshold import Schedule
 from itda.disk import bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
@@ -58,7 +59,7 @@ def _judged(builder: Builder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     dictionary = builder.dictionary
     sample, sample_labels = builder.sample.tokens()
     tensors = {
-        "atoms": dictionary.gram.atoms,
+        **_atoms(dictionary),
         "norms": torch.tensor(dictionary.norms, dtype=torch.float64, device="cpu"),
         "losses": torch.tensor(dictionary.losses, dtype=torch.float64, device="cpu"),
         "sample": sample,
@@ -75,7 +76,18 @@ def _judged(builder: Builder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     if builder.massive is not None:
         state["massive"] = builder.massive.to_json()
+    if isinstance(dictionary, Online):
+        state["updates"] = dictionary.sums.updates
     return tensors, state
+
+
+def _atoms(dictionary: Any) -> dict[str, Tensor]:
+    """The atoms; of those that move, also what they began as, the sums that move them, and the tokens that wait."""
+    if not isinstance(dictionary, Online):
+        return {"atoms": dictionary.gram.atoms}
+    waiting = torch.cat([dictionary.start[:0], *dictionary.pending])
+    sums = {"products": dictionary.sums.products, "targets": dictionary.sums.targets}
+    return {"atoms": dictionary.current, "start": dictionary.start, "waiting": waiting, **sums}
 
 
 def restore(builder: Builder, folder: Path, identity: dict) -> bool:
@@ -140,6 +152,10 @@ def _check(state: dict, tensors: dict[str, Tensor]) -> None:
     wanted = {"atoms": (f32, n, d), "norms": (f64, n), "losses": (f64, n), "sample": (f32, m, d)}
     wanted |= {name: (f32, d) for name in ("mean", "scale") if name in tensors}
     wanted["watched"] = (f64, tensors["watched"].numel())
+    if "updates" in state:
+        check_whole("updates", state["updates"], 0)
+        wanted |= {"start": (f32, n, d), "targets": (f32, n, d), "products": (f32, n, n)}
+        wanted["waiting"] = (f32, len(tensors["waiting"]), d)
     for prefix, rows in (("labels", n), ("sample_labels", m)):
         _check_labels(prefix, tensors, rows)
     _check_forms(wanted, tensors)
@@ -188,8 +204,15 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
     builder.mean, builder.scale = tensors.get("mean"), tensors.get("scale")
     builder.massive = None if state.get("massive") is None else Massive(**state["massive"])
     builder.prepare(tensors["atoms"].shape[1], "cpu")
-    builder.dictionary.load(tensors["atoms"], tensors["norms"].tolist(), tensors["losses"].tolist())
-    builder.dictionary.choices, builder.dictionary.settled, builder.dictionary.replayed = state["counts"]
+    dictionary = builder.dictionary
+    if isinstance(dictionary, Online):
+        dictionary.load(tensors["start"], tensors["norms"].tolist())
+        dictionary.current, dictionary.pending = tensors["atoms"], [tensors["waiting"]]
+        sums = dictionary.sums
+        sums.products, sums.targets, sums.updates = tensors["products"], tensors["targets"], state["updates"]
+    else:
+        dictionary.load(tensors["atoms"], tensors["norms"].tolist(), tensors["losses"].tolist())
+        dictionary.choices, dictionary.settled, dictionary.replayed = state["counts"]
     builder.schedule = Schedule(**state["schedule"] | {"losses": tensors["watched"].tolist()})
     builder.labels = [_labels("labels", tensors)]
     builder.sample.stride = state["stride"]

@@ -21,12 +21,20 @@ from itda import remote
 from itda.arguments import DICTIONARY, PATH, TEXT, checks
 from itda.codes import Codes
 from itda.dictionary import folder, tables
+from itda.dictionary.naming import nearer
 from itda.dictionary.soundness import TENSORS, problem_of
 from itda.disk import checked_path, safetensors_chunks
 from itda.errors import InputError, first_line, one_line, shortened
 from itda.labels import Labels
+from itda.metrics import LOSSES, reconstruction, relative_error
 from itda.pursuit import as_tensor, pursue
 from itda.shortages import shortages_told
+
+# What `measured` says in `cfg` of the sample.
+MEASURED = (
+    *("fvu", "fvu_robust", "fvu_standardised", "variance"),
+    *("relative_error", "median_error", "sample_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,22 @@ class ITDA:
         stream = self.cfg.get("stream") if isinstance(self.cfg, dict) else None
         if isinstance(stream, dict) and isinstance(self.labels, Labels):
             self.labels = replace(self.labels, stream=stream)  # so that they know whose they are by themselves
+
+    def named(self, x: Float[Tensor, "tokens d"], labels: Labels) -> ITDA:
+        """With the labels, `norms` and `moved` of nearer ones of the activations `x`, where atoms were moved.
+
+        `losses` of new labels are NaN, since these tokens were not admitted.
+        """
+        if self.moved is None or not len(x):
+            return self
+        inner = self.standardised(x.float())
+        found = nearer(self.atoms, self.moved, self.labels, inner, labels)
+        index, (norms, losses, moved) = np.arange(len(self)), (t.clone() for t in (self.norms, self.losses, self.moved))
+        for atom, (where, cosine) in found.items():
+            index[atom], norms[atom] = len(self) + where, inner[where].norm()
+            losses[atom], moved[atom] = math.nan, cosine
+        both = Labels.concat([self.labels, labels])[index]
+        return replace(self, labels=both, norms=norms, losses=losses, moved=moved)
 
     @property
     def n_atoms(self) -> int:
@@ -354,3 +378,20 @@ def _model_card(model: ITDA, repo_id: str) -> str:
     lines += ["| setting | value |", "|---|---|", *table, "", "```python", "import itda", ""]
     lines += [f'model = itda.ITDA.from_pretrained("{repo_id}")', "codes = model.encode(x)  # x: (..., d)", "```", ""]
     return "\n".join(lines)
+
+
+def measured(model: ITDA, x: Tensor, labels: Labels) -> ITDA:
+    """The dictionary with the tokens `x` (tokens, d) and their `labels` as its sample, and its errors on them.
+
+    fvu, fvu_robust, fvu_standardised and variance are those of `metrics.reconstruction`; relative_error and
+    median_error are of |x - x_hat|^2 / |x - mean|^2 of a token, coordinates over the scale if there is one.
+    """
+    codes = model.encode(x)
+    x_hat = model.decode(codes)
+    inner, inner_hat = model.standardised(x.float()).double(), codes.decode(model.atoms).double()
+    error = relative_error(inner, inner_hat).numpy()
+    mean, median = (float(of(error)) if len(error) else math.nan for of in (np.mean, np.median))
+    cfg = model.cfg | {**reconstruction(x.double(), x_hat.double()), "sample_tokens": len(x)}
+    cfg |= {"relative_error": mean, "median_error": median}
+    loss = LOSSES[cfg.get("loss", "relative")](inner, inner_hat)
+    return replace(model, cfg=cfg, sample=Sample(labels, codes, loss.float()))

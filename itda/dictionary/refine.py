@@ -1,7 +1,7 @@
 """Improve a dictionary: keep those of its atoms that are of most use, or move them to where the data want them.
 
 `select` gives a dictionary of real activations, whose labels stay true. `refine` gives atoms that are activations no
-more: each keeps the label that it started from, and says how far it moved.
+more: each is called by the token whose activation is nearest, and says how near.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from torch import Tensor
 from itda.arguments import ITDA as ITDA_KIND
 from itda.arguments import LABELS, TEXT, checks
 from itda.codes import Codes
-from itda.devices import free_bytes, full_float32
-from itda.dictionary.builder import MEASURED, SpacedSample, measured
-from itda.dictionary.itda import ITDA
+from itda.devices import free_bytes
+from itda.dictionary.itda import ITDA, MEASURED, measured
+from itda.dictionary.sample import SpacedSample
 from itda.dictionary.standard import within
 from itda.errors import InputError, whole
 from itda.labels import Batch, Labels
 from itda.progress import Step
 from itda.provenance import is_number, section
-from itda.pursuit import METHODS, as_tensor, normalize, pursue, too_large
+from itda.pursuit import METHODS, as_tensor, pursue, too_large
 from itda.pursuit.products import product
+from itda.pursuit.sums import Sums
 
 CHUNK = 8192  # tokens between two updates of the atoms
 BLOCK = 2048  # atoms whose cosines with all others are held at once
 ROUNDS = 4  # of pruning
-MEMORY = 3.0  # updates after which the sums over codes have forgotten a third of what they were, at the beginning
-USED = 1e-6  # of the mean energy: atoms below it are not moved
 SILENT: Callable[[Step | None], None] = lambda step: None  # noqa: E731
 
 
@@ -160,10 +159,10 @@ def refine(
     Atoms keep unit norm; those that no token uses stay where they are. `labels` are those of `x`, of which a spaced
     sample is kept.
 
-    Returns a dictionary with the same labels, `norms` and `losses`; `moved` is the cosine of each atom with the
-    activation of its label, and `cfg["refined"]` says what was done. Raises `InputError` for a dictionary that has been
-    refined already (its atoms are the labels' no more, so how far they moved would not be known), and as `check_room`
-    does.
+    Returns a dictionary of which `moved` is the cosine of each atom with the activation of its label: where one of `x`
+    has come nearer, and `labels` are given, its label is that token's (`ITDA.named`). The others stay; `cfg["refined"]`
+    says what was done. Raises `InputError` for a dictionary that has been refined already (its atoms are the labels' no
+    more, so how far they moved would not be known), and as `check_room` does.
     """
     x, usual = _checked(model, x, labels)
     passes, seed = whole("passes", passes, 1), whole("seed", seed, 0)
@@ -175,7 +174,7 @@ def refine(
     if how["method"] not in METHODS:
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
     check_room(len(model))
-    sums = _Sums(model.atoms)
+    sums = Sums(model.atoms)
     atoms, began, done = model.atoms, time.monotonic(), 0
     for number in range(passes):
         order = torch.from_numpy(np.random.default_rng([seed, number]).permutation(len(usual)))
@@ -190,48 +189,18 @@ def refine(
     return _sampled(replace(model, atoms=atoms, moved=moved, cfg=model.cfg | {"refined": said}), x, labels)
 
 
-def check_room(n_atoms: int, beside: float = 0.0) -> None:
+def check_room(n_atoms: int, beside: float = 0.0, dictionaries: int = 1) -> None:
     """Raise `InputError` where the products of codes, n_atoms x n_atoms, do not fit into memory `beside` so many bytes.
 
     Call it before a long building, so that what is built can be refined.
     """
-    need, free = 4.0 * n_atoms * (n_atoms + CHUNK), free_bytes(torch.device("cpu"))  # and the codes of a chunk
+    need, free = 4.0 * dictionaries * n_atoms * n_atoms, free_bytes(torch.device("cpu"))
     if need + beside > 0.9 * free:
+        each = f" in each of {dictionaries} dictionaries" if dictionaries > 1 else ""
         raise InputError(
-            f"Refining {n_atoms:,} atoms needs {need / 1e9:.1f} GB for the products of their codes, and "
-            f"{max(0.0, free - beside) / 1e9:.1f} GB are free: refine fewer (`--n-atoms`, `--max-atoms`)."
+            f"Moving {n_atoms:,} atoms{each} needs {need / 1e9:.1f} GB for the products of their codes, and "
+            f"{max(0.0, free - beside) / 1e9:.1f} GB are free: ask for fewer (`--n-atoms`, `--max-atoms`)."
         )
-
-
-class _Sums:
-    """Sums over the codes c and the activations x of all tokens so far: of c c^T (n, n) and of c x^T (n, d)."""
-
-    TOGETHER = 64  # atoms that move together
-
-    def __init__(self, atoms: Float[Tensor, "n_atoms d"]) -> None:
-        self.products = atoms.new_zeros(len(atoms), len(atoms))
-        self.targets, self.updates = torch.zeros_like(atoms), 0
-
-    @full_float32()
-    def add(self, x: Float[Tensor, "tokens d"], codes: Codes) -> None:
-        """Take the codes of a chunk, after forgetting a part of what was before."""
-        kept = max(0.0, 1 - MEMORY / (self.updates + MEMORY)) if self.updates else 0.0
-        dense = codes.dense()
-        self.products.mul_(kept).addmm_(dense.T, dense)
-        self.targets.mul_(kept).addmm_(dense.T, x)
-        self.updates += 1
-
-    @full_float32()
-    def descend(self, atoms: Float[Tensor, "n_atoms d"]) -> Float[Tensor, "n_atoms d"]:
-        """One sweep of block coordinate descent over all atoms that are used."""
-        atoms, energy = atoms.clone(), self.products.diagonal()
-        used = energy > USED * energy.mean()
-        for start in range(0, len(atoms), self.TOGETHER):
-            block = slice(start, start + self.TOGETHER)
-            rest = self.targets[block] - self.products[block] @ atoms
-            step = atoms[block] + rest / energy[block, None].clamp_min(1e-30)
-            atoms[block] = torch.where(used[block, None], normalize(step), atoms[block])
-        return atoms
 
 
 def _sampled(model: ITDA, x: Float[Tensor, "tokens d"], labels: Labels | None) -> ITDA:
@@ -240,9 +209,9 @@ def _sampled(model: ITDA, x: Float[Tensor, "tokens d"], labels: Labels | None) -
     model = replace(model, sample=None, cfg=cfg)
     if labels is None:
         return model
-    sample = SpacedSample()
-    sample.add(Batch(model.restored(x), labels), len(x), 0)
-    return measured(model, *sample.tokens())
+    sample, restored = SpacedSample(), model.restored(x)
+    sample.add(Batch(restored, labels), len(x), 0)
+    return measured(model.named(restored, labels), *sample.tokens())
 
 
 def _how(model: ITDA) -> dict[str, Any]:

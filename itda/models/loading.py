@@ -33,8 +33,9 @@ def load_model(
 
     `model` is a hub id or a local folder, of which the blocks up to the last one needed are loaded (what is no setting
     here goes to `from_pretrained`), or a loaded one, Hugging Face module or `HookedModel`, used as and where it is.
-    `dtype` "auto" is float32, and on CUDA that of the checkpoint. Activations are those of the weights as they are:
-    TransformerLens' folded and centred weights give others under the same names.
+    `dtype` "auto" is that of the checkpoint on CUDA; else float32, but bfloat16 for such a checkpoint on a CPU with
+    AMX. Activations are those of the weights as they are: TransformerLens' folded and centred weights give others under
+    the same names.
 
     `backend` "nnsight" reads the same in nnsight's traces, also of a model of nnsight's; with `remote`, on NDIF (see
     `itda.models.nnsight_model.RemoteModel`).

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itda.devices import checked_device
+from itda.devices import checked_device, has_bfloat16
 from itda.errors import InputError
 from itda.models.adapters import Adapter, adapter_of, put_on
 from itda.models.classes import auto_class, base_of, class_with_head, empty, named_kinds
@@ -178,7 +178,7 @@ def survey(
     """
     how = how or {}
     revision, trust_remote_code = how.get("revision"), bool(how.get("trust_remote_code"))
-    dtype = _dtype(how.get("dtype") or "auto", device)
+    asked = _checked_dtype(how.get("dtype") or "auto")
     kwargs = handed_on(how)
     kwargs |= {"device_map": how["device_map"]} if how.get("device_map") is not None else {}
     name = str(model)
@@ -194,7 +194,8 @@ def survey(
                 raise _AdapterError(_of_two(above, adapter))
             return _of_adapter(replace(adapter, name=name), device, how)
         config = AutoConfig.from_pretrained(place, **hub)
-        return Survey(name, place, config, empty(auto_class(config), config, trust_remote_code), hub, dtype, kwargs)
+        skeleton = empty(auto_class(config), config, trust_remote_code)
+        return Survey(name, place, config, skeleton, hub, _dtype(asked, config, device), kwargs)
 
 
 def _of_adapter(adapter: Adapter, device: torch.device, how: Mapping[str, Any]) -> Survey:
@@ -369,11 +370,24 @@ def _dtype_argument(dtype) -> dict:
     return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
-    """What transformers is asked for: with "auto" float32, and on CUDA (so "auto" there) what the checkpoint has."""
+def _checked_dtype(dtype: Any) -> torch.dtype | str:
+    """`dtype` as torch has it, or "auto"."""
     if isinstance(dtype, str) and dtype == "auto":
-        return "auto" if device.type == "cuda" else torch.float32
+        return dtype
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"`dtype` is {dtype!r}: pass 'auto', 'float32', 'bfloat16' or 'float16'.")
     return found
+
+
+def _dtype(dtype: torch.dtype | str, config: Any, device: torch.device) -> torch.dtype | str:
+    """What transformers is asked for.
+
+    "auto" is what the checkpoint has on CUDA (so "auto" there). On other devices it is float32, but bfloat16 for a
+    checkpoint of bfloat16 on a CPU that has instructions for its products (AMX).
+    """
+    if dtype != "auto" or device.type == "cuda":
+        return dtype
+    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    fast = own == torch.bfloat16 and device.type == "cpu" and has_bfloat16()
+    return torch.bfloat16 if fast else torch.float32

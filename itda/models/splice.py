@@ -18,7 +18,7 @@ from itda.text.prompts import Row, valid
 BUDGET = 1e9  # bytes of logits, the clean ones and those beside them
 COPIES = 4  # of the logits of a pass: as the head gives them and as they are picked, clean and spliced
 FLOAT32 = 4  # bytes
-PIECE = 32e6  # bytes of those whose probabilities are computed together
+PIECE = 8e6  # bytes of those whose probabilities are computed together: larger ones are no faster, and leave holes
 Replacement = Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]]
 
 

@@ -85,7 +85,7 @@ def pursue(
     Returns `Codes` (values float32, or float64 for float64 x). Ties go to the lowest index. A zero vector has an
     empty code, and a token stops when no atom correlates with its residual by more than 1e-5 |x|. Every backend makes
     the same choices: those that float32 cannot decide are made in float64. For the next call with the same atoms their
-    Gram matrix is kept, of at most four dictionaries, as long as the atoms are.
+    Gram matrix is kept, as long as the atoms are and memory has room.
 
     Raises `InputError` for arguments of the wrong shape, type or range, non-finite x, atoms that are not unit-norm, and
     a backend that cannot compute this.
@@ -187,7 +187,7 @@ def _kernels(name: str) -> Any:
         return None
 
 
-KEPT = 4
+KEPT = 32  # dictionaries, as many as may stand in one table of `eval`
 _kept: dict[int, tuple[weakref.ref, Gram]] = {}  # by the `id` of the atoms given, as long as somebody holds them
 
 

@@ -180,12 +180,14 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     if stream.get("hash"):
         rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
         facts += [("stream", f"{str(stream['hash'])[:12]}, {rows}")]
-    if threshold := report.threshold:
+    online = cfg.get("admission") == "online"
+    if (threshold := report.threshold) or online:
         how = ", centred" if cfg.get("center") else ""
         how += ", each coordinate over its deviation" if cfg.get("scale") else ""
         how += ", coefficients of 0 or more" if cfg.get("nonneg") else ""
         how += f", tokens beyond {cfg['max_norm']:g} median norms left out" if is_number(cfg.get("max_norm")) else ""
-        facts += [("admission", f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}{how}")]
+        what = "online" if online else f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}"
+        facts += [("admission", what + how)]
     if facts_of_massive := left_out(section(cfg, "massive")):
         facts += [("massive tokens", facts_of_massive.removeprefix("massive tokens: "))]
     refined, selected = section(cfg, "refined"), section(cfg, "selected")
@@ -194,8 +196,9 @@ def _facts(report: Any) -> list[tuple[str, str]]:
         facts += [("selected", f"those of most use of {_whole(selected.get('from'))} atoms, {how}")]
     if report.moved is not None:
         how = f"{_whole(refined.get('passes'))} passes over {_whole(refined.get('tokens'))} tokens"
+        how = "in the one pass" if online else how
         median, least = (digits(report.moved[name]) for name in ("median", "min"))
-        facts += [("refined", f"{how}; cosine of atoms with their labels' activations: median {median}, least {least}")]
+        facts += [("moved", f"{how}; cosine of atoms with their labels' activations: median {median}, least {least}")]
     if report.sample is not None:
         quality = f"{said}, " if (said := quality_of(cfg)) else ""
         facts += [("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {report.sample['tokens']:,} tokens")]

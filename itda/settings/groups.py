@@ -183,6 +183,13 @@ class Size(TypedDict, total=False):
     n_atoms: Annotated[int | None, Setting(None, "aim at so many atoms instead of at a threshold", least=1)]
 
 
+ADMISSION = Setting(
+    "sequential",
+    "one token after another; a batch at a time; paper, as the published code does; or online: n_atoms tokens are "
+    "drawn at the start and moved by all that come",
+)
+
+
 class Growth(TypedDict, total=False):
     """Dictionary growth"""
 
@@ -190,10 +197,7 @@ class Growth(TypedDict, total=False):
         Literal["relative", "cosine", "squared"],
         Setting("relative", "|x - x_hat|^2 / |x|^2 of x less the mean; the published code's; or |x - x_hat|^2"),
     ]
-    admission: Annotated[
-        Literal["sequential", "batch", "paper"],
-        Setting("sequential", "one token after another; a batch at a time; or as the published code does"),
-    ]
+    admission: Annotated[Literal["sequential", "batch", "paper", "online"] | None, ADMISSION]
     center: Annotated[bool, Setting(True, "subtract the mean of the first tokens, massive ones left out of it")]
     max_norm: Annotated[
         float | None,

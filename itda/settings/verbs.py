@@ -128,7 +128,13 @@ STORED = Verb(Stored)
 CACHED = Verb(Cached)
 GROW = Verb(Grow)
 BUILD = Verb(Build)
-TRAIN = Verb(Train, {"tokens": 1_000_000}, presets=PRESETS)
+_ADMISSION = g.ADMISSION.but(default=None, help=f"online unless another setting needs admission; {g.ADMISSION.help}")
+_SIZES = {
+    "admission": _ADMISSION,
+    **_said("threshold", "admit a token whose loss exceeds this (0.2 is usual; the cosine loss: 4e-4): Algorithm 1"),
+    **_said("n_atoms", "so many atoms; eight for each coordinate if nothing is said, at most 16,384"),
+}
+TRAIN = Verb(Train, {"tokens": 1_000_000, **_SIZES}, presets=PRESETS)
 COLLECT = Verb(Collect, {"tokens": 1_000_000}, open=True)
 SWEEP = Verb(Sweep)
 GRID = Verb(Training, {**TRAIN.changed, **_said("layer", "read the residual stream after these blocks, in one pass")})

@@ -30,6 +30,7 @@ from itda.results import Report, text_read
 from itda.settings import groups, names, pick, takes, verbs
 from itda.text.files import kind_of
 from itda.training.cluster import check_unshared
+from itda.training.defaults import admission_of, n_atoms_of
 from itda.training.improve import Improvement
 from itda.training.reading_workers import workers_of
 
@@ -45,7 +46,8 @@ class Trained(Report):
     hook_point: str
     n_atoms: int
     tokens: int  # judged
-    threshold: float  # the last one, where it was corrected on the way
+    threshold: float | None  # the last one, where it was corrected on the way; None where none was admitted
+    moved: float | None  # of atoms that were moved, the median cosine with the activation of their label
     k: int
     fvu: float  # on a sample of the tokens, as what follows
     fvu_robust: float  # without massive tokens
@@ -64,9 +66,11 @@ class Trained(Report):
     def __str__(self) -> str:
         speed = f", reading and building at {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
         more = text_read(vars(self)), left_out(self.massive or {}), concentrated(self.variance)
+        how = [] if self.threshold is None else [f"threshold {self.threshold:.4g}"]
+        how += [] if self.moved is None else [f"moved to a cosine of {self.moved:.2f} with their tokens"]
         return (
-            f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} (threshold "
-            f"{self.threshold:.4g}, k = {self.k}; on a sample of this text: {quality_of(vars(self))}) in "
+            f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} ({', '.join(how)}, "
+            f"k = {self.k}; on a sample of this text: {quality_of(vars(self))}) in "
             f"{self.seconds:.1f} s{speed}" + "".join(f"\n{line}" for line in more if line)
         )
 
@@ -78,7 +82,11 @@ def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verb
 
     `layer` and `hook`, and what says how to read, are those of `itda.activations`; what says how to build, of
     `itda.build`. With a list of layers or hook points, `out` holds one folder per hook point, named for it. `preset`
-    "paper" is the published code's practice: `itda.settings.verbs.PRESETS` where nothing else is given. With
+    "paper" is the published code's practice: `itda.settings.verbs.PRESETS` where nothing else is given.
+
+    Unless something is asked for that only admission has (a `threshold`, `max_atoms`, a `loss`, `candidates`, `refine`,
+    a preset, or an `admission`), tokens are drawn at the start and moved in the same pass (`itda.dictionary.online`):
+    `n_atoms`, or eight for each coordinate, at most 16,384 and an eighth of the tokens. With
     `candidates`, a dictionary of so many times `n_atoms` is built and the atoms of most use are kept
     (`itda.refine.select`); with `refine`, atoms are moved in so many passes (`itda.refine.refine`). Both are done on
     the first `refine_tokens` tokens, which are read again and held in memory; `progress` is also called with a `Step`.
@@ -95,7 +103,10 @@ def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verb
     improvement = Improvement(given["n_atoms"], given["candidates"], given["refine"], given["refine_tokens"])
     read, grow = pick(verbs.Reading, given), pick(verbs.Grow, given)
     overwrite, stop, tokens = given["overwrite"], given["stop"], given["tokens"]
-    Builder(**grow, total=given["n_atoms"])  # bad settings are refused as they were given, before anything is loaded
+    grow["admission"] = admission_of(given)
+    online = grow["admission"] == "online"
+    # Bad settings are refused as they were given, before anything is loaded.
+    Builder(**grow | ({"n_atoms": given["n_atoms"] or 1} if online else {}), total=given["n_atoms"])
     began = time.monotonic()
     single = _is_single(given, data)
     shown = Path(out)
@@ -114,7 +125,10 @@ def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verb
         reader = getattr(stream, "model", None)
         if isinstance(reader, StreamedModel):
             reader.stop, reader.report = stop, watch.step
-        grow["n_atoms"] = improvement.wish(stream, grow["max_atoms"], tokens)
+        if online:
+            grow["n_atoms"] = n_atoms_of(stream, given["n_atoms"], tokens)
+        else:
+            grow["n_atoms"] = improvement.wish(stream, grow["max_atoms"], tokens)
         folders = {"": out} if single else {name: out / name for name in stream.hook_points}
         for target in folders.values():
             held.enter_context(locked(target, "training into"))
@@ -261,6 +275,7 @@ def _trained(model: ITDA, path: Path, watch: _Watch, began: float) -> Trained:
         n_atoms=model.n_atoms,
         tokens=cfg["tokens"],
         threshold=cfg["threshold"],
+        moved=None if model.moved is None else float(model.moved.median()),
         k=model.k,
         variance=cfg["variance"],
         massive=cfg.get("massive"),

@@ -12,7 +12,7 @@ import torch
 
 import itda
 from itda import metrics
-from itda.dictionary import admission, builder, folder, refine, standard
+from itda.dictionary import admission, builder, folder, refine, sample, standard
 from itda.labels import Labels
 from itda.metrics import LOSSES
 from itda.progress import Progress, Step
@@ -514,7 +514,7 @@ def test_resume_refuses_other_settings(tmp_path):
 
 
 def test_sample_is_spaced_evenly(monkeypatch):
-    monkeypatch.setattr(builder, "SAMPLE_TOKENS", 100)
+    monkeypatch.setattr(sample, "SAMPLE_TOKENS", 100)
     x = gaussian(1000)
     for batch in (1, 64, 1000):
         model = build(x.split(batch), k=3, threshold=0.4)
@@ -596,7 +596,7 @@ BAD = [
     (dict(n_atoms=0), "`n_atoms` is 0"),
     (dict(n_atoms=31), "`n_atoms` is 31 but the stream has 30 tokens"),
     (dict(n_atoms=5, threshold=0.1), "Both `threshold` (0.1) and `n_atoms` (5)"),
-    (dict(n_atoms=5, admission="batch"), "`n_atoms` works with admission 'sequential' only"),
+    (dict(n_atoms=5, admission="batch"), "`n_atoms` works with admission 'online' and 'sequential', not"),
     (dict(loss="huber"), "`loss` is 'huber'; choose one of 'relative', 'cosine', 'squared'"),
     (dict(loss="squared"), "and no default: give a `threshold`"),
     (dict(admission="random"), "`admission` is 'random'"),

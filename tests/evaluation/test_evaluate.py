@@ -509,7 +509,16 @@ def system_of(name, d, atoms, k=4):
 
 def test_errors_have_the_denominator_of_the_threshold(home):
     """Mean, tails and share above are of one quantity: that of the loss that admits."""
-    how = dict(k=6, n_atoms=40, layer=2, tokens=700, context_length=LENGTH, batch_rows=2, overwrite=True)
+    how = dict(
+        k=6,
+        n_atoms=40,
+        admission="sequential",
+        layer=2,
+        tokens=700,
+        context_length=LENGTH,
+        batch_rows=2,
+        overwrite=True,
+    )
     x, _ = activations(home, home / "new.jsonl")
     said = {}
     for name, settings in {
