@@ -38,7 +38,8 @@ class Progress(NamedTuple):
         tokens = f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "") + " tokens"
         found = [(0, tokens), (3, f"{self.tokens_per_second:,.0f}/s")]
         if self.atoms:
-            found += [(2, f"{self.atoms:,} atoms"), (4, f"{self.admitted:.1%} admitted")]
+            found += [(2, f"{self.atoms:,} atoms")]
+            found += [(4, f"{self.admitted:.1%} admitted")] if self.admitted else []
         else:
             found += [(5, "reading what the mean and the threshold are chosen on")]
         if self.total and self.tokens_per_second:

@@ -9,6 +9,7 @@ import torch
 import itda
 from itda import metrics
 from itda.dictionary import folder, online
+from itda.dictionary.naming import nearer
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.pursuit.sums import Sums
@@ -166,3 +167,14 @@ def test_a_training_does_so_unless_something_is_asked_for_that_admission_alone_h
     with pytest.raises(InputError, match=r"`n_atoms` is 5,000 but the stream has 1,\d\d\d tokens"):
         trained("x", n_atoms=5000)
     assert not np.isnan(itda.evaluate(tmp_path / "usual", tiny_models.DOCUMENTS[:4], ce_tokens=0, in_sample=True).fvu)
+
+
+def test_of_two_atoms_near_one_token_the_nearer_has_it():
+    atoms = itda.normalize(torch.tensor([[1.0, 0.1, 0.0], [1.0, 0.2, 0.0], [0.0, 0.0, 1.0]]))
+    tokens, old = Labels.counted(10, 3), Labels.counted(0, 3)
+    x = torch.tensor([[5.0, 0.5, 0.0], [1.0, 0.0, 0.5], [0.0, 1.0, 1.0]])
+    found = nearer(atoms, torch.tensor([0.3, 0.3, 0.9]), old, x, tokens)
+    assert {atom: token for atom, (token, _) in found.items()} == {0: 0, 1: 1}  # the third is nearer to its own
+    assert found[0][1] == pytest.approx(1.0) and found[1][1] == pytest.approx(float(atoms[1] @ itda.normalize(x)[1]))
+    own = Labels.counted(10, 3)  # a token that is a label stays that of its atom
+    assert nearer(atoms, torch.tensor([0.3, 0.3, 0.9]), own, x, tokens) == {}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from itda.cli.main import main
+from itda.models import pretrained
 from itda.models.loading import language_model, load_model
 from itda.progress import tell, telling
 from tests.tiny_models import DOCUMENTS, module, save, tokenizer
@@ -16,17 +17,21 @@ def folder(tmp_path_factory):
     return save("gpt2", tmp_path_factory.mktemp("gpt2"), dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("fast", [False, True])  # whether the processor has instructions for bfloat16
 @pytest.mark.parametrize(
     ("loader", "settings", "said"),
     [
-        (load_model, {}, "reading {} in float32 on cpu (--dtype auto)"),
+        (load_model, {}, "reading {} in AUTO on cpu (--dtype auto)"),
         (load_model, {"dtype": "bfloat16"}, "reading {} in bfloat16 on cpu"),
-        (load_model, {"stream_layers": True}, "reading {} in float32 on cpu (--dtype auto)"),
-        (language_model, {}, "reading {} in float32 on cpu (--dtype auto)"),
+        (load_model, {"dtype": "float32"}, "reading {} in float32 on cpu"),
+        (load_model, {"stream_layers": True}, "reading {} in AUTO on cpu (--dtype auto)"),
+        (language_model, {}, "reading {} in AUTO on cpu (--dtype auto)"),
         (language_model, {"dtype": "bfloat16"}, "reading {} in bfloat16 on cpu"),
     ],
 )
-def test_loading_and_the_type_of_the_numbers_are_told(loader, settings, said, folder):
+def test_loading_and_the_type_of_the_numbers_are_told(loader, settings, said, fast, folder, monkeypatch):
+    monkeypatch.setattr(pretrained, "has_bfloat16", lambda: fast)
+    said = said.replace("AUTO", "bfloat16" if fast else "float32")
     told: list[str] = []
     with telling(told.append):
         model = loader(folder, hooks=1, device="cpu", **settings)
@@ -43,7 +48,14 @@ def test_a_loaded_model_is_not_loaded_again():
     assert told == []
 
 
-def test_the_command_line_says_it_without_a_terminal(folder, tmp_path, capfd):
+def test_a_checkpoint_of_float32_is_read_so_in_any_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "has_bfloat16", lambda: True)
+    model = load_model(save("gpt2", tmp_path / "gpt2", dtype=torch.float32), hooks=1, device="cpu")
+    assert model.provenance(1)["dtype"] == "float32"
+
+
+def test_the_command_line_says_it_without_a_terminal(folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(pretrained, "has_bfloat16", lambda: False)
     (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
     words = ["train", str(folder), str(tmp_path / "text.txt"), "--layer", "1", "--k", "4", "--device", "cpu"]
     words += ["--context-length", "32"]
