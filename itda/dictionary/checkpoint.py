@@ -77,17 +77,17 @@ def _judged(builder: Builder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if builder.massive is not None:
         state["massive"] = builder.massive.to_json()
     if isinstance(dictionary, Online):
-        state["updates"] = dictionary.sums.updates
+        state["chunks"] = dictionary.moves.chunks
     return tensors, state
 
 
 def _atoms(dictionary: Any) -> dict[str, Tensor]:
-    """The atoms; of those that move, also what they began as, the sums that move them, and the tokens that wait."""
+    """The atoms; of those that move, also what they began as, what moves them, and the tokens that wait."""
     if not isinstance(dictionary, Online):
         return {"atoms": dictionary.gram.atoms}
     waiting = torch.cat([dictionary.start[:0], *dictionary.pending])
-    sums = {"products": dictionary.sums.products, "targets": dictionary.sums.targets}
-    return {"atoms": dictionary.current, "start": dictionary.start, "waiting": waiting, **sums}
+    moving = {"start": dictionary.start, "energy": dictionary.moves.energy, "waiting": waiting}
+    return {"atoms": dictionary.current, **moving}
 
 
 def restore(builder: Builder, folder: Path, identity: dict) -> bool:
@@ -152,10 +152,9 @@ def _check(state: dict, tensors: dict[str, Tensor]) -> None:
     wanted = {"atoms": (f32, n, d), "norms": (f64, n), "losses": (f64, n), "sample": (f32, m, d)}
     wanted |= {name: (f32, d) for name in ("mean", "scale") if name in tensors}
     wanted["watched"] = (f64, tensors["watched"].numel())
-    if "updates" in state:
-        check_whole("updates", state["updates"], 0)
-        wanted |= {"start": (f32, n, d), "targets": (f32, n, d), "products": (f32, n, n)}
-        wanted["waiting"] = (f32, len(tensors["waiting"]), d)
+    if "chunks" in state:
+        check_whole("chunks", state["chunks"], 0)
+        wanted |= {"start": (f32, n, d), "energy": (f64, n), "waiting": (f32, len(tensors["waiting"]), d)}
     for prefix, rows in (("labels", n), ("sample_labels", m)):
         _check_labels(prefix, tensors, rows)
     _check_forms(wanted, tensors)
@@ -208,8 +207,7 @@ def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:
     if isinstance(dictionary, Online):
         dictionary.load(tensors["start"], tensors["norms"].tolist())
         dictionary.current, dictionary.pending = tensors["atoms"], [tensors["waiting"]]
-        sums = dictionary.sums
-        sums.products, sums.targets, sums.updates = tensors["products"], tensors["targets"], state["updates"]
+        dictionary.moves.energy, dictionary.moves.chunks = tensors["energy"], state["chunks"]
     else:
         dictionary.load(tensors["atoms"], tensors["norms"].tolist(), tensors["losses"].tolist())
         dictionary.choices, dictionary.settled, dictionary.replayed = state["counts"]

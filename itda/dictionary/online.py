@@ -2,8 +2,8 @@
 
 Algorithm 1 asks of a token whether the dictionary writes it well enough. Where a size is wanted there is nothing to
 ask: `n_atoms` tokens are drawn from the head of the stream, and whenever a chunk of tokens has been encoded, all atoms
-take a step to where their squared error would be less (`itda.pursuit.sums`). Nothing is read twice, and memory does not
-grow with the tokens. Chunks are counted from the first token on, so the batches in which these come change nothing.
+take a step to where their squared error would be less (`itda.dictionary.moves`). Nothing is read twice, and memory does
+not grow with the tokens. Chunks are counted from the first token on, so the batches in which these come change nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda.dictionary.admission import first_of_each
+from itda.dictionary.moves import Moves, chunk_of
 from itda.pursuit import normalize, pursue
-from itda.pursuit.sums import Sums
 
 HEAD = 2  # tokens to draw an atom from, at least
 SEED = 0  # of the draw
-FEWEST, MOST = 2048, 8192  # tokens between two steps: as many as atoms, but no fewer and no more
 
 
 class Online:
@@ -38,7 +37,7 @@ class Online:
         self.start = torch.zeros(0, d, dtype=torch.float32, device=device)
         self.norms: list[float] = []
         self.pending: list[Tensor] = []
-        self.current, self.sums = self.start, Sums(self.start)
+        self.current, self.moves = self.start, Moves(0, device)
 
     def __len__(self) -> int:
         return len(self.start)
@@ -51,7 +50,7 @@ class Online:
     @property
     def chunk(self) -> int:
         """How many tokens are encoded between two steps."""
-        return min(max(len(self), FEWEST), MOST)
+        return chunk_of(len(self))
 
     @property
     def d(self) -> int:
@@ -65,7 +64,7 @@ class Online:
 
     def finished(self) -> Float[Tensor, "n_atoms d"]:
         """The atoms if the stream ends here: moved by the tokens since the last step too. Nothing changes."""
-        return self._moved(torch.cat(self.pending), self.sums.copy()) if self.pending else self.current
+        return self._moved(torch.cat(self.pending), self.moves.copy()) if self.pending else self.current
 
     def draw(self, x: Float[Tensor, "tokens d"], wish: int) -> list[int]:
         """Take `wish` of the tokens `x`, no two in one direction, or as many as there are; the rows, in order."""
@@ -85,12 +84,12 @@ class Online:
     def load(self, start: Float[Tensor, "n_atoms d"], norms: list[float]) -> None:
         """Begin with these atoms, of which no token has been encoded."""
         self.start, self.norms, self.pending = start, norms, []
-        self.current, self.sums = start, Sums(start)
+        self.current, self.moves = start, Moves(len(start), start.device)
 
     def to(self, device: torch.device | str) -> None:
         """Move it to `device`."""
         self.start, self.current = self.start.to(device), self.current.to(device)
-        self.pending, self.sums = [part.to(device) for part in self.pending], self.sums.to(device)
+        self.pending, self.moves.energy = [part.to(device) for part in self.pending], self.moves.energy.to(device)
 
     def judge(
         self, x: Float[Tensor, "tokens d"], threshold: float, room: Any = None, watch: Any = None
@@ -99,11 +98,10 @@ class Online:
         self.pending.append(x)
         while (waiting := sum(map(len, self.pending))) >= self.chunk:
             tokens = torch.cat(self.pending)
-            self.current = self._moved(tokens[: self.chunk], self.sums)
+            self.current = self._moved(tokens[: self.chunk], self.moves)
             self.pending = [tokens[self.chunk :].clone()] if waiting > self.chunk else []
         return [], np.zeros(0)
 
-    def _moved(self, x: Float[Tensor, "tokens d"], sums: Sums) -> Float[Tensor, "n_atoms d"]:
-        """The atoms after a step on a chunk, which is added to `sums`."""
-        sums.add(x, pursue(x, self.current, self.k, nonneg=self.nonneg))
-        return sums.descend(self.current)
+    def _moved(self, x: Float[Tensor, "tokens d"], moves: Moves) -> Float[Tensor, "n_atoms d"]:
+        """The atoms after a chunk, of which `moves` take note."""
+        return moves.of(x, self.current, pursue(x, self.current, self.k, nonneg=self.nonneg))

@@ -20,8 +20,8 @@ from torch import Tensor
 from itda.arguments import ITDA as ITDA_KIND
 from itda.arguments import LABELS, TEXT, checks
 from itda.codes import Codes
-from itda.devices import free_bytes
 from itda.dictionary.itda import ITDA, MEASURED, measured
+from itda.dictionary.moves import Moves, chunk_of
 from itda.dictionary.sample import SpacedSample
 from itda.dictionary.standard import within
 from itda.errors import InputError, whole
@@ -30,9 +30,8 @@ from itda.progress import Step
 from itda.provenance import is_number, section
 from itda.pursuit import METHODS, as_tensor, pursue, too_large
 from itda.pursuit.products import product
-from itda.pursuit.sums import Sums
 
-CHUNK = 8192  # tokens between two updates of the atoms
+CHUNK = 8192  # tokens whose codes are held at once in choosing
 BLOCK = 2048  # atoms whose cosines with all others are held at once
 ROUNDS = 4  # of pruning
 SILENT: Callable[[Step | None], None] = lambda step: None  # noqa: E731
@@ -154,15 +153,14 @@ def refine(
     """Move the atoms to where the activations `x` (tokens, d) want them: online dictionary learning from real atoms.
 
     In each of `passes` over `x`, in an order drawn with `seed`, chunks of tokens are encoded with `k` steps of `method`
-    (those of the dictionary, if None), and the atoms take a step of block coordinate descent on the squared error of
-    all codes so far, older ones forgotten little by little (Mairal, Bach, Ponce & Sapiro 2009, algorithms 1 and 2).
-    Atoms keep unit norm; those that no token uses stay where they are. `labels` are those of `x`, of which a spaced
-    sample is kept.
+    (those of the dictionary, if None), and each atom goes towards what is left of the tokens that use it
+    (`itda.dictionary.moves`). Atoms keep unit norm; those that no token uses stay where they are. `labels` are those of
+    `x`, of which a spaced sample is kept.
 
     Returns a dictionary of which `moved` is the cosine of each atom with the activation of its label: where one of `x`
     has come nearer, and `labels` are given, its label is that token's (`ITDA.named`). The others stay; `cfg["refined"]`
-    says what was done. Raises `InputError` for a dictionary that has been refined already (its atoms are the labels' no
-    more, so how far they moved would not be known), and as `check_room` does.
+    says what was done. Raises `InputError` for a dictionary that has been refined already: its atoms are the labels' no
+    more, so how far they moved would not be known.
     """
     x, usual = _checked(model, x, labels)
     passes, seed = whole("passes", passes, 1), whole("seed", seed, 0)
@@ -173,34 +171,18 @@ def refine(
         how["method"] = method
     if how["method"] not in METHODS:
         raise InputError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
-    check_room(len(model))
-    sums = Sums(model.atoms)
-    atoms, began, done = model.atoms, time.monotonic(), 0
+    atoms, moves = model.atoms, Moves(len(model))
+    began, done = time.monotonic(), 0
     for number in range(passes):
         order = torch.from_numpy(np.random.default_rng([seed, number]).permutation(len(usual)))
-        for rows in order.split(CHUNK):
+        for rows in order.split(chunk_of(len(model))):
             part = usual[rows]
-            sums.add(part, pursue(part, atoms, k, **how))
-            atoms = sums.descend(atoms)
+            atoms = moves.of(part, atoms, pursue(part, atoms, k, **how))
             done += len(part)
             progress(Step("refining atoms", done, passes * len(usual), time.monotonic() - began))
     moved = (atoms.double() * model.atoms.double()).sum(1).float()
     said = {"passes": passes, "tokens": len(usual), "k": k, "method": how["method"], "seed": seed}
     return _sampled(replace(model, atoms=atoms, moved=moved, cfg=model.cfg | {"refined": said}), x, labels)
-
-
-def check_room(n_atoms: int, beside: float = 0.0, dictionaries: int = 1) -> None:
-    """Raise `InputError` where the products of codes, n_atoms x n_atoms, do not fit into memory `beside` so many bytes.
-
-    Call it before a long building, so that what is built can be refined.
-    """
-    need, free = 4.0 * dictionaries * n_atoms * n_atoms, free_bytes(torch.device("cpu"))
-    if need + beside > 0.9 * free:
-        each = f" in each of {dictionaries} dictionaries" if dictionaries > 1 else ""
-        raise InputError(
-            f"Moving {n_atoms:,} atoms{each} needs {need / 1e9:.1f} GB for the products of their codes, and "
-            f"{max(0.0, free - beside) / 1e9:.1f} GB are free: ask for fewer (`--n-atoms`, `--max-atoms`)."
-        )
 
 
 def _sampled(model: ITDA, x: Float[Tensor, "tokens d"], labels: Labels | None) -> ITDA:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from itda.dictionary.refine import check_room
 from itda.errors import InputError
 
 WIDTHS = 8  # atoms for each coordinate
@@ -22,7 +21,7 @@ def admission_of(given: Mapping[str, Any]) -> str:
 
 
 def n_atoms_of(stream: Any, asked: int | None, tokens: int | None) -> int:
-    """How many atoms to draw from `stream` and move: those asked for, if memory has room.
+    """How many atoms to draw from `stream` and move: those asked for.
 
     If none were, eight for each coordinate, but no more than 16,384, nor than an eighth of the tokens.
     """
@@ -36,5 +35,4 @@ def n_atoms_of(stream: Any, asked: int | None, tokens: int | None) -> int:
             f"`n_atoms` is {n:,} but the stream has {there:,} tokens, and an atom is one token: ask for fewer atoms or "
             "give more text."
         )
-    check_room(n, dictionaries=len(said))
     return n

@@ -11,7 +11,7 @@ import torch
 
 from itda.devices import free_bytes
 from itda.dictionary.itda import ITDA
-from itda.dictionary.refine import check_room, refine, select
+from itda.dictionary.refine import refine, select
 from itda.errors import InputError
 from itda.labels import Batch, Labels
 from itda.progress import Step
@@ -35,7 +35,7 @@ class Improvement:
     def __bool__(self) -> bool:
         return self.candidates > 1 or self.passes > 0
 
-    def wish(self, stream: Any, max_atoms: int | None, tokens: int | None) -> int | None:
+    def wish(self, stream: Any) -> int | None:
         """How many atoms to build, after a look whether `stream` has as many tokens and memory has room."""
         wish = self.n_atoms
         if self.candidates > 1 and self.n_atoms is not None:
@@ -46,9 +46,7 @@ class Improvement:
                     "tokens, and a candidate is one token: ask for fewer or give more text."
                 )
         if self:
-            sizes = [size for size in (self.n_atoms, max_atoms) if size is not None]
-            most = min([*sizes, tokens or sizes[0]]) if sizes and self.passes else 0  # as far as it is known
-            _check_memory(stream, self.tokens, most)
+            _check_memory(stream, self.tokens)
         return wish
 
     def of(
@@ -65,8 +63,7 @@ class Improvement:
 
         keep = self.n_atoms if self.candidates > 1 else None
         tokens = min([self.tokens, *(int(model.cfg["tokens"]) for model in models.values())])  # those that were judged
-        most = max(min(keep or len(model), len(model)) for model in models.values()) if self.passes else 0
-        _check_memory(stream, tokens, most)
+        _check_memory(stream, tokens)
         batches, found = _first(stream, list(models), tokens, report), {}
         for name, model in models.items():
             x, labels = batches.pop(name)
@@ -96,8 +93,8 @@ def _first(stream: Any, names: list[str], tokens: int, report: Callable[[Step | 
     return found
 
 
-def _check_memory(stream: Any, tokens: int, n_atoms: int) -> None:
-    """Raise `InputError` where so many tokens of `stream`, or what refines so many atoms, do not fit into memory."""
+def _check_memory(stream: Any, tokens: int) -> None:
+    """Raise `InputError` where so many tokens of `stream` do not fit into memory."""
     said = [stream.provenance] if stream.single else stream.provenance.values()
     d, half = sum(one["model"]["d"] for one in said), 0.5 * free_bytes(torch.device("cpu"))
     if 4.0 * d * tokens > half:
@@ -107,4 +104,3 @@ def _check_memory(stream: Any, tokens: int, n_atoms: int) -> None:
             f"Refining on {tokens:,} tokens holds {need / 1e9:.1f} GB of activations, more than half of what is free: "
             "choose fewer `refine_tokens` (`--refine-tokens`)."
         )
-    check_room(n_atoms, need)

@@ -128,7 +128,7 @@ def train(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[verb
         if online:
             grow["n_atoms"] = n_atoms_of(stream, given["n_atoms"], tokens)
         else:
-            grow["n_atoms"] = improvement.wish(stream, grow["max_atoms"], tokens)
+            grow["n_atoms"] = improvement.wish(stream)
         folders = {"": out} if single else {name: out / name for name in stream.hook_points}
         for target in folders.values():
             held.enter_context(locked(target, "training into"))
