@@ -11,16 +11,17 @@ from itda.codes import Codes
 from itda.pursuit import normalize
 
 MEMORY = 8.0  # of m chunks the last m / MEMORY, or somewhat more, say how far an atom moves
+START = 16  # chunks that an atom counts for as it begins: with fewer it is soon far from its token, with more it stays
 USED = 1e-6  # of the mean energy: atoms below it are not moved
-FEWEST, MOST = 2048, 8192  # tokens of a chunk
+FEWEST, MOST = 256, 8192  # tokens of a chunk
 
 
 def chunk_of(n_atoms: int) -> int:
-    """How many tokens are encoded between two moves.
+    """How many tokens are encoded between two moves: as many as there are atoms, within limits.
 
-    Atoms that moved have another Gram matrix, and making it should cost no more than encoding a chunk.
+    Atoms that moved have another Gram matrix, which costs as much as the correlations of so many tokens.
     """
-    return min(max(n_atoms // 2, FEWEST), MOST)
+    return min(max(n_atoms, FEWEST), MOST)
 
 
 class Moves:
@@ -40,9 +41,10 @@ class Moves:
     ) -> Float[Tensor, "n_atoms d"]:
         """The unit `atoms` after a chunk of tokens: d + sum_t c_t r_t / energy, r_t what the code of token t leaves.
 
-        With the energy of the chunk alone, as in the first, that is least squares for each atom, all others held; with
-        that of all before, a smaller step of an atom that had much to do (Skretting & Engan 2010, by the diagonal
-        alone). Sums are taken in the order of the tokens, whatever the threads.
+        With the energy of the chunk alone that would be least squares for each atom, all others held; with that of all
+        before it is a smaller step of an atom that had much to do (Skretting & Engan 2010, by the diagonal alone). In
+        the first chunk an atom has as much before it as in this one and the mean together, `START` times. Sums are
+        taken in the order of the tokens, whatever the threads.
         """
         n, k = codes.n_atoms, codes.indices.shape[1]
         values, chosen = codes.values.flatten(), codes.indices.flatten()
@@ -51,8 +53,10 @@ class Moves:
         order, begins = chosen.argsort(stable=True), uses.cumsum(0) - uses
         rest = x - codes.decode(atoms)
         wanted = embedding_bag(order // max(k, 1), rest, begins, per_sample_weights=values[order], mode="sum")
-        self.energy = self.energy * (self.chunks / (self.chunks + MEMORY))
-        self.energy += torch.bincount(chosen, values.double().square(), minlength=n)
+        energy = torch.bincount(chosen, values.double().square(), minlength=n)
+        if not self.chunks:
+            self.energy, self.chunks = START * (energy + energy.mean()), START
+        self.energy = self.energy * (self.chunks / (self.chunks + MEMORY)) + energy
         self.chunks += 1
         used = self.energy > USED * self.energy.mean()
         step = wanted / self.energy[:, None].clamp_min(1e-30)

@@ -6,8 +6,9 @@ import torch
 
 import itda
 from itda import metrics
+from itda.codes import Codes
 from itda.dictionary import refine
-from itda.dictionary.moves import Moves
+from itda.dictionary.moves import MEMORY, START, Moves
 from itda.errors import InputError
 from itda.labels import Labels
 from itda.training import improve
@@ -94,24 +95,30 @@ def test_selection_keeps_real_atoms_and_beats_chance_and_the_first_ones(center):
     assert torch.equal(refine.select(candidates, x, 240).atoms, candidates.atoms)
 
 
-def test_the_first_move_is_least_squares_for_each_atom_while_the_others_stay():
+def test_an_atom_moves_towards_what_is_left_of_its_tokens_less_the_more_it_had_to_do():
     x, _ = planted(800)
     model = built()
     codes, moves = model.encode(x), Moves(len(model))
-    after = moves.of(x, model.atoms, codes)
-    dense, atoms = codes.dense().double(), model.atoms.double()
-    for j in range(len(model)):
-        uses = dense[:, j] != 0
-        if uses.any():
-            without = x.double() - dense @ atoms + dense[:, j : j + 1] * atoms[j]
-            best = (dense[:, j : j + 1] * without).sum(0) / dense[:, j].square().sum()
-            assert float(best @ after[j].double() / best.norm()) == pytest.approx(1.0, abs=1e-5)
-        else:
-            assert torch.equal(after[j], model.atoms[j])
-    assert torch.allclose(after.norm(dim=1), torch.ones(len(model)), atol=1e-5)
-    assert torch.allclose(moves.energy, dense.square().sum(0), rtol=1e-5)
-    again = moves.of(x, after, codes)  # the energy of before counts, so it is a smaller step
-    assert float((again * after).sum(1).min()) > float((after * model.atoms).sum(1).min())
+    dense, atoms, energy, weight = codes.dense().double(), model.atoms.double(), None, START
+    for _ in range(3):
+        mine = dense.square().sum(0)
+        energy = START * (mine + mine.mean()) if energy is None else energy
+        energy = energy * weight / (weight + MEMORY) + mine
+        weight += 1
+        wanted = atoms + dense.T @ (x.double() - dense @ atoms) / energy[:, None]
+        after = moves.of(x, atoms.float(), codes)
+        assert torch.allclose(after.double(), itda.normalize(wanted), atol=1e-4)
+        assert torch.allclose(moves.energy, energy, rtol=1e-4)
+        assert (x.double() - dense @ after.double()).square().sum() < (x.double() - dense @ atoms).square().sum()
+        atoms = after.double()
+
+
+def test_an_atom_that_no_token_uses_stays_where_it_is():
+    x, _ = planted(800)
+    atoms = torch.cat([built().atoms, itda.normalize(torch.ones(1, D))])
+    codes = itda.pursue(x, atoms[:-1], K)
+    after = Moves(len(atoms)).of(x, atoms, Codes(codes.indices, codes.values, len(atoms)))
+    assert torch.equal(after[-1], atoms[-1]) and not torch.equal(after[0], atoms[0])
 
 
 def test_refined_atoms_are_better_on_text_they_have_not_seen_and_nearer_the_truth():
