@@ -3,8 +3,8 @@
     make real-models && python benchmarks/defaults.py [--quick] [--only SECTION ...] [--at smollm2:15 ...]
 
 Each section varies one thing and measures, on text held out of the same books (in) and on another novel (out): FVU,
-with and without massive tokens; the relative error of a token, mean and tails; how much of the cross-entropy is kept (CE
-score), and what of it the mean alone would not (from mean); how well a few words tell an atom (benchmarks/real.py).
+with and without massive tokens; the relative error of a token, mean and tails; how much of the cross-entropy is kept
+(CE score), and what of it the mean alone would not (from mean); how well a few words tell an atom (real.py).
 Rows are added to defaults.json as they come, and those that it has are not measured again: delete it to begin anew.
 Seconds are of the processor, to build from activations in memory.
 """

@@ -5,7 +5,7 @@
 Of the activations after a block: as they are; less the mean of all tokens with that id; less what a linear map of the
 embedding explains; what the block adds; its attention's and MLP's outputs. Each with atoms that are random tokens, and
 with these refined three times. FVU is of the vector that is decomposed, and of the activation where what was taken out
-can be put back. The judge is that of benchmarks/real.py; it is asked too by the words around alone and by the token alone.
+can be put back. The judge is that of real.py; it is asked too by the words around alone and by the token alone.
 The last line of each is what the token " is" of "The capital of France is" consists of.
 """
 
@@ -120,15 +120,15 @@ def rows(inside, kind, args, judge, at):
         rest = torch.cat([x - d.decode(d.encode(x)) for x in held.split(4096)])
         keep = held.norm(dim=1) <= 5 * held.norm(dim=1).median()
 
-        def fvu(whole):
-            whole = whole[keep]
-            return float(rest[keep].square().sum() / (whole - whole.mean(0)).square().sum())
-
         found = judge.read(System.of(d, kind), d.labels, (train, labels), (held, held_labels), mean)
-        found |= dict(at=at, kind=kind, n_atoms=n, k=k, nonneg=nonneg, passes=passes, fvu=fvu(held))
-        found["fvu of the activation"] = None if out is None else fvu(held + out)
+        found |= dict(at=at, kind=kind, n_atoms=n, k=k, nonneg=nonneg, passes=passes, fvu=fvu(rest[keep], held[keep]))
+        found["fvu of the activation"] = None if out is None else fvu(rest[keep], (held + out)[keep])
         found["example"] = example(d, inside, kind)
         yield found
+
+
+def fvu(rest, whole):
+    return float(rest.square().sum() / (whole - whole.mean(0)).square().sum())
 
 
 def example(d, inside, kind, n=5):

@@ -1,7 +1,7 @@
 """Hook points of the two real models (real_models.py), as benchmarks want them: activations, held-out text, a judge.
 
 Dictionaries are built on the first four fifths of a novel and of wikitext, rows shuffled; `in` is the rest of both,
-`out` another novel. Activations are those of the model in bfloat16. They are collected once, into the folder of the models.
+`out` another novel. Activations are those of the model in bfloat16, collected once.
 
 The judge says how well an atom can be told from a few words: see `Judge`.
 """
@@ -164,7 +164,7 @@ class Judge:
         self.known, self.model, self.tokenizer = {}, None, None
 
     def read(self, system, own, fit, test, mean):
-        """What the reader makes of `system`: `own` are the labels of its atoms; `fit`, `test` activations and labels."""
+        """What the reader makes of `system`, of labels `own`; `fit` and `test` are activations with labels."""
         (x, x_labels), (y, y_labels) = ((acts[: self.TOKENS], labels[: self.TOKENS]) for acts, labels in (fit, test))
         codes = [dense(system, acts) for acts in (x, y)]
         used = [(c != 0).sum(0) for c in codes]
@@ -191,7 +191,7 @@ class Judge:
         return out | {name: mean_of(values) for name, values in found.items()}
 
     def of(self, labels, index):
-        """What the reader sees of tokens `index`: unit vectors (2, tokens, width) of the words around and of the token."""
+        """What the reader sees of tokens `index`, (2, tokens, width): the words around, and the token; unit vectors."""
         words = [labels.context(i, 60, 20) for i in index.tolist()]
         wanted = {text for before, token, after in words for text in (before + token + after, token)}
         if missing := sorted(wanted - self.known.keys()):

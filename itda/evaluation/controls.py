@@ -82,6 +82,8 @@ def untrained(
     grow["nonneg"] = dictionary.nonneg
     grow |= {"max_norm": dictionary.cfg.get("max_norm"), "scale": "none" if dictionary.scale is None else "std"}
     wish = min(len(dictionary), len(held.pool))
-    built = build(held.pool, k=dictionary.k, n_atoms=wish, max_atoms=wish, **grow)
+    online = dictionary.cfg.get("admission") == "online"
+    grow |= {"admission": "online"} if online else {"max_atoms": wish}
+    built = build(held.pool, k=dictionary.k, n_atoms=wish, **grow)
     assert isinstance(built, ITDA)
     return System.of(built, "untrained model", **like(dictionary, settings)), held

@@ -329,7 +329,8 @@ def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: 
         "n_atoms": len(dictionary),
         "itda_version": dictionary.cfg.get("itda_version"),
         "threshold": _threshold(dictionary),
-        **{name: True for name in ("selected", "refined") if dictionary.cfg.get(name)},
+        **({"selected": True} if dictionary.cfg.get("selected") else {}),
+        **({"refined": True} if dictionary.moved is not None else {}),
     }
     versions = {"itda": __version__, "torch": torch.__version__, "transformers": version("transformers")}
     return asked | {"dictionary": own, "model": model, "text": text, "versions": versions}

@@ -103,8 +103,9 @@ def _advice(report: Any) -> str:
     ways = []
     if not done.get("selected"):
         ways.append("`itda train … --n-atoms N --candidates 6` keeps the most useful of six times as many atoms")
-    if not done.get("refined"):
-        ways.append("`--refine 3` moves the atoms, which are then no longer activations")
+    if done.get("refined"):
+        return "more atoms (`--n-atoms`) and more tokens (`--tokens`) leave less"
+    ways.append("`--n-atoms N` alone draws atoms and moves them in the same pass, so that they are activations no more")
     return "; ".join(ways)
 
 

@@ -582,9 +582,9 @@ def test_the_verdict_is_that_of_the_figures(home):
     place = next(i for i, line in enumerate(lines) if f"than {len(d)} random tokens" in line or "told apart" in line)
     assert place < next(i for i, line in enumerate(lines) if "FVU" in line)  # it begins with it
     text = " ".join(str(result).split())
-    assert "to try: `itda train … --n-atoms N --candidates 6` keeps" in text and "`--refine 3` moves the atoms" in text
+    assert "to try: `itda train … --n-atoms N --candidates 6` keeps" in text and "`--n-atoms N` alone draws" in text
     done = replace(result, settings={"dictionary": {"selected": True, "refined": True}})
-    assert "to try" not in str(done)
+    assert "to try: more atoms" in str(done) and "candidates" not in str(done)
     json.loads(json.dumps(result.to_json(), allow_nan=False))
     bare = evaluate(d, home / "new.jsonl", **QUICK)
     assert bare.verdict is None and "no verdict, since random tokens were not measured" in str(bare)
