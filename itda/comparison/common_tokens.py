@@ -93,6 +93,8 @@ def read(
     """
     layer, hook, tokens = settings["layer"], settings["hook"], settings["tokens"]
     wanted, _ = places_of(layer, hook)
+    if not wanted and (layer, hook) != (None, None):
+        raise InputError("No hook point is given: pass at least one layer or module path, or none to read all blocks.")
     names = _checked(models, settings["names"])
     report = reporter(settings["progress"])
     tokenizers = [m.tokenizer if isinstance(m, HookedModel) else load_tokenizer(m) for m in models]

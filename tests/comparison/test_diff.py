@@ -554,7 +554,7 @@ def test_as_many_shared_atoms_are_reported_as_there_were():
         (dict(seed=-1), "`seed` is -1"),
         (dict(tokens=1, n_atoms=1), "`n_atoms` is 1, and at most half of the `tokens` = 1 can be atoms"),
         (dict(layer=99), "99"),
-        (dict(layer=1, hook="transformer.h.1"), "choose one"),
+        (dict(layer=1, hook="transformer.h.1"), "Pass one of `layer`"),
         (dict(tokens=0), "`tokens` is 0"),
     ],
 )

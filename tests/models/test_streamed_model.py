@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import itda
 from itda import locks
 from itda.errors import InputError
-from itda.models import hidden_states, loading, streamed_model
+from itda.models import hidden_states, loading, pretrained, streamed_model
 from itda.models.hooked_model import Group
 from itda.progress import Progress
 from tests import tiny_models
@@ -92,7 +92,8 @@ def test_activations_do_not_depend_on_where_weights_lie_in_their_file(home, tmp_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("as_it_is", [True, False])
-def test_half_precision(dtype, as_it_is, tmp_path):
+def test_half_precision(dtype, as_it_is, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "has_bfloat16", lambda: False)
     tiny_models.save("llama", tmp_path, dtype=dtype)
     settings = {"dtype": dtype} if as_it_is else {}
     whole = loading.load_model(tmp_path, hooks=2, **settings)

@@ -147,9 +147,11 @@ def test_hook_points_by_every_name(model, tmp_path):
         assert chosen.single and chosen.hook_points == (want,)
         assert isinstance(next(iter(chosen)), Batch)
     assert Store(tmp_path, layer=[3, 1]).hook_points == tuple(n for n in order if not n.endswith("mlp"))
-    for how in (dict(layer=2), dict(layer=-2), dict(layer=-9), dict(hook="mlp.x"), dict(layer=True), dict(layer=[])):
+    for how in (dict(layer=2), dict(layer=-2), dict(layer=-9), dict(hook="mlp.x"), dict(layer=[])):
         with pytest.raises(InputError, match="choose of those"):
             Store(tmp_path, **how)
+    with pytest.raises(InputError, match="`layer` is True: pass a whole number or a list of whole numbers"):
+        Store(tmp_path, layer=True)
 
 
 def test_labels_without_text_and_odd_texts(tmp_path):
