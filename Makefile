@@ -4,13 +4,17 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-similarity bench-quality bench-streaming soak interop real-models clean
+.PHONY: demo test test-real lint format bench bench-similarity bench-quality bench-streaming soak interop real-models clean
 
 demo: .venv/ready
 	$(BIN)/itda demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -W error::ResourceWarning
+
+# The main commands on the two real models; those that are not there are skipped. A quarter of an hour on two cores.
+test-real: .venv/dev
+	$(BIN)/python -m pytest -m real -rs tests/test_real_models.py
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

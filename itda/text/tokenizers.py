@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from hashlib import sha256
 from itertools import takewhile
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy import ndarray
@@ -26,7 +28,11 @@ _ONE_DAY = (
 
 def tokenizer_hash(tokenizer) -> str:
     """SHA-256 of what a tokenizer is, whatever it was used for: a fast one's state, a slow one's vocabulary."""
-    state = _backend_state(tokenizer) or sorted(tokenizer.get_vocab().items())
+    fast = _fast(tokenizer)
+    return _hash_of(sorted(tokenizer.get_vocab().items())) if fast is None else fast.hash
+
+
+def _hash_of(state: Any) -> str:
     return sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -54,12 +60,8 @@ def frame(tokenizer, bos: str | None) -> tuple[list[int], list[int]]:
 def _own(tokenizer) -> list[int]:
     """The special tokens that the tokenizer puts before a text by itself."""
     special = set(special_ids(tokenizer))
-    state = _backend_state(tokenizer)
-    if state is not None:
-        copy = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))  # that of the user keeps its last call
-        ids = copy.encode("a").ids
-    else:
-        ids = [int(token) for token in tokenizer(["a"], verbose=False)["input_ids"][0]]
+    fast = _fast(tokenizer)
+    ids = [int(token) for token in tokenizer(["a"], verbose=False)["input_ids"][0]] if fast is None else fast.framed
     return list(takewhile(special.__contains__, ids))
 
 
@@ -99,15 +101,10 @@ def chat_hash(tokenizer) -> str | None:
 
 def encoder(tokenizer) -> Callable[[list[str]], list[ndarray]]:
     """The function from texts to their tokens, (n, 3) arrays of id, start and end."""
-    state = _backend_state(tokenizer)
-    if state is None:
+    fast = _fast(tokenizer)
+    if fast is None:
         return lambda texts: _encode_slowly(tokenizer, texts)
-    # A copy, so that the user's tokenizer is left alone. Its post-processor would only trim blanks off the spans.
-    state["post_processor"] = None
-    if state["model"].get("dropout"):
-        state["model"]["dropout"] = None  # would draw other tokens in every iteration
-    copy = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
-    copy.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    copy = fast.copy
 
     def encode(texts: list[str]) -> list[ndarray]:
         found = copy.encode_batch(texts, add_special_tokens=False)
@@ -117,13 +114,42 @@ def encoder(tokenizer) -> Callable[[list[str]], list[ndarray]]:
     return encode
 
 
-def _backend_state(tokenizer) -> dict | None:
-    """The state of a fast tokenizer without that of its last call; None where it has none that can be written."""
+class _Fast(NamedTuple):
+    """What is known of a fast tokenizer in one state: taking it apart takes seconds where a vocabulary is large."""
+
+    key: tuple[str, bool]
+    hash: str
+    framed: list[int]  # the ids that it makes of "a", with what it puts around a text
+    copy: Any  # of `tokenizers`, which cuts a text as this one does and puts nothing around it
+
+
+_known: WeakKeyDictionary[Any, _Fast] = WeakKeyDictionary()
+
+
+def _fast(tokenizer) -> _Fast | None:
+    """A fast tokenizer taken apart; None for a slow one, and for one with parts written in Python.
+
+    It is a copy that is used, so that the user's own is left alone, and keeps the state of its last call.
+    """
     try:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-    except Exception:  # a slow tokenizer, or (a bare Exception of `tokenizers`) one with parts written in Python
+        written = tokenizer.backend_tokenizer.to_str()
+    except Exception:  # a bare Exception of `tokenizers`
         return None
-    return {**state, "truncation": None, "padding": None}
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    key = (sha256(written.encode()).hexdigest(), split)
+    known = _known.get(tokenizer)
+    if known is None or known.key != key:
+        state = {**json.loads(written), "truncation": None, "padding": None}
+        hashed = _hash_of(state)
+        if state["model"].get("dropout"):
+            state["model"]["dropout"] = None  # would draw other tokens in every iteration
+        state["post_processor"] = None  # it would only trim blanks off the spans
+        copy = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+        bare, around = copy.encode("a", add_special_tokens=False), tokenizer.backend_tokenizer.post_processor
+        framed = (bare if around is None else around.process(bare)).ids
+        copy.encode_special_tokens = split
+        known = _known[tokenizer] = _Fast(key, hashed, framed, copy)
+    return known
 
 
 def _encode_slowly(tokenizer, texts: list[str]) -> list[ndarray]:
