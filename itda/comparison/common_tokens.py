@@ -50,6 +50,7 @@ class Reading:
     valid: int
     provenance: dict[str, dict]
     n_layers: int | None = None  # blocks of the model, read or not
+    known: tuple[Any, torch.dtype] | None = None  # the model's tokenizer, and the type of its numbers
 
     def __repr__(self) -> str:
         return f"Reading({self.name}, {len(self)} tokens at {len(self.activations)} hook points)"
@@ -79,14 +80,20 @@ class Reading:
 
 @takes(verbs.READ_ALL)
 def read(
-    models: Sequence[Any], data: Any, *, random_weights: int | None = None, **settings: Unpack[verbs.ReadAll]
+    models: Sequence[Any],
+    data: Any,
+    *,
+    random_weights: int | None = None,
+    known: Sequence[tuple[Any, torch.dtype] | None] | None = None,
+    **settings: Unpack[verbs.ReadAll],
 ) -> list[Reading]:
     """Read `data` with every one of `models`, each in one pass over the text, and keep the tokens in common.
 
     `models` are hub ids, folders, or what `itda.load_model` returned; each is loaded, read and released in turn, at
     every block's residual stream if no place is given. With `align` tokens are compared by (document, character end)
     rather than by (prompt, position); None does so where tokenizers differ. `random_weights` is a seed: read models of
-    the same configs that were never trained, as a control.
+    the same configs that were never trained, as a control; `known` is what the readings of the trained ones know of
+    them, so that these are read by the same tokenizers and in numbers of the same type.
 
     Raises `InputError` for different tokenizers with `align=False`, for models without a token in common, and where
     the activations would not fit into memory.
@@ -97,7 +104,11 @@ def read(
         raise InputError("No hook point is given: pass at least one layer or module path, or none to read all blocks.")
     names = _checked(models, settings["names"])
     report = reporter(settings["progress"])
-    tokenizers = [m.tokenizer if isinstance(m, HookedModel) else load_tokenizer(m) for m in models]
+    known = [None] * len(models) if known is None else known
+    tokenizers = [
+        before[0] if before else m.tokenizer if isinstance(m, HookedModel) else load_tokenizer(m)
+        for m, before in zip(models, known, strict=True)
+    ]
     streams = _streams(data, tokenizers, pick(verbs.Text, settings))
     where_common = _common(streams, tokens, settings["special_tokens"], settings["align"], names)
     how: dict[str, Any] = dict(tokens=tokens, **pick(groups.Batches, settings), **pick(groups.Special, settings))
@@ -106,7 +117,8 @@ def read(
     for i, (model, name) in enumerate(zip(models, names, strict=True)):
         if random_weights is not None:
             chosen = {name: loading[name] for name in ("device", "trust_remote_code")}
-            model = untrained(model, tokenizers[i], seed=random_weights + i, **chosen)
+            dtype = before[1] if (before := known[i]) else torch.float32
+            model = untrained(model, tokenizers[i], seed=random_weights + i, dtype=dtype, **chosen)
         elif not isinstance(model, HookedModel):
             model = load_model(
                 model, tokenizers[i], hooks=wanted or -1, **loading
@@ -115,7 +127,7 @@ def read(
         what = f"reading {name} ({i + 1} of {len(models)})" if len(models) > 1 else f"reading {name}"
         source = activations(model, streams[i], **every, **how)
         read_here = gather(source, where_common[i], len(models) - i, what, report)
-        readings.append(Reading(name, *read_here, model.n_layers))
+        readings.append(Reading(name, *read_here, model.n_layers, (tokenizers[i], model.dtype)))
     report(None)
     return readings
 

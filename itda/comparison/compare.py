@@ -198,9 +198,10 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
     random = _chance(unions, token_id, len(token_id), equal) if unions and settings["controls"] else {}
     pairs = readings[0].labels.pairs()
     by_end = any(r.share < 1 or (r.labels.pairs() != pairs).any() for r in readings)
+    known = [reading.known for reading in readings]
     del readings  # the controls need the room
     if settings["controls"] and not on_disk:
-        again = common_tokens.read(models, data, random_weights=draw, **reading)
+        again = common_tokens.read(models, data, random_weights=draw, known=known, **reading)
         levels["untrained"] = layers.compare_layers(again, wanted, replace(bare))
     report(None)
     measured, names_of = {}, [model["name"] for model in about]

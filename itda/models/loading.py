@@ -156,13 +156,15 @@ def untrained(
     seed: int = 0,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> HookedModel:
-    """A model of the same config with random weights as its family draws them, float32, with all of its blocks.
+    """A model of the same config with random weights as its family draws them, with all of its blocks.
 
+    They are of `dtype`, or that of a loaded model.
     What such models share is architecture, tokens and chance: the control of every comparison.
     """
     if isinstance(model, HookedModel):
-        base = random_model(model.module.config, seed, model.device, trust_remote_code)
+        base = random_model(model.module.config, seed, model.device, trust_remote_code, model.dtype)
     else:
-        base = random_model(model, seed, device, trust_remote_code)
+        base = random_model(model, seed, device, trust_remote_code, dtype)
     return load_model(base, tokenizer, hooks=-1)

@@ -271,8 +271,17 @@ def _hub_arguments(kwargs: dict[str, Any], **own: Any) -> tuple[dict[str, Any], 
     return hub, {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
 
 
-def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: bool = False) -> nn.Module:
-    """The base model of a config, or of that of a hub id or folder, with the weights it has before any training."""
+def random_model(
+    model: Any,
+    seed: int,
+    device: Any = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The base model of a config, or of that of a hub id or folder, with the weights it has before any training.
+
+    They are drawn in float32, and then rounded to `dtype`.
+    """
     name = model if isinstance(model, str | Path) else model._name_or_path or type(model).__name__
     with quiet(), door(str(name), None):
         if isinstance(model, str | Path):
@@ -282,7 +291,7 @@ def random_model(model: Any, seed: int, device: Any = None, trust_remote_code: b
             config = copy.deepcopy(model)
             config.dtype = torch.float32
             base = base_of(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
-        return base.float().eval().to(checked_device(device))
+        return base.eval().to(checked_device(device), dtype)
 
 
 def aligned(module: Any) -> Any:

@@ -353,6 +353,17 @@ def test_controls_find_nothing_where_there_is_nothing(home, both):
         assert measure.controls["untrained"]["all"] != pytest.approx(measure.pairs["a", "b"].mean(), abs=1e-6)
 
 
+def test_untrained_models_are_read_as_the_trained_ones_are(home, monkeypatch):
+    """In numbers of the same type, by the tokenizers that are there already."""
+    loaded, types = [], []
+    load, random = common_tokens.load_tokenizer, loading.random_model
+    monkeypatch.setattr(common_tokens, "load_tokenizer", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    monkeypatch.setattr(loading, "random_model", lambda *a: types.append(a[-1]) or random(*a))
+    quick(["a", "b"], measures=["cka"], controls=True, dtype="bfloat16")
+    assert len(loaded) == 2
+    assert types == [torch.bfloat16, torch.bfloat16]
+
+
 def test_untrained_models_have_other_weights_each_and_the_same_ones_again(home):
     def x(names, **settings):
         return [list(r.activations.values())[1] for r in readings_of(*names, layer=[0, 1], **settings)]
