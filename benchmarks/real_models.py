@@ -37,7 +37,7 @@ def ensure(name, out=CACHE):
     """The folder of a model, made if it is not there yet; ends the program with one sentence if that cannot be."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / name, "making", patience=3600):
+    with locked(out / name, "making", patience=3600.0):
         if (there := path_of(name, out)) is not None:
             return there
         for needed in ("gguf", "accelerate"):
