@@ -27,7 +27,7 @@ def train(
     json: flags.Json = False,
     **given: Any,
 ) -> None:
-    """Train a dictionary of real activations, in one pass over the data.
+    """Train a dictionary in one pass over the data: tokens are drawn and moved, or with --threshold kept as they are.
 
     An interrupted training goes on with the same command, to the same result.
 

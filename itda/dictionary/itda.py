@@ -374,7 +374,11 @@ def _model_card(model: ITDA, repo_id: str) -> str:
     rows = [(key, v) for key, v in settings.items() if v is not None and not isinstance(v, dict | list)]
     table = [f"| {_inert(key)} | {_inert(value)} |" for key, value in rows]
     lines = ["---", *front, "---", "", f"# {repo_id.split('/')[-1]}", ""]
-    lines += ["A dictionary of real activations (inference-time decomposition of activations, arXiv 2505.17769).", ""]
+    what = "real activations"
+    if model.moved is not None:
+        what = "directions that began as real activations and were moved to fit; an atom has the label of the nearest "
+        what += f"(median cosine {float(model.moved.median()):.2f})"
+    lines += [f"A dictionary of {what}: inference-time decomposition of activations, arXiv 2505.17769.", ""]
     lines += ["| setting | value |", "|---|---|", *table, "", "```python", "import itda", ""]
     lines += [f'model = itda.ITDA.from_pretrained("{repo_id}")', "codes = model.encode(x)  # x: (..., d)", "```", ""]
     return "\n".join(lines)

@@ -962,6 +962,17 @@ def test_keys_that_become_one_are_refused(tmp_path):
     assert ITDA.load(tmp_path / "x").cfg["5"] == 1
 
 
+def test_the_card_says_whether_atoms_are_activations():
+    x = torch.randn(600, 8)
+    assert "A dictionary of real activations:" in dictionaries._model_card(
+        itda.build(x, k=2, threshold=0.3), "org/tiny"
+    )
+    moved = itda.build(x, k=2, n_atoms=20, admission="online")
+    card = dictionaries._model_card(moved, "org/tiny")
+    assert "A dictionary of real activations" not in card
+    assert f"were moved to fit; an atom has the label of the nearest (median cosine {moved.moved.median():.2f})" in card
+
+
 def test_settings_from_anywhere_are_inert_in_the_card(tmp_path):
     odd = "<script>alert(1)</script> \x1b[31m ![x](http://y) | `a` *b* \ud800"
     model = replace(golden(), cfg=golden().cfg | {"note": odd, "<b>": 1, "\ud801": 2})
