@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,32 @@ def is_full_float32() -> bool:
 def has_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16 (AMX): without, float32's are faster."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def processor(device: torch.device) -> str:
+    """The kind of processor that `device` is, on which the last bits of products depend: a GPU's name.
+
+    Of a CPU, who made it and the widest instructions that products take: the libraries choose by these.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{_maker()} {device.type}"
+    more = {"AMX": has_bfloat16(), "AVX512_BF16": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()}
+    return " ".join(
+        [_maker(), torch.backends.cpu.get_cpu_capability(), *(name for name, there in more.items() if there)]
+    )
+
+
+@lru_cache(maxsize=1)
+def _maker() -> str:
+    with suppress(OSError):
+        found = re.search(
+            r"^(?:vendor_id|CPU implementer)\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
+        if found:
+            return found[1]
+    return platform.machine()
 
 
 _precision = threading.RLock()

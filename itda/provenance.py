@@ -19,7 +19,8 @@ FINGERPRINT = "model.fingerprint"  # of the weights, in an `identity`; what is r
 def identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a provenance says that must be equal for a reading to go on, without what changes on the way.
 
-    The last bits of activations depend on the versions of the libraries that read them, so these are part of it.
+    The last bits of activations depend on the versions of the libraries that read them, and on the kind of processor,
+    which stands beside these, so they are part of it.
     """
     flat = {f"{part}.{key}": v for part in ("model", "stream") for key, v in provenance.get(part, {}).items()}
     flat |= {key: value for key, value in provenance.items() if key not in ("model", "stream", "versions")}
@@ -75,10 +76,8 @@ def said_of(name: str, was: Any, now: Any) -> str:
     """How work "was begun" differs from what is asked for now in `name`, and what to do to go on."""
     if name.startswith(VERSIONS):
         library = name.removeprefix(VERSIONS)
-        return (
-            f"{library} {was}, and this is {library} {now}, whose activations may differ in their last bits: install "
-            "the former version to go on"
-        )
+        mend = "go on on such a one" if library == "processor" else "install the former version to go on"
+        return f"{library} {was}, and this is {library} {now}, whose activations may differ in their last bits: {mend}"
     if name == PREFIX:
         return (
             f"rows that open with {shortened(was)}, and now they open with {shortened(now)}: give "

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
+from itda.devices import processor
 from itda.errors import InputError, first_line
 from itda.models import parameters
 from itda.models.fingerprint import fingerprint, sample_of
@@ -121,6 +122,11 @@ class HookedModel:
     def canonical(self, hook: int | str) -> str:
         """The name that `hook` (a layer, a path, a TransformerLens name) has here; `InputError` if none has it."""
         return self._layout.name(self._layout.path(hook))
+
+    @property
+    def processor(self) -> str | None:
+        """The kind of processor that activations are read on, where that is known (`devices.processor`)."""
+        return processor(self.device)
 
     def provenance(self, hook: int | str) -> dict:
         """What an activation at `hook` comes from, as JSON can hold it."""

@@ -93,6 +93,11 @@ class RemoteModel(TracedModel):
         """The same model, to be read at other hook points."""
         return RemoteModel(self._envoy, tokenizer, self._layout, hooks, self._remote)
 
+    @property
+    def processor(self) -> str | None:
+        """Not known of a server."""
+        return None
+
     def provenance(self, hook: int | str) -> dict:
         """As that of `HookedModel`, without what cannot be known of weights elsewhere."""
         return super().provenance(hook) | {"dtype": None, "remote": True}

@@ -221,8 +221,8 @@ class StreamedModel(HookedModel):
         here = Path(self._survey.model).is_dir()
         return [
             *(self._survey.model, getattr(self._survey.config, "_commit_hash", None)),
-            *(torch.__version__, version("transformers")),  # on which the last bits depend
-            *(self._survey.config.to_json_string(), str(self.dtype), str(self.device.type), list(self._paths)),
+            *(torch.__version__, version("transformers")),  # on which the last bits depend, as on the processor
+            *(self._survey.config.to_json_string(), str(self.dtype), self.processor, list(self._paths)),
             sorted((name, str(value)) for name, value in self._survey.kwargs.items()),
             self._weights.stamps(range(self._last + 1), self._around) if here else [],
         ]

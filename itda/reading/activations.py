@@ -152,7 +152,7 @@ class Activations:
             "batch_rows": self._batch_rows,
             "special_tokens": self._special_tokens,
             "padding": self._padding,
-            "versions": _versions(),
+            "versions": _versions() | ({"processor": kind} if (kind := self.model.processor) else {}),
         }
         every = {hook: {"model": self.model.provenance(hook), **rest} for hook in self.hook_points}
         return every[self.hook_points[0]] if self.single else every
@@ -268,6 +268,7 @@ class _Asked(NamedTuple):
 
 
 def _versions() -> dict[str, str]:
+    """Of the libraries that decide the last bits."""
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__}

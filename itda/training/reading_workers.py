@@ -37,7 +37,7 @@ class Description:
     max_length: int | None
     provenance: dict[str, dict]  # by hook point
     versions: dict[str, str]
-    processor: str
+    processor: str | None
     threads: int
     pid: int
 
@@ -63,7 +63,7 @@ class _Reader:
             self.model.max_length,
             {hook: self.model.provenance(hook) for hook in self.model.hook_points},
             versions(),
-            processor(self.model.device),
+            self.model.processor,
             torch.get_num_threads(),
             os.getpid(),
         )
@@ -100,6 +100,11 @@ class Workers(HookedModel):
                 f"These workers read {', '.join(self.hook_points)}: ask for those, or load the model anew."
             )
         return self
+
+    @property
+    def processor(self) -> str | None:
+        """That of the workers."""
+        return self._found.processor
 
     def provenance(self, hook: int | str) -> dict:
         """What an activation at `hook` comes from, as JSON can hold it."""
@@ -174,13 +179,6 @@ def workers_of(
 def versions() -> dict[str, str]:
     """Of what decides the last bits of an activation, as far as it is software."""
     return {"itda": __version__, "torch": torch.__version__, "transformers": metadata.version("transformers")}
-
-
-def processor(device: torch.device) -> str:
-    """The kind of processor, which decides them too."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _own_device(device: str | None) -> torch.device:

@@ -1009,6 +1009,23 @@ def test_a_checkpoint_of_other_versions_is_refused(tmp_path):
     build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
 
 
+def test_a_checkpoint_of_another_processor_is_refused(tmp_path):
+    class Stream(list):
+        provenance: Any
+
+    stream = Stream(gaussian(500).split(100))
+    stream.provenance = {"model": {}, "stream": {}, "versions": {"torch": "2", "processor": "GenuineIntel AVX512 AMX"}}
+    stopped(stream, tmp_path, 3, k=3, threshold=0.2)
+    stream.provenance = {**stream.provenance, "versions": {"torch": "2", "processor": "AuthenticAMD AVX512"}}
+    said = (
+        "started with processor GenuineIntel AVX512 AMX, and this is processor AuthenticAMD AVX512, whose activations"
+    )
+    with pytest.raises(itda.InputError, match=f"{said} may differ in their last bits: go on on such a one, or remove"):
+        build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
+    stream.provenance = {**stream.provenance, "versions": {"torch": "2"}}  # as of before it was taken down
+    build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
+
+
 def test_two_builds_with_one_checkpoint(tmp_path):
     parts = gaussian(500).split(100)
 

@@ -23,7 +23,7 @@ import torch
 import itda
 from itda import Batch, InputError, Labels, Store, disk, locks
 from itda.cli.main import main
-from itda.models import loading
+from itda.models import hooked_model, loading
 from itda.reading import shards, store
 from itda.similarity import jaccard
 from itda.text.prompts import TokenStream
@@ -1029,6 +1029,28 @@ def test_what_other_versions_read_is_not_added_to(few, tmp_path, monkeypatch):
     ):
         few(tmp_path / "x")
     assert contents(tmp_path / "x") == before
+
+
+def test_what_another_processor_read_is_not_added_to(few, tmp_path, monkeypatch):
+    few(tmp_path / "x", tokens=50)
+    before = contents(tmp_path / "x")
+    monkeypatch.setattr(hooked_model, "processor", lambda device: "AuthenticAMD AVX2")
+    with pytest.raises(
+        InputError, match=r"collected with processor .*, and this is processor AuthenticAMD AVX2, whose"
+    ):
+        few(tmp_path / "x")
+    assert contents(tmp_path / "x") == before
+    monkeypatch.undo()
+    few(tmp_path / "x")
+
+
+def test_instructions_tell_processors_apart():
+    code = "import torch; from itda.devices import processor; print(processor(torch.device('cpu')))"
+    found = {
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        for env in (dict(os.environ), {**os.environ, "ATEN_CPU_CAPABILITY": "default"})
+    }
+    assert len(found) == 2 and len({kind.split()[0] for kind in found}) == 1
 
 
 @pytest.mark.parametrize("name", [".thesis.tmp-0123456789abcdef", ".shard-1.parquet.tmp-" + "0" * 16])
