@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from itda.errors import InputError, causes
 
@@ -27,6 +29,8 @@ _WORDS = {
     _DISK: r"no space left on device|disk quota exceeded|os error (28|122)\b",
     _THREADS: r"can't start new thread|resource temporarily unavailable|os error 11\b",
 }
+_FEW = 1024  # processes and threads; systems set more than that by themselves
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # What is said where an allocation failed that nobody looked at: a shortage only where memory has a limit.
 _UNDER_A_LIMIT = r"could not find/load shared object|error return without exception set|returned a result with an excep"
 _SAID = {
@@ -53,7 +57,9 @@ class Shortage(InputError):
 
 def lacking(error: BaseException) -> str | None:
     """What ran out, if that is what `error`, or one of those that led to it, is about; else None."""
-    return next((kind for each in causes(error) if (kind := _kind(each)) is not None), None)
+    kind = next((kind for each in causes(error) if (kind := _kind(each)) is not None), None)
+    # A thread takes room for its stack: where that has a limit, it is what is missing for one more.
+    return _MEMORY if kind == _THREADS and _is_space_limited() and not are_processes_few() else kind
 
 
 def _kind(error: BaseException) -> str | None:
@@ -68,16 +74,42 @@ def _kind(error: BaseException) -> str | None:
         if re.search(words, text, re.IGNORECASE):
             return kind
     unsaid = isinstance(error, SystemError | OSError | ImportError) and re.search(_UNDER_A_LIMIT, text, re.IGNORECASE)
-    return _MEMORY if unsaid and _is_limited() else None
+    return _MEMORY if unsaid and is_memory_limited() else None
 
 
-def _is_limited() -> bool:
-    """Whether this process may have so much memory only (`ulimit -v`)."""
+def is_memory_limited() -> bool:
+    """Whether this process may have so much memory only: by `ulimit -v` or `-d`, or its control group (version 2)."""
+    return _is_space_limited() or _is_group_limited()
+
+
+def are_processes_few() -> bool:
+    """Whether this user may have fewer processes and threads than any system sets by itself (`ulimit -u`)."""
+    return _limit("RLIMIT_NPROC") < _FEW
+
+
+def _is_space_limited() -> bool:
+    return any(math.isfinite(_limit(name)) for name in ("RLIMIT_AS", "RLIMIT_DATA"))
+
+
+def _limit(name: str) -> float:
+    """That of this process, infinite if there is none."""
     try:
         import resource
     except ImportError:  # Windows
-        return False
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        return math.inf
+    found = resource.getrlimit(getattr(resource, name))[0]
+    return math.inf if found == resource.RLIM_INFINITY else float(found)
+
+
+def _is_group_limited() -> bool:
+    """Whether a control group that this process is in has `memory.max`."""
+    with suppress(OSError, ValueError):
+        lines = (_PROC / "self/cgroup").read_text().splitlines()
+        path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+        group = _GROUPS / path
+        found = (each / "memory.max" for each in (group, *group.parents) if each.is_relative_to(_GROUPS))
+        return any(file.exists() and file.read_text().strip() != "max" for file in found)
+    return False
 
 
 def shortage(error: BaseException, what: str = "It could not be done", advice: str = "") -> Shortage | None:
@@ -94,6 +126,12 @@ def shortage(error: BaseException, what: str = "It could not be done", advice: s
     if kind == _DISK and advice:
         mend = f"free some space or {advice}"
     return Shortage(f"{what}, because {why}: {mend}.")
+
+
+def presumed(what: str) -> str:
+    """The sentence for a process that `what` has been done to under a limit, of which it could not say anything."""
+    why, mend = _SAID[_MEMORY if is_memory_limited() else _THREADS]
+    return f"{what}, most likely because {why}: {mend}."
 
 
 @contextmanager

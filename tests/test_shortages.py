@@ -184,6 +184,18 @@ def test_what_fails_unsaid_is_memory_where_that_has_a_limit(error, monkeypatch):
     assert lacking(ImportError("No module named 'x'")) is None
 
 
+def test_a_thread_has_no_stack_where_memory_has_a_limit(monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = {}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits.get(which, resource.RLIM_INFINITY), 0))
+    error = RuntimeError("can't start new thread")
+    assert lacking(error) == "threads"
+    limits[resource.RLIMIT_AS] = 1 << 30
+    assert lacking(error) == "memory"
+    limits[resource.RLIMIT_NPROC] = 60
+    assert lacking(error) == "threads"
+
+
 def test_a_note_that_could_not_be_read_is_no_empty_one(tmp_path, monkeypatch):
     """Else all that it says is done would be done again."""
     (tmp_path / "job.json").write_text('{"done": {}}')

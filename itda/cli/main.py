@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from itda._version import __version__
-from itda.cli import terminal
+from itda.cli import terminal, watch
 from itda.cli.compare import compare, diff
 from itda.cli.look import decompose, demo, hooks, show
 from itda.cli.measure import eval_, export
@@ -52,11 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (that of the process unless given) and return its exit status.
 
     0 success, 1 a fault of itda's, 2 bad usage or input, 130 Ctrl-C, 143 SIGTERM, 141 standard output closed early.
+    The command line of the process runs in a child where a library may end it without a word (`watch`).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and watch.is_needed():
+        return watch.watched(lambda: main(words), _command(words))
     debug = os.environ.get("ITDA_DEBUG", "0") not in ("", "0") or "--debug" in words
     words = [word for word in words if word != "--debug"]
-    here = f"`{' '.join(['itda', *words[:1]])}`"
+    here = _command(words)
     if sys.stdout is None:
         return terminal.fail("standard output is closed, and there is something to say on it: leave it open.", debug)
     for stream in (sys.stdout, sys.stderr):
@@ -90,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             debug,
         )
         return 1
+
+
+def _command(words: list[str]) -> str:
+    """What a sentence calls the command."""
+    return f"`{' '.join(['itda', *words[:1]])}`"
 
 
 def _run(words: list[str]) -> None:
