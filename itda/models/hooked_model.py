@@ -159,8 +159,9 @@ class HookedModel:
         Whole blocks count, and nothing after them; so it is one for a model cut or whole, with its head or without,
         in float32 or in the half precision of its checkpoint. (A float32 checkpoint read in float16 is rounded.)
         """
-        samples = {name: self._sample(name) for name in self._paths[path]}
-        return fingerprint(samples | parameters.scales(self._base, self._paths[path]))
+        names = self._paths[path]
+        samples = {name: self._sample(name) for name in names} | parameters.unpacked_with(self._base, names)
+        return fingerprint(samples | parameters.scales(self._base, names))
 
     def _sample(self, name: str) -> bytes:
         """`sample_of` a parameter, kept where its values have to be fetched from disk, or unpacked."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from itda.errors import InputError
+from itda.models.fingerprint import sample_of
 
 
 def input_device(base: Any) -> torch.device:
@@ -110,6 +111,36 @@ def plain(values: Tensor) -> Tensor:
     if not hasattr(values, "__tensor_flatten__"):  # which tensors have that are made of others
         return values
     return values.full_tensor() if hasattr(values, "full_tensor") else values.dequantize()
+
+
+def unpacked_with(base: Any, names: Iterable[str]) -> dict[str, bytes]:
+    """Samples of what the packed weights `names` are unpacked with, where that is neither a parameter nor a buffer.
+
+    bitsandbytes keeps it beside the weight (`quant_state`, `SCB`; this moves to the `state` of the module in its first
+    pass), HQQ in the `meta` of the module.
+    """
+    out: dict[str, Tensor] = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        module = base.get_submodule(path)
+        values = getattr(module, own)
+        rows = getattr(values, "SCB", None)
+        rows = getattr(getattr(module, "state", None), "SCB", None) if rows is None else rows
+        out |= dict(_tensors(f"{name}.quant_state", getattr(values, "quant_state", None)))
+        out |= dict(_tensors(f"{name}.SCB", rows))
+        if own == "W_q":
+            out |= dict(_tensors(f"{name}.meta", getattr(module, "meta", None)))
+    return {where: sample_of(where, values) for where, values in out.items()}
+
+
+def _tensors(where: str, held: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in `held`: one, a dictionary, or an object with such."""
+    if isinstance(held, Tensor):
+        yield where, held
+    elif isinstance(held, dict) or hasattr(held, "__dict__"):
+        for name, value in (held if isinstance(held, dict) else vars(held)).items():
+            if isinstance(value, Tensor | dict) or name == "state2":  # which bitsandbytes packed the scales with
+                yield from _tensors(f"{where}.{name}", value)
 
 
 # -- adapters of peft in the modules ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,49 @@ def test_methods_that_pack_weights_into_buffers(method, llama):
     assert packed(1) == packed(1)
     assert packed(1)["quantization"] == "gptq"
     assert packed(1)["fingerprint"] != packed(2)["fingerprint"]
+
+
+def beside_the_weight(scale, code=1.0):
+    """As bitsandbytes keeps them for four bits, the scales themselves packed by others."""
+    inner = SimpleNamespace(absmax=torch.tensor([scale]), code=torch.ones(2), dtype=torch.float32)
+    state = SimpleNamespace(absmax=torch.ones(3), code=torch.tensor([code]), shape=(2, 2), state2=inner)
+    return lambda projection: setattr(projection.weight, "quant_state", state)
+
+
+def in_rows(scale):
+    """As bitsandbytes keeps them for eight bits: until its first pass."""
+    return lambda projection: setattr(projection.weight, "SCB", torch.full((4,), scale))
+
+
+def in_its_state(scale):
+    """And after it."""
+    return lambda projection: setattr(projection, "state", SimpleNamespace(SCB=torch.full((4,), scale)))
+
+
+def in_its_meta(scale):
+    """As HQQ does, whose weight is called W_q."""
+
+    def put(projection):
+        projection.W_q = torch.nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+        projection.meta = {"scale": torch.tensor([scale]), "zero": torch.zeros(1), "nbits": 4}
+
+    return put
+
+
+def test_scales_that_no_parameter_holds_are_in_the_fingerprint():
+    from tests.tiny_models import module
+
+    def of(put):
+        model = module("llama")
+        put(model.model.layers[0].mlp.gate_proj)
+        return load_model(model, tokenizer(), hooks=1).provenance(1)["fingerprint"]
+
+    plain = of(lambda projection: None)
+    for kind in (beside_the_weight, in_rows, in_its_state, in_its_meta):
+        assert of(kind(1.0)) == of(kind(1.0)) != of(kind(2.0)), kind.__name__
+        assert of(kind(1.0)) != plain
+    assert of(beside_the_weight(1.0)) != of(beside_the_weight(1.0, code=2.0))
+    assert of(in_rows(2.0)) == of(in_its_state(2.0))
 
 
 def test_weights_as_they_are_have_no_method(llama):
