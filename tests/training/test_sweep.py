@@ -286,6 +286,16 @@ def test_names_of_folders_are_safe_and_distinct():
     assert {job.name for job in jobs_of(read_grid({**grid, "data": "other.txt"}))}.isdisjoint(names)
 
 
+@pytest.mark.parametrize("more", [{}, {"bos": "auto", "scale": "none", "max_norm": None, "nonneg": False}], ids=str)
+def test_a_setting_that_is_new_changes_no_name(more):
+    """Names that earlier versions gave: else their sweeps would be begun anew, and not gone on with."""
+    grid = {"model": "org/gpt2", "data": "text.txt", "layer": [4, 8], "k": [20, 40], "threshold": 0.5, "tokens": 5000}
+    names = [job.name for job in jobs_of(read_grid(grid | more))]
+    assert names == ["gpt2_k20_t0.5-1ae508073323", "gpt2_t0.5-d3a4d9a864b5"]
+    (other, _) = jobs_of(read_grid(grid | {"bos": "always"}))
+    assert other.name not in names
+
+
 def test_layers_are_one_pass_and_models_change_slowest():
     jobs = jobs_of(read_grid({"k": [1, 2], "layer": [1, 2, 2], "data": "d", "model": ["a", "b", "a"]}))
     assert [(job.settings["model"], job.settings["k"]) for job in jobs] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
