@@ -83,14 +83,15 @@ def files(folder):
 
 
 def test_the_models_know_what_they_should(model):
-    """So their weights were unpacked rightly: both go on from the sentence with Paris."""
+    """So their weights were unpacked rightly."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    with torch.no_grad():
-        next_token = int(loaded(**tokenizer(SENTENCE, return_tensors="pt")).logits[0, -1].argmax())
-    assert tokenizer.decode(next_token) == " Paris"
+    for text, word in (("The opposite of hot is", " cold"), (f"{SENTENCE} Paris. Rome is the capital of", " Italy")):
+        with torch.no_grad():
+            next_token = int(loaded(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax())
+        assert tokenizer.decode(next_token) == word
 
 
 def test_hooks_names_every_block(name, model, capsys):
