@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from itda.arguments import GRID, PATH, checks
-from itda.disk import as_input_error, checked_path, json_object, make_folder, write_file
+from itda.disk import as_input_error, checked_path, json_object, make_folder, remove_leftovers, write_file
 from itda.errors import InputError, Interrupted, one_line
 from itda.locks import locked
 from itda.metrics import concentrated
@@ -121,6 +121,8 @@ def sweep(settings: Mapping[str, Any] | str | os.PathLike, out: str | os.PathLik
     out = Path(os.path.realpath(checked_path(out)))
     _check_ours(out)
     with locked(out, "sweeping into"):
+        for name in (RESULTS, TABLE):
+            remove_leftovers(out / name)
         table = _Table(out, grid, jobs)
         todo = [job for job in jobs if table.missing(job)]
         view = _View(todo, reporter(how["progress"]), stop)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from itda.dictionary.folder import CHECKPOINT, read_manifest
-from itda.disk import json_object, make_folder, write_file
+from itda.disk import json_object, make_folder, remove_leftovers, write_file
 from itda.errors import InputError, Interrupted, NoSuchHook, first_line
 from itda.models import loading
 from itda.models.hooked_model import HookedModel
@@ -157,6 +157,7 @@ def _is_entry(entry: Any) -> bool:
 def write_note(out: str | Path, note: dict[str, Any]) -> None:
     """The folder `out` with what it says of a training."""
     make_folder(out)
+    remove_leftovers(Path(out) / NOTE)
     write_file(Path(out) / NOTE, [(json.dumps(note, indent=2) + "\n").encode()])
 
 
