@@ -1,28 +1,32 @@
 """Training and collecting, killed at random moments and started again, end in the bytes of an undisturbed run.
 
     make soak [MINUTES=30] [KILLS=50]
-    python benchmarks/soak.py [--minutes 30] [--kills 50] [--seed 0] [--kinds train streamed refined collect plain]
-                              [--model DIR --data FILE] [--folder DIR]
+    python benchmarks/soak.py [--minutes 30] [--kills 50] [--seed 0] [--model DIR --data FILE] [--folder DIR]
+                              [--kinds train streamed refined collect plain sweep]
 
 Until the minutes are over and the kills are reached: a command of --kinds, in turn, into a new folder, in a process
 that is ended by a signal (mostly SIGKILL) at a moment drawn from the seed, and the same command again until it is done.
 Then every file of the folder is compared with those of an undisturbed run, and a difference or a file more ends the
-soak with a sentence and status 1. `plain` is `itda.build` of a list of arrays. What was killed before is killed once
-more early on, every other time: while it recovers. A moment is so many seconds after the start, or just after so many
-changes of the folder, which finds the short moments in which files are written. The processes are forked from this one,
-which has everything imported and computes nothing, so that the time goes into work that can be spoilt.
+soak with a sentence and status 1; of a sweep's table and notes all but the seconds. `plain` is `itda.build` of a list
+of arrays. What was killed before is killed once more early on, every other time: while it recovers. A moment is so many
+seconds after the start, or just after so many changes of the folder, which finds the short moments in which files are
+written. The processes are forked from this one, which has everything imported and computes nothing, so that the time
+goes into work that can be spoilt.
 """
 
 import argparse
+import csv
 import importlib
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 TRAIN = ["train", "--k", "8", "--checkpoint-seconds"]
@@ -32,9 +36,10 @@ KINDS = {
     "refined": ["--n-atoms", "48", "--candidates", "2", "--refine", "2", "--refine-tokens", "500"],
     "collect": [],
     "plain": [],
+    "sweep": ["--k", "4", "8", "--threshold", "0.3"],
 }
 # What the commands import when they are called, so that no attempt spends its time on it.
-IMPORTED = ("cli.main", "training.train", "dictionary.build", "reading.collect", "comparison.compare")
+IMPORTED = ("cli.main", "training.train", "dictionary.build", "reading.collect", "comparison.compare", "training.sweep")
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
 ENDED = {0, 130, 143, *(-number for number in SIGNALS)}
 PATIENCE = 3  # kills of one command before it is left alone, so that every one finishes
@@ -46,8 +51,13 @@ def command(kind, args, out):
     if kind == "plain":
         return ["plain", str(args.tokens), str(args.checkpoint_seconds), str(out)]
     words = ["collect"] if kind == "collect" else [*TRAIN, str(args.checkpoint_seconds)]
+    if kind == "sweep":
+        words = ["sweep"]
     where = ["--batch-rows", "4", "--layer", *map(str, args.layers), "--tokens", str(args.tokens), "--out", str(out)]
-    return [words[0], str(args.model), str(args.data), *words[1:], *KINDS[kind], *where]
+    given = (
+        ["--model", str(args.model), "--data", str(args.data)] if kind == "sweep" else [str(args.model), str(args.data)]
+    )
+    return [words[0], *given, *words[1:], *KINDS[kind], *where]
 
 
 def plain(tokens, seconds, out):
@@ -133,8 +143,15 @@ def held(out):
 
 
 def files(out):
-    """Every file by its path, with its bytes; folders too, with None."""
-    return {str(path.relative_to(out)): path.read_bytes() if path.is_file() else None for path in out.rglob("*")}
+    """Every file by its path, with its bytes; folders too, with None. How long a training took is no part of it."""
+    found = {str(path.relative_to(out)): path.read_bytes() if path.is_file() else None for path in out.rglob("*")}
+    for name, data in found.items():
+        if name == "results.csv":
+            rows = list(csv.DictReader(data.decode().splitlines()))
+            found[name] = [row | {"seconds": None} for row in rows]
+        elif Path(name).name in ("results.json", "job.json"):
+            found[name] = re.sub(rb'"seconds": [0-9.e-]+', b"", data)
+    return found
 
 
 def difference(found, want):
@@ -257,6 +274,8 @@ def main():
     for name in ("transformers.models.llama.modeling_llama", "pyarrow.parquet"):
         importlib.import_module(name)
     sys.modules["itda.reading.collect"].SHARD_BYTES = SHARD_BYTES
+    worker = sys.modules["itda.training.sweep_worker"]
+    worker.train = partial(worker.train, checkpoint_seconds=args.checkpoint_seconds)
     from itda import demo
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
