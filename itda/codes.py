@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag
 
-from itda.errors import InputError
+from itda.errors import InputError, counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,8 +28,8 @@ class Codes:
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.indices.shape[:-1]))
-        many = f"{shape} activations" if shape else "one activation"
-        return f"Codes({many}, k={self.indices.shape[-1]}, {self.n_atoms} atoms)"
+        many = f"{shape} activation{'s' * (shape != '1')}" if shape else "one activation"
+        return f"Codes({many}, k={self.indices.shape[-1]}, {counted(self.n_atoms, 'atom')})"
 
     def dense(self) -> Float[Tensor, "*batch n_atoms"]:
         """The codes with their zeros, (..., n_atoms). Costs the memory that the sparse form saves."""
@@ -46,7 +46,7 @@ class Codes:
             raise InputError(f"`atoms` is of type {type(atoms).__name__}; a tensor (n_atoms, d) was wanted.")
         if atoms.ndim != 2 or len(atoms) != self.n_atoms:
             raise InputError(
-                f"`atoms` has shape {tuple(atoms.shape)}, but these codes are over {self.n_atoms} atoms: "
+                f"`atoms` has shape {tuple(atoms.shape)}, but these codes are over {counted(self.n_atoms, 'atom')}: "
                 "pass the dictionary (n_atoms, d) that they were made with."
             )
         *batch, k = self.indices.shape
@@ -77,20 +77,7 @@ class Codes:
         """The same codes on `device`."""
         return Codes(self.indices.to(device), self.values.to(device), self.n_atoms)
 
-    def trimmed(self) -> Codes:
-        """The same codes without places at the end that no activation uses."""
-        used = self.values != 0
-        while used.ndim > 1:
-            used = used.any(0)
-        most = int(used.nonzero()[-1]) + 1 if used.any() else 0
-        return Codes(self.indices[..., :most], self.values[..., :most], self.n_atoms)
-
     @classmethod
     def concat(cls, parts: list[Codes]) -> Codes:
-        """Codes over one dictionary, joined along the first batch axis, with as many places as the widest has."""
-        most = max(part.values.shape[-1] for part in parts)
-        indices, values = (
-            torch.cat([pad(getattr(part, name), (0, most - part.values.shape[-1])) for part in parts])
-            for name in ("indices", "values")
-        )
-        return cls(indices, values, parts[0].n_atoms)
+        """Codes over one dictionary, joined along the first batch axis."""
+        return cls(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), parts[0].n_atoms)

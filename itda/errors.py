@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from numbers import Integral
+from typing import SupportsIndex
 
 LONGEST = 1000  # characters of a sentence about bad input
 LONG_WORD = 200  # characters without a blank from which on, in a sentence that is too long, the middle is left out
@@ -48,6 +49,14 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
+def counted(n: SupportsIndex | float, what: str) -> str:
+    """So many of `what`, which is given in the singular: "1 class", "2,000 classes"."""
+    if n == 1:
+        return f"{n:,} {what}"
+    y, es = re.search("[^aeiou]y$", what), re.search("(s|x|z|ch|sh)$", what)
+    return f"{n:,} {what[:-1]}ies" if y else f"{n:,} {what}{'es' if es else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says, fit for a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -90,5 +99,5 @@ class Interrupted(KeyboardInterrupt):
     """A training that was stopped; `tokens` is how many are in the checkpoint from which the same call goes on."""
 
     def __init__(self, tokens: int) -> None:
-        super().__init__(f"interrupted after {tokens} tokens")
+        super().__init__(f"interrupted after {counted(tokens, 'token')}")
         self.tokens = tokens

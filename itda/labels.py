@@ -12,7 +12,7 @@ from jaxtyping import Int
 from numpy import ndarray
 from torch import Tensor
 
-from itda.errors import InputError, one_line
+from itda.errors import InputError, counted, one_line
 
 GROUPS = 20  # stretches of text that a bootstrap draws where there are fewer documents
 MOST_GROUPS = 200  # and where there are more: neighbouring documents are drawn together
@@ -50,7 +50,7 @@ class Labels:
         return len(self.prompt)
 
     def __repr__(self) -> str:
-        return f"Labels({len(self)} tokens of {len(np.unique(self.prompt))} prompts)"
+        return f"Labels({counted(len(self), 'token')} of {counted(len(np.unique(self.prompt)), 'prompt')})"
 
     def __getitem__(self, index) -> Labels:
         """The labels at `index` (a slice, an integer, an array of them or a mask), with only the texts they need."""

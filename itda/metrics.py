@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from itda.afa import afa as afa
 from itda.arguments import ARRAY, checks
-from itda.errors import InputError
+from itda.errors import InputError, counted
 
 CHUNK = 16_384  # tokens whose float64 copies are held at a time
 MASSIVE = 5.0  # medians of |x|, beyond which a token counts as massive
@@ -192,10 +191,10 @@ def concentrated(variance: Mapping[str, Any]) -> str | None:
     if massive > 0.5:
         count = _count(variance, "massive")
         beyond = f" (|x| beyond {MASSIVE:g} times the median, {_share(variance, 'median_norm'):.4g})"
-        said.append(f"{count:,} of {tokens:,} tokens {_hold(count)} {massive:.0%} of the variance{beyond}")
+        said.append(f"{count:,} of {counted(tokens, 'token')} {_hold(count)} {massive:.0%} of the variance{beyond}")
         instead.append(f"robust FVU leaves {'it' if count == 1 else 'them'} out")
     elif few > 0.5 and tokens > 10 and 0 < (count := _count(variance, "few")) <= max(1, FEW * tokens):
-        said.append(f"{count:,} of {tokens:,} tokens {_hold(count)} {few:.0%} of the variance")
+        said.append(f"{count:,} of {counted(tokens, 'token')} {_hold(count)} {few:.0%} of the variance")
         instead.append("mean and median error weigh all tokens alike")
     if (share := _share(variance, "coordinate_share")) > 0.5 and _count(variance, "d") > MOST_ALIKE:
         rest = " of that of the other tokens" if massive > 0.5 else " of the variance"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from itda.errors import one_line
+from itda.errors import counted, one_line
 
 SELDOM = 30.0  # seconds between two lines where there is no terminal: nothing for short works, few in a log of hours
 
@@ -35,10 +35,10 @@ class Progress(NamedTuple):
 
     def parts(self, width: int | None = None) -> list[str]:
         """What there is to say, in order; of it, what is most telling and fits into `width` columns."""
-        tokens = f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else "") + " tokens"
+        tokens = (f"{self.tokens:,} of " if self.total else "") + counted(self.total or self.tokens, "token")
         found = [(0, tokens), (3, f"{self.tokens_per_second:,.0f}/s")]
         if self.atoms:
-            found += [(2, f"{self.atoms:,} atoms")]
+            found += [(2, counted(self.atoms, "atom"))]
             found += [(4, f"{self.admitted:.1%} admitted")] if self.admitted else []
         else:
             found += [(5, "reading what the mean and the threshold are chosen on")]
@@ -60,7 +60,8 @@ class Step(NamedTuple):
 
     def parts(self, width: int | None = None) -> list[str]:
         """What there is to say, in order; of `width` columns, the name of the work has what the numbers leave."""
-        numbers = [(0, f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else ""))]
+        counts = bool(self.tokens or self.total)
+        numbers = [(0, f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else ""))] * counts
         if self.total and self.tokens and self.seconds:
             numbers += [(1, _left(self.seconds / self.tokens * (self.total - self.tokens)))]
         if width is None:
@@ -138,6 +139,37 @@ def _lines() -> Callable[[Progress | Step | None], None]:
 def reporter(progress: Any) -> Callable[[Progress | Step | None], None]:
     """What progress is told to: the function given, a bar for True, nobody for anything else."""
     return progress if callable(progress) else bar() if progress else _silent
+
+
+def stage(report: Callable[[Step], None], what: str, total: int | None = None) -> Callable[[int], None]:
+    """Tell `report` that the work `what` begins; and with every call of what is returned, how many of `total` are done.
+
+    The time that is left is told from the first one that is done.
+    """
+    began = time.monotonic()
+
+    def done(count: int) -> None:
+        report(Step(what, count, total, time.monotonic() - began))
+
+    done(0)
+    return done
+
+
+def part_of(
+    report: Callable[[Step], None], what: str, total: int | None = None
+) -> Callable[[Progress | Step | None], None]:
+    """A reporter for what is done as a part of the work `what`: `report` is told of it with that name before it.
+
+    `total` is how many tokens a build will read, where it does not know that itself.
+    """
+
+    def told(progress: Progress | Step | None) -> None:
+        if isinstance(progress, Progress):
+            report(Step(f"{what}: building", progress.tokens, progress.total or total, progress.seconds))
+        elif progress is not None:  # the end of a part is not the end
+            report(progress._replace(what=f"{what}: {progress.what}"))
+
+    return told
 
 
 def _silent(progress: Progress | Step | None) -> None:

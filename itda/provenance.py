@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 from itda.settings import verbs
 
 VERSIONS = "versions."  # in an `identity`, before the name of a library
@@ -34,7 +34,8 @@ def checked_rest(stream: Any, hashes: set[str | None], work: str) -> Iterator:
     Raises `InputError` if that is no longer what it was.
     """
     changed = InputError(
-        f"The text has changed in its first {stream.skipped:,} tokens since this {work} began: restore it to go on, "
+        f"The text has changed in its first {counted(stream.skipped, 'token')} since this {work} began: "
+        "restore it to go on, "
         "or give another folder to start anew."
     )
     for item in stream:

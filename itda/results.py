@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 
 PLAIN_WIDTH = 120  # columns where there is no terminal
 
@@ -51,8 +51,8 @@ def text_read(said: Mapping[str, Any]) -> str:
     parts = []
     if (documents := said.get("documents")) is not None:
         files = said.get("files")
-        of = f" of {files:,} file{'s' * (files != 1)}" if files else ""
-        parts.append(f"read: {documents:,} document{'s' * (documents != 1)}{of}")
+        of = f" of {counted(files, 'file')}" if files else ""
+        parts.append(f"read: {counted(documents, 'document')}{of}")
     if unread := said.get("unread"):
         parts.append(f"not read: {', '.join(f'{count:,} {ending}' for ending, count in unread.items())}")
     return "; ".join(parts)

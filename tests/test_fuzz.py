@@ -505,7 +505,7 @@ INDEX, SHARDS = "model.safetensors.index.json", ("a.safetensors", "b.safetensors
 
 
 def read_weights(path):
-    weights = Weights("org/model", "layers", lambda name: str(path / name) if (path / name).is_file() else None)
+    weights = Weights("org/model", "layers", {"w"}, lambda name: str(path / name) if (path / name).is_file() else None)
     weights.stamps(range(3), set())
     weights.outside({"embed.weight"})
     for block in range(2):

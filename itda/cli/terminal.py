@@ -18,9 +18,9 @@ from typing import Any
 import tyro
 
 from itda.cli.flags import Command
-from itda.errors import InputError, bounded, one_line
+from itda.errors import InputError, bounded, counted, one_line
 
-PIPED_WIDTH = 400  # columns where no terminal says how many there are: no label is cut
+PIPED_WIDTH = 400  # columns where neither a terminal nor COLUMNS says how many there are: no label is cut
 
 
 def parsed(command: Command, words: list[str]) -> Callable[[], None]:
@@ -117,7 +117,7 @@ def interrupted(error: KeyboardInterrupt) -> int:
     """Say how far a command came before the signal that ended it; the exit status."""
     tokens = getattr(error, "tokens", None)
     if tokens:
-        say(f"interrupted after {tokens:,} tokens; the same command goes on from there")
+        say(f"interrupted after {counted(tokens, 'token')}; the same command goes on from there")
     elif tokens is None:
         say("interrupted")
     else:
@@ -150,11 +150,17 @@ def output(document: Any, drawn: Any = None) -> None:
 
     if isinstance(drawn, str):
         drawn = "\n".join(map(one_line, drawn.split("\n")))
-    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    width = None if sys.stdout.isatty() else _piped_width()
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(drawn, soft_wrap=isinstance(drawn, str))
     write(captured.get() if width is None else re.sub(r"[ \t]+\n", "\n", captured.get()))
+
+
+def _piped_width() -> int:
+    """Columns where standard output is no terminal: as many as COLUMNS says, if it does."""
+    said = os.environ.get("COLUMNS", "")
+    return int(said) if re.fullmatch("[1-9][0-9]{0,4}", said, re.ASCII) else PIPED_WIDTH
 
 
 def write(text: str) -> None:

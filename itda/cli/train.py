@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from itda.cli import flags, terminal
 from itda.cli.flags import command
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.settings import verbs
 
 
@@ -118,7 +118,8 @@ def sweep(
         result = run(settings, out, workers=workers, ray=here, progress=True, stop=stop)
     terminal.output(result.to_json(), None if json else result)
     if result.problems:
+        alone = len(result.problems) == 1
         raise InputError(
-            f"{len(result.problems)} of {len(result.rows)} dictionaries are missing "
+            f"{len(result.problems):,} of {counted(len(result.rows), 'dictionary')} {'is' if alone else 'are'} missing "
             f"({result.problems[0].rstrip('.')}): the same command tries them again."
         )

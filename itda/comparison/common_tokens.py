@@ -7,7 +7,6 @@ one for all tokenizers: there, every model has read the same characters of the d
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -22,12 +21,12 @@ from torch import Tensor
 
 from itda.arguments import places_of
 from itda.devices import free_bytes
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 from itda.labels import Batch, Labels
 from itda.models.hooked_model import HookedModel
 from itda.models.hub import load_tokenizer, place_of
 from itda.models.loading import load_model, untrained
-from itda.progress import Step, reporter
+from itda.progress import reporter, stage
 from itda.reading.activations import activations
 from itda.results import named, told_apart
 from itda.settings import groups, pick, takes, verbs
@@ -53,7 +52,7 @@ class Reading:
     known: tuple[Any, torch.dtype] | None = None  # the model's tokenizer, and the type of its numbers
 
     def __repr__(self) -> str:
-        return f"Reading({self.name}, {len(self)} tokens at {len(self.activations)} hook points)"
+        return f"Reading({self.name}, {counted(len(self), 'token')} at {counted(len(self.activations), 'hook point')})"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,6 +103,7 @@ def read(
         raise InputError("No hook point is given: pass at least one layer or module path, or none to read all blocks.")
     names = _checked(models, settings["names"])
     report = reporter(settings["progress"])
+    stage(report, "tokenising the text")
     known = [None] * len(models) if known is None else known
     tokenizers = [
         before[0] if before else m.tokenizer if isinstance(m, HookedModel) else load_tokenizer(m)
@@ -241,7 +241,7 @@ def gather(
 
     `readings` is how many as large as this one have to fit into memory.
     """
-    common, done, began = int((place >= 0).sum()), 0, time.monotonic()
+    common, done, told = int((place >= 0).sum()), 0, stage(report, what, len(place))
     read_at: dict[str, Tensor] = {}
     labels: list[Labels] = []
     for item in stream:
@@ -260,7 +260,7 @@ def gather(
             read_at[name][torch.from_numpy(to[rows])] = x
         labels.append(next(iter(item.values())).labels[rows])
         done += size
-        report(Step(what, done, len(place), time.monotonic() - began))
+        told(done)
     kept = place[place >= 0]
     order = np.empty_like(kept)
     order[kept] = np.arange(len(kept))
@@ -273,6 +273,7 @@ def _check_room(widths: dict[str, int], tokens: int, readings: int) -> None:
     free = free_bytes(torch.device("cpu"))
     if wanted > 0.9 * free:
         raise InputError(
-            f"{tokens:,} activations at {len(widths)} hook points of {readings} models take {wanted / 1e9:.1f} GB, and "
+            f"{counted(tokens, 'activation')} at {counted(len(widths), 'hook point')} of "
+            f"{counted(readings, 'model')} would take {wanted / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free: choose fewer `tokens` or fewer layers."
         )

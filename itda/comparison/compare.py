@@ -18,9 +18,9 @@ from itda.comparison import common_tokens, dictionaries, layers, stores
 from itda.comparison.common_tokens import Reading
 from itda.comparison.layers import Pairs, Settings, Similarity
 from itda.dictionary.builder import Builder
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 from itda.labels import groups_of
-from itda.progress import reporter
+from itda.progress import part_of, reporter, stage
 from itda.reading.on_disk import is_stored
 from itda.report import drawing_comparisons
 from itda.results import Report, finite
@@ -192,8 +192,10 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
     bare = replace(how, dictionaries=None, within=False, spent={})  # of controls: only what is between models counts
     if settings["controls"]:
         shuffled = [replace(r, activations=_Shuffled(r.activations, draw + m)) for m, r in enumerate(readings)]
-        levels["shuffled"] = layers.compare_layers(shuffled, wanted, replace(bare))
+        told = part_of(report, "control, shuffled tokens")
+        levels["shuffled"] = layers.compare_layers(shuffled, wanted, replace(bare, report=told))
     unions, token_id = how.dictionaries, readings[0].labels.token_id
+    stage(report, "intervals and chance levels")
     sizes = _sizes(unions, token_id, how.groups, len(token_id), equal) if unions else []
     random = _chance(unions, token_id, len(token_id), equal) if unions and settings["controls"] else {}
     pairs = readings[0].labels.pairs()
@@ -201,13 +203,16 @@ def compare(models: Sequence[Any], data: Any = None, **settings: Unpack[verbs.Co
     known = [reading.known for reading in readings]
     del readings  # the controls need the room
     if settings["controls"] and not on_disk:
-        again = common_tokens.read(models, data, random_weights=draw, known=known, **reading)
-        levels["untrained"] = layers.compare_layers(again, wanted, replace(bare))
-    report(None)
+        told = part_of(report, "control, untrained models")
+        again = common_tokens.read(models, data, random_weights=draw, known=known, **reading | {"progress": told})
+        levels["untrained"] = layers.compare_layers(again, wanted, replace(bare, report=told))
+    counting = stage(report, "intervals", len(found))
     measured, names_of = {}, [model["name"] for model in about]
     for name, similarity in found.items():
         control = {kind: _level(of[name].pairs, equal) for kind, of in levels.items()} | random.get(name, {})
         measured[name] = _measured(name, similarity, names_of, control, unions, draw, equal)
+        counting(len(measured))
+    report(None)
     spent["all"] = time.monotonic() - began
     spent["controls"] = spent["all"] - spent["reading"] - spent["measures"]
     used = {"k": how.k, "n_atoms": how.n_atoms, "threshold": how.threshold, "center": False} if unions else {}
@@ -254,7 +259,9 @@ def _settings(readings: Sequence[Reading], measures, sizes: dict[str, Any], atom
     tokens = len(readings[0])
     atoms = min(ATOMS, max(1, tokens // 2)) if atoms is None else atoms
     if "shared_atoms" in measures and atoms >= tokens:
-        raise InputError(f"`atoms` is {atoms!r}, and {tokens:,} tokens are in common: choose fewer, or give more text.")
+        raise InputError(
+            f"`atoms` is {atoms!r}, with {counted(tokens, 'token')} in common: choose fewer, or give more text."
+        )
     if sizes["n_atoms"] is None and sizes["threshold"] is None:
         sizes = sizes | {"n_atoms": max(1, tokens // 100)}
     generator = np.random.default_rng(draw)

@@ -11,6 +11,7 @@ its position. Differences of sparse codes find far less: which of several alike 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
@@ -25,7 +26,7 @@ from itda.comparison.common_tokens import Reading, read
 from itda.comparison.dictionaries import is_dictionary
 from itda.comparison.token_changes import NAMES, at_places, compare_atoms, draw_anchors, label, measure
 from itda.disk import write_file
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.labels import Labels
 from itda.progress import Step, reporter
 from itda.report import diff_page, drawing_comparisons
@@ -126,11 +127,15 @@ def of_readings(readings: Sequence[Reading], **settings: Unpack[verbs.Changed]) 
     n_atoms, k, seed, report = settings["n_atoms"], settings["k"], settings["seed"], reporter(settings["progress"])
     n_anchors = _fitting(len(base), settings["n_anchors"], n_atoms)
     anchors = draw_anchors(len(base), n_anchors, seed)
-    measured, layers = [], []
+    measured, layers, began = [], [], time.monotonic()
     for i, names in enumerate(hooks):
-        report(Step(f"comparing at {names[0]}", i, len(hooks), 0.0))
+
+        def told(part: str, i: int = i, name: str = names[0]) -> None:
+            report(Step(f"comparing at {name}: {part}", i, len(hooks), time.monotonic() - began))
+
+        told("changes of tokens")
         measured.append(measure(at_places(readings, names), anchors, positions))
-        atoms = compare_atoms(readings, names, n_atoms, k, seed)
+        atoms = compare_atoms(readings, names, n_atoms, k, seed, told)
         layers.append({"hook_point": names[0], **_layer(measured[-1], positions), **atoms})
     report(None)
     pooled = {name: np.mean([m[name] for m in measured], axis=0) for name in measured[0]}
@@ -264,7 +269,8 @@ def _fitting(tokens: int, n_anchors: int | None, n_atoms: int = 1) -> int:
     if max(n_anchors, n_atoms) > tokens // 2:
         raise InputError(
             f"{'`n_atoms`' if n_atoms >= n_anchors else '`n_anchors`'} is {max(n_atoms, n_anchors)}, but the models "
-            f"have {tokens:,} tokens in common: read more `tokens`, or choose at most half as many as there are."
+            f"have {counted(tokens, 'token')} in common: read more `tokens`, or choose at most half as many "
+            "as there are."
         )
     return n_anchors
 
@@ -274,7 +280,7 @@ def _same_places(readings: Sequence[Reading]) -> list[tuple[str, ...]]:
     counts = {reading.name: len(reading.hook_points) for reading in readings}
     if len(set(counts.values())) > 1:
         raise InputError(
-            f"The models have {counts} hook points, which cannot be compared one by one: name with `layer` those that "
-            "all have."
+            f"The numbers of hook points are {counts}, which cannot be compared one by one: name with `layer` those "
+            "that all have."
         )
     return list(zip(*(reading.hook_points for reading in readings), strict=True))

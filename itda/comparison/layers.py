@@ -21,9 +21,9 @@ from torch import Tensor
 
 from itda.comparison.common_tokens import Reading
 from itda.dictionary.build import build
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.labels import Labels
-from itda.progress import Step
+from itda.progress import Step, stage
 from itda.similarity import clouds, codes, sets, spaces
 
 CHUNK = 4096  # tokens whose cosines or codes are held at every layer at a time
@@ -117,11 +117,11 @@ DEFAULT = ("shared_atoms_procrustes", "shared_atoms", "cka", "relative_centred")
 
 
 def _by_sums(readings: Sequence[Reading], names: list[str], settings: Settings) -> dict[str, Similarity]:
-    began = time.monotonic()
+    pairs = list(_layer_pairs(readings, settings.within))
+    told, began = stage(settings.report, "comparing layers", len(pairs)), time.monotonic()
     summed = [[clouds.Cloud().update(x) for x in reading.activations.values()] for reading in readings]
     shared = time.monotonic() - began
     found = {name: Similarity(_empty(readings)) for name in names}
-    pairs = list(_layer_pairs(readings, settings.within))
     for done, (m, i, n, j) in enumerate(pairs):
         began = time.monotonic()
         pair = clouds.Pair(summed[m][i], summed[n][j]).update_cross(_at(readings[m], i), _at(readings[n], j))
@@ -133,7 +133,7 @@ def _by_sums(readings: Sequence[Reading], names: list[str], settings: Settings) 
             back = there if measure.symmetric or (m, i) == (n, j) else measure.function(pair.T)
             _put(found[name].pairs, m, i, n, j, there, back)
             found[name].seconds += time.monotonic() - began
-        settings.report(Step("comparing layers", done + 1, len(pairs), shared))
+        told(done + 1)
     settings.spent["sums"] = settings.spent.get("sums", 0.0) + shared
     return found
 
@@ -145,10 +145,13 @@ def _by_atoms(readings: Sequence[Reading], names: list[str], settings: Settings)
     found = Similarity(_empty(readings))
     atoms = [[x[at] for x in reading.activations.values()] for reading in readings]
     summed = [[clouds.Cloud().update(x) for x in of] for of in atoms]
-    for m, i, n, j in _layer_pairs(readings, settings.within):
+    pairs = list(_layer_pairs(readings, settings.within))
+    told = stage(settings.report, "comparing shared atoms", len(pairs))
+    for done, (m, i, n, j) in enumerate(pairs):
         pair = clouds.Pair(summed[m][i], summed[n][j]).update_cross(atoms[m][i], atoms[n][j])
         value = spaces.procrustes(pair)
         _put(found.pairs, m, i, n, j, value, value)
+        told(done + 1)
     found.seconds = time.monotonic() - began
     return dict.fromkeys(names, found)
 
@@ -165,15 +168,19 @@ def _mean_over_tokens(readings: Sequence[Reading], name: str, settings: Settings
     rows = np.setdiff1d(settings.scored if code else np.arange(len(readings[0])), as_atoms)  # not their own codes
     if not len(rows) or not len(as_atoms):
         raise InputError(
-            f"{len(as_atoms)} of {len(readings[0])} tokens are anchors, which leaves none: give more text."
+            f"{len(as_atoms):,} of {counted(len(readings[0]), 'token')} would be anchors, and none is left "
+            "to compare: give more text."
         )
     kind: Any = _Coded if code else _Cosines
     how = settings.k if code else name == "relative_centred"
-    layers = {
-        (m, i): kind(_at(r, i), rows, as_atoms, how) for m, r in enumerate(readings) for i in range(len(r.hook_points))
-    }
+    places = [(m, i) for m, r in enumerate(readings) for i in range(len(r.hook_points))]
+    told, layers = stage(settings.report, f"preparing {name}: layers", len(places)), {}
+    for done, (m, i) in enumerate(places):
+        layers[m, i] = kind(_at(readings[m], i), rows, as_atoms, how)
+        told(done + 1)
     groups = int(settings.groups.max()) + 1
     above = {pair: np.zeros((*matrix.shape, groups)) for pair, matrix in _empty(readings).items()}
+    told = stage(settings.report, f"comparing {name}", len(rows))
     for start in range(0, len(rows), CHUNK):
         some = slice(start, start + CHUNK)
         group = settings.groups[rows[some]]
@@ -184,7 +191,7 @@ def _mean_over_tokens(readings: Sequence[Reading], name: str, settings: Settings
             above[m, n][i, j] += sums
             if (m, i) != (n, j):
                 above[n, m][j, i] += sums
-        settings.report(Step(f"comparing {name}", start + len(group), len(rows), time.monotonic() - began))
+        told(start + len(group))
     below = np.bincount(settings.groups[rows], minlength=groups).astype(float)
     parts = {pair: (sums, np.broadcast_to(below, sums.shape)) for pair, sums in above.items()}
     found = Similarity(parts=parts)
@@ -236,12 +243,12 @@ def dictionaries(readings: Sequence[Reading], settings: Settings) -> list[list[I
     """
     work = [(m, hook) for m, reading in enumerate(readings) for hook in reading.hook_points]
     rows: list[list[ndarray]] = [[] for _ in readings]
-    began = time.monotonic()
+    told = stage(settings.report, "building dictionaries", len(work))
     for done, (m, hook) in enumerate(work):
-        settings.report(Step("building dictionaries", done, len(work), time.monotonic() - began))
         size: dict[str, Any] = dict(n_atoms=settings.n_atoms, threshold=settings.threshold, center=False)
         built: Any = build([readings[m].batch(hook)], k=settings.k, **size)
         rows[m].append(rows_of(built.labels, readings[m].labels))
+        told(done + 1)
     smallest = min(len(d) for of in rows for d in of)
     return rows if settings.threshold is not None else [[d[:smallest] for d in of] for of in rows]
 
@@ -255,7 +262,7 @@ def _by_sets(readings: Sequence[Reading], names: list[str], settings: Settings) 
     known, wanted = readings[0].labels.token_id, [n for n in names if n != "soft_overlap"]
     found = compare_sets(atoms, wanted, known, settings.groups, within=settings.within)
     if "soft_overlap" in names:
-        found["soft_overlap"] = _soft_overlap(readings, atoms, settings.within)
+        found["soft_overlap"] = _soft_overlap(readings, atoms, settings)
     return found
 
 
@@ -317,14 +324,17 @@ SET_MEASURES: dict[str, Callable[[ndarray, ndarray, ndarray, int], float]] = {
 }
 
 
-def _soft_overlap(readings: Sequence[Reading], atoms: Sequence[Sequence[ndarray]], within: bool) -> Similarity:
+def _soft_overlap(readings: Sequence[Reading], atoms: Sequence[Sequence[ndarray]], settings: Settings) -> Similarity:
     began = time.monotonic()
     found = Similarity(_empty(readings))
-    for m, i, n, j in _layer_pairs(readings, within):
+    pairs = list(_layer_pairs(readings, settings.within))
+    told = stage(settings.report, "comparing soft_overlap", len(pairs))
+    for done, (m, i, n, j) in enumerate(pairs):
         x, y = _at(readings[m], i), _at(readings[n], j)
         a, b = (torch.from_numpy(rows) for rows in (atoms[m][i], atoms[n][j]))
         value = sets.soft_overlap(x[a], y[b], y[a], x[b])
         _put(found.pairs, m, i, n, j, value, value)
+        told(done + 1)
     found.seconds = time.monotonic() - began
     return found
 

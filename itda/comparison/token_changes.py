@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,18 +97,25 @@ def draw_anchors(tokens: int, n: int, seed: int) -> Int[ndarray, "2 half"]:
 
 
 def compare_atoms(
-    readings: Sequence[Reading], names: tuple[str, ...], n_atoms: int, k: int, seed: int
+    readings: Sequence[Reading],
+    names: tuple[str, ...],
+    n_atoms: int,
+    k: int,
+    seed: int,
+    told: Callable[[str], None] = lambda part: None,
 ) -> dict[str, Any]:
     """What dictionaries say at one hook point: their sizes, the tokens that only one model needs, and the transfer.
 
     Foreign atoms are worse on most tokens, the more so the farther two models are apart: `rise` says by which factor.
     """
     x, labels = at_places(readings, names), [reading.labels for reading in readings]
-    threshold, base = _sized(x[0], k, n_atoms)
+    threshold, base = _sized(x[0], k, n_atoms, told)
+    told("dictionary of the tuned model")
     rows = base, _built(x[1], k, threshold=threshold).labels.position
     common = np.setdiff1d(np.arange(len(x[0])), np.concatenate(rows))
     rests, losses, rises, gains = {}, {}, {}, {}
     for i, j in ((1, 0), (0, 1)):  # the atoms of j, in i and in j itself
+        told(f"atoms of the {NAMES[j]} model in the other")
         rests[i] = x[i] - _reconstructed(x[i], _placed(x[j], x[i], rows[j]), k)
         found = {i: relative_error(x[i], x[i] - rests[i]).numpy(), j: _losses(x[j], x[j][rows[j]], k)}
         if len(x) == 3:  # the base's atoms in the null; for those of the tuned model, the null's in the base
@@ -124,6 +131,7 @@ def compare_atoms(
     for i, j in ((1, 0), (0, 1)):
         _tell_near(only[f"only_{NAMES[i]}"]["atoms"], labels[i], marks[j])
     sizes = {"threshold": threshold, "rise": rises, "n_base": len(base), "n_tuned": len(rows[1])}
+    told("transfer of atoms")
     sizes |= {"common": len(np.intersect1d(*rows))}
     return sizes | {"transfer": _transfer(x[0], x[1], *rows, k, seed)} | only
 
@@ -142,11 +150,13 @@ def _gain(
     return rise, there / np.maximum(own, least) / rise
 
 
-def _sized(x: Tensor, k: int, n_atoms: int) -> tuple[float, Int[ndarray, " n"]]:
+def _sized(x: Tensor, k: int, n_atoms: int, told: Callable[[str], None]) -> tuple[float, Int[ndarray, " n"]]:
     """A threshold, and the atoms it gives from the first token on: `n_atoms` to a tenth, or as near as was found."""
+    told("dictionary of the base model")
     threshold, low, high = min(_built(x, k, n_atoms=n_atoms).cfg["threshold"], 0.999), 0.0, 1.0
     found: list[tuple[float, float, ndarray]] = []
-    for _ in range(TRIES):
+    for tried in range(TRIES):
+        told(f"dictionary of the base model, threshold {tried + 1} of {TRIES} at most")
         rows = _built(x, k, threshold=threshold).labels.position
         found.append((abs(len(rows) - n_atoms), threshold, rows))
         if found[-1][0] <= n_atoms / 10:

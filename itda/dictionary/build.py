@@ -22,7 +22,7 @@ from itda.dictionary.builder import Builder, Content
 from itda.dictionary.folder import check_writable_target
 from itda.dictionary.itda import ITDA
 from itda.dictionary.threshold import TRIES
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.labels import Batch, Labels
 from itda.locks import locked
 from itda.progress import Progress, Step, reporter
@@ -92,7 +92,8 @@ def _built(
     start = _resume(builders, folders, stream)
     if tokens is not None and start > tokens:
         raise InputError(
-            f"The unfinished training in {checkpoint} has read {start:,} tokens, more than the `tokens` = {tokens:,} "
+            f"The unfinished training in {checkpoint} has read {counted(start, 'token')}, more than the "
+            f"`tokens` = {tokens:,} "
             "given: give as many or more to go on, or another folder to start anew."
         )
     if start and hasattr(stream, "skip"):
@@ -161,7 +162,8 @@ def _drive(stream, items, builders, folders, start, tokens, report, checkpoint_s
         ahead = max(builder.position for builder in builders.values())
         if position < ahead:
             raise InputError(
-                f"The stream ends after {position:,} tokens, and the unfinished build has read {ahead:,}: give the "
+                f"The stream ends after {counted(position, 'token')}, and the unfinished build has read "
+                f"{ahead:,}: give the "
                 "same activations to go on, or another folder to start anew."
             )
     try:
@@ -281,7 +283,9 @@ def _batches(item, position: int) -> dict[str, Batch]:
             "their labels, or a dict of these by hook point."
         )
     if pair and len(item[1]) != shape[0]:  # before both are cut to the tokens that are wanted
-        raise InputError(f"A batch has {shape[0]} activations but {len(item[1])} labels: pass one for each.")
+        raise InputError(
+            f"A batch has {counted(shape[0], 'activation')} but {counted(len(item[1]), 'label')}: pass one for each."
+        )
     return {"": Batch(*item) if pair else Batch(item, Labels.counted(position, shape[0]))}
 
 

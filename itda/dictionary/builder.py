@@ -20,7 +20,7 @@ from itda.dictionary.sample import SpacedSample
 from itda.dictionary.standard import Massive, estimated, within
 from itda.dictionary.threshold import QUIET, Schedule, pilot, pilot_tokens
 from itda.disk import bytes_of
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 from itda.labels import Batch, Labels
 from itda.pursuit import MOST_STEPS, as_tensor, check_entries, too_large
 from itda.settings import takes, verbs
@@ -48,7 +48,7 @@ class Builder:
             raise InputError("`n_atoms` needs to know how long the stream is: give `tokens`, or a `threshold` instead.")
         if n_atoms is not None and total is not None and n_atoms > total:
             raise InputError(
-                f"`n_atoms` is {n_atoms:,} but the stream has {total:,} tokens, and an atom is one token: "
+                f"`n_atoms` is {n_atoms:,} but the stream has {counted(total, 'token')}, and an atom is one token: "
                 "ask for fewer atoms or give more text."
             )
         given: dict[str, Any] = dict(grow)
@@ -115,7 +115,8 @@ class Builder:
             self.content.add(x)
         if self.content.tokens >= self.position and self.content.hash() != self.content_hash:
             raise InputError(
-                f"The activations have changed in their first {self.position:,} tokens since this build began: give "
+                f"The activations have changed in their first {counted(self.position, 'token')} since this "
+                f"build began: give "
                 "the same ones to go on, or another folder to start anew."
             )
 
@@ -221,7 +222,9 @@ class Builder:
         inner = self._standardised(x[torch.from_numpy(kept).to(x.device)])
         self.labels.append(labels[kept[dictionary.draw(inner, self.settings["n_atoms"])]])
         if not len(dictionary):
-            raise InputError(f"The first {len(x):,} activations are all zero, so none can be an atom: give others.")
+            raise InputError(
+                f"The first {counted(len(x), 'activation')} came as zero, so none can be an atom: give others."
+            )
 
     def _choose(self, x: Tensor) -> None:
         """Choose the threshold for the wished number of atoms, from the first tokens."""
@@ -327,7 +330,9 @@ def _checked(activations, labels: Labels, d: int | None) -> Tensor:
             "hook point."
         )
     if len(labels) != len(x):
-        raise InputError(f"A batch has {len(x)} activations but {len(labels)} labels: pass one for each.")
+        raise InputError(
+            f"A batch has {counted(len(x), 'activation')} but {counted(len(labels), 'label')}: pass one for each."
+        )
     check_entries(x, labels)
     return x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has no float64
 

@@ -19,7 +19,7 @@ from itda.dictionary.online import Online
 from itda.dictionary.standard import Massive
 from itda.dictionary.threshold import Schedule
 from itda.disk import bytes_of, make_folder, remove_leftovers, safetensors_chunks, write_file
-from itda.errors import InputError, check_whole, one_line
+from itda.errors import InputError, check_whole, counted, one_line
 from itda.labels import LABEL_ARRAYS, Batch, Labels
 from itda.provenance import FINGERPRINT, PREFIX, VERSIONS, differing, said_of
 from itda.shortages import shortage
@@ -226,7 +226,7 @@ def _fill_head(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> Non
         raise ValueError("the tokens at its head are no activations of one size")
     _check_labels("head_labels", tensors, sum(sizes))
     if type(state["position"]) is not int or state["position"] != sum(sizes) or state["seen"] != 0:
-        raise ValueError(f"`position` is {state['position']!r} after {sum(sizes)} tokens")
+        raise ValueError(f"`position` is {state['position']!r} after {counted(sum(sizes), 'token')}")
     if not all(isinstance(state[name], str | None) for name in ("stream_hash", "content_hash")):
         raise ValueError("the hashes are no text")
     labels, at = _labels("head_labels", tensors), 0

@@ -31,7 +31,7 @@ from itda.disk import (
     unspeakable,
     write_through,
 )
-from itda.errors import InputError, one_line, shortened
+from itda.errors import InputError, counted, one_line, shortened
 from itda.locks import PATIENCE, is_locked, locked, settled, stamp_of
 from itda.provenance import is_number
 
@@ -334,7 +334,7 @@ def _checked_file(path: Path, entry: dict, kept: bool) -> bytearray:
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry["size"]:  # before memory is taken
-            came = f"has {size} bytes where {MANIFEST} says {entry['size']}"
+            came = f"has {counted(size, 'byte')} where {MANIFEST} says {entry['size']}"
             raise damaged(path, f"{came}, so it was cut short or replaced")
         data = bytearray(size if kept else min(size, 1 << 20))
         with memoryview(data) as memory:

@@ -24,7 +24,7 @@ from itda.dictionary import folder, tables
 from itda.dictionary.naming import nearer
 from itda.dictionary.soundness import TENSORS, problem_of
 from itda.disk import checked_path, safetensors_chunks
-from itda.errors import InputError, first_line, one_line, shortened
+from itda.errors import InputError, counted, first_line, one_line, shortened
 from itda.labels import Labels
 from itda.metrics import LOSSES, reconstruction, relative_error
 from itda.pursuit import as_tensor, pursue
@@ -116,7 +116,7 @@ class ITDA:
 
     def __repr__(self) -> str:
         model = _source(self)
-        words = [f"{self.n_atoms} atoms", f"d={self.d}", f"k={self.k}"] + ["centred"] * (self.mean is not None)
+        words = [counted(self.n_atoms, "atom"), f"d={self.d}", f"k={self.k}"] + ["centred"] * (self.mean is not None)
         words += ["standardised"] * (self.scale is not None)
         words += [str(model[key]) for key in ("id", "hook_point") if model.get(key)]
         return f"ITDA({', '.join(words)})"
@@ -297,7 +297,7 @@ class ITDA:
             with _hub_errors(f"{repo_id} could not be pushed to the hub"):
                 api = HfApi(token=token)
                 url = api.create_repo(repo_id, private=private, exist_ok=True)
-                message = f"ITDA of {self.n_atoms} atoms"
+                message = f"ITDA of {counted(self.n_atoms, 'atom')}"
                 api.upload_folder(repo_id=repo_id, folder_path=path, revision=revision, commit_message=message)
         return str(url)
 

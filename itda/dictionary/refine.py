@@ -24,7 +24,7 @@ from itda.dictionary.itda import ITDA, MEASURED, measured
 from itda.dictionary.moves import Moves, chunk_of
 from itda.dictionary.sample import SpacedSample
 from itda.dictionary.standard import within
-from itda.errors import InputError, whole
+from itda.errors import InputError, counted, whole
 from itda.labels import Batch, Labels
 from itda.progress import Step
 from itda.provenance import is_number, section
@@ -60,7 +60,7 @@ def select(
     x, usual = _checked(candidates, x, labels)
     n_atoms, rounds = whole("n_atoms", n_atoms, 1), whole("rounds", rounds, 1)
     if n_atoms > len(candidates):
-        raise InputError(f"`n_atoms` is {n_atoms:,}, and there are {len(candidates):,} candidates: choose fewer.")
+        raise InputError(f"`n_atoms` is {n_atoms:,}, out of {counted(len(candidates), 'candidate')}: choose fewer.")
     k = candidates.k if k is None else k
     kept, how, began = torch.arange(len(candidates), device="cpu"), _how(candidates), time.monotonic()
     sizes = np.geomspace(len(candidates), n_atoms, rounds + 1)[1:].round().astype(int)
@@ -210,7 +210,9 @@ def _checked(model: ITDA, activations: Any, labels: Labels | None) -> tuple[Tens
         shape = tuple(getattr(activations, "shape", ())) or type(activations).__name__
         raise InputError(f"`x` is {shape}: pass activations (tokens, {model.d}) of floating point.")
     if labels is not None and len(labels) != len(x):
-        raise InputError(f"`labels` has {len(labels):,} entries and `x` {len(x):,} activations: give one for each.")
+        raise InputError(
+            f"`labels` has {counted(len(labels), 'entry')} and `x` {counted(len(x), 'activation')}: give one for each."
+        )
     if not len(x) or not len(model):
         raise InputError("There is nothing to improve on: give activations, and a dictionary with atoms.")
     if (where := too_large(x)) is not None:
@@ -223,7 +225,8 @@ def _checked(model: ITDA, activations: Any, labels: Labels | None) -> tuple[Tens
     kept = within(x, limit)
     if not len(kept):
         raise InputError(
-            f"All {len(x):,} activations are longer than the {limit:.4g} beyond which this dictionary leaves tokens "
+            f"{counted(len(x), 'activation')} came, and none within the {limit:.4g} beyond which this "
+            f"dictionary leaves tokens "
             "out (`max_norm`): give others."
         )
     return inner, inner[torch.from_numpy(kept)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from itda.dictionary import folder
+from itda.errors import counted
 from itda.labels import LABEL_ARRAYS, Labels
 
 UNIT_NORM_TOLERANCE = 1e-5
@@ -39,7 +40,7 @@ def problem_of(model: Any) -> tuple[str, str] | None:
             came = f"{tensor.dtype} {tuple(tensor.shape)}"
             return atoms, f"`{name}` is {came}, but torch.float32 {shape} was wanted"
     if len(model.labels) != n:
-        return folder.LABELS, f"there are {len(model.labels)} labels for {n} atoms"
+        return folder.LABELS, f"{counted(len(model.labels), 'label')} came for {counted(n, 'atom')}"
     size = torch.linalg.vector_norm(model.atoms, dim=1)  # not finite where the row is not
     wrong = (~((size - 1).abs() <= UNIT_NORM_TOLERANCE)).nonzero()
     if len(wrong):
@@ -55,7 +56,7 @@ def problem_of(model: Any) -> tuple[str, str] | None:
     pairs, first, count = np.unique(model.labels.pairs(), axis=0, return_index=True, return_counts=True)
     if len(pairs) != n:
         prompt, position = pairs[count > 1][0]
-        twice = f"(prompt {prompt}, position {position}) stands {count[count > 1][0]} times"
+        twice = f"(prompt {prompt}, position {position}) stands {counted(int(count[count > 1][0]), 'time')}"
         return folder.LABELS, f"labels must be unique, and {twice}, first in row {first[count > 1][0]}"
     if negative := _negative(model.labels):
         return folder.LABELS, negative
@@ -81,7 +82,7 @@ def _sample_problem(sample: Any, n_atoms: int) -> tuple[str, str] | None:
     indices, values = sample.codes.indices, sample.codes.values
     lengths = (len(sample.labels), len(indices), len(values), len(sample.losses))
     if len(set(lengths)) > 1 or indices.ndim != 2 or indices.shape != values.shape:
-        came = f"{lengths[0]} labels, codes {tuple(indices.shape)} and {lengths[3]} losses"
+        came = f"{counted(lengths[0], 'label')}, codes {tuple(indices.shape)} and {counted(lengths[3], 'loss')}"
         return folder.SAMPLE, f"the sample has {came}, but as many of each were wanted"
     # Without atoms there is nothing to point at, and padding points at 0 all the same.
     wrong = ((indices < 0) | (indices >= max(n_atoms, 1))).nonzero()

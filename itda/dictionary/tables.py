@@ -11,7 +11,7 @@ import torch
 from itda.devices import free_bytes
 from itda.dictionary.folder import MANIFEST, damaged
 from itda.disk import holds_text
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.labels import Labels
 from itda.shortages import shortages_told
 
@@ -65,7 +65,9 @@ def read_labels(
                 if file.metadata.metadata:
                     raise damaged(path, "has metadata, and none was wanted")
                 if n is not None and file.metadata.num_rows != n:
-                    raise damaged(path, f"has {file.metadata.num_rows} rows where {MANIFEST} says n_atoms = {n}")
+                    raise damaged(
+                        path, f"has {counted(file.metadata.num_rows, 'row')} where {MANIFEST} says n_atoms = {n}"
+                    )
                 _check_size(path, file.metadata, source)
                 table = file.read(use_threads=False)
             return _labels_of(table), _codes_of(path, table) if sample else {}

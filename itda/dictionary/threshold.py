@@ -19,7 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from itda.dictionary.admission import Sequential
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.metrics import LOSSES
 
 TRIES = 16  # thresholds, at most
@@ -94,7 +94,7 @@ def pilot(
     """
     if not bool(x.any()):
         raise InputError(
-            f"The first {len(x):,} activations are all zero, so no threshold can be chosen: pass `threshold`."
+            f"The first {counted(len(x), 'activation')} came as zero, so no threshold can be chosen: pass `threshold`."
         )
     zero = LOSSES[loss](x.double().cpu().numpy(), np.zeros(tuple(x.shape)))
     high, low = math.log(float(zero.max())), math.log(float(zero.max()) * 1e-7)  # too few atoms, too many

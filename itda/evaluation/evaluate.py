@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -20,22 +20,22 @@ from itda._version import __version__
 from itda.dictionary.folder import EVAL, EVAL_FORMAT, MANIFEST, is_evaluation
 from itda.dictionary.itda import ITDA
 from itda.disk import bytes_of, write_file
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 from itda.evaluation import heldout, heldout_on_disk, verdict
 from itda.evaluation import probing as probes
 from itda.evaluation.controls import CONTROLS, like, systems_of, untrained
-from itda.evaluation.measures import Bootstrap, measure
-from itda.evaluation.splicing import cross_entropies
+from itda.evaluation.measures import Bootstrap, cross_entropy, measure
 from itda.evaluation.systems import System, check_hook, check_model
 from itda.labels import groups_of
 from itda.locks import PATIENCE, locked
 from itda.metrics import variance
 from itda.models import loading
-from itda.progress import Step, reporter
+from itda.models.splice import spliced
+from itda.progress import Step, reporter, stage
 from itda.provenance import section
 from itda.reading.on_disk import is_stored
 from itda.reading.own_model import model_of
-from itda.report import drawing_evaluation, zf_plot
+from itda.report import drawing_evaluation
 from itda.results import Report, finite
 from itda.settings import groups as g
 from itda.settings import pick, takes, verbs
@@ -44,10 +44,7 @@ from itda.text.prompts import hash_rows
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-ASKED = (
-    *("tokens", "ce_tokens", "tol", "probe", "probe_column", "probe_label", "in_sample", "force", "seed"),
-    "special_tokens",
-)
+ASKED = ("tokens", "ce_tokens", "probe", "probe_column", "probe_label", "in_sample", "force", "seed", "special_tokens")
 NO_MODEL = "activations on disk have no model to run"
 NONE_ASKED = "it was asked for on 0 tokens (`ce_tokens`)"
 
@@ -65,8 +62,7 @@ class Evaluation(Report):
     each coordinate over its deviation; median_error and tails, quantiles of the relative error; above, the share of
     tokens beyond the dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom;
     negative, the share of negative coefficients; coherence; with_position_0, fvu and mean relative error of special
-    tokens and position 0 too; positions, fvu by place in the row; afa, how long codes are beside what they encode
-    (`itda.metrics.afa`), and zf, |x| and the norm of the code with the bias for the last tokens of rows; ce (see
+    tokens and position 0 too; positions, fvu and share of the variance of all by place in the row; ce (see
     `cross_entropy`), None where there is no language model.
     `held_out` says which text was measured on, and where the random tokens are from; `no_ce` why there are no figures
     of cross-entropy, where there are none; `settings` all that was chosen, and of what model, dictionary, text and
@@ -122,13 +118,6 @@ class Evaluation(Report):
             return first[name]
         raise AttributeError(f"an Evaluation has no {name!r}: it has {', '.join(first)}")
 
-    def zf(self, path: str | os.PathLike) -> None:
-        """Draw the norms of codes against those of what they encode, a square for each system, by matplotlib.
-
-        Raises `InputError` for an ending other than PNG, SVG and PDF, and where the picture cannot be written.
-        """
-        zf_plot.zf(self, path)
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return drawing_evaluation.evaluation(self, options)
 
@@ -149,8 +138,6 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     controls     all of them, none, or some of: "random tokens", as many activations drawn from the same stream (or, if
                  `data` is other text, from other documents of it); "gaussian" directions; "untrained model", a
                  dictionary of as many atoms built on and measured on a model with random weights
-    tol          measure the dictionary also with as many atoms as each token needs to leave this relative error or less
-                 (at most d, or 1,024), and beside it with so many for every token, their mean
     systems      further ones, for the same table
     probe        labelled texts (a .jsonl or .parquet file, or records): how well a linear probe on a few latents, or
                  all, tells `probe_label` from the `probe_column` (`itda.evaluation.probing.probe`)
@@ -161,7 +148,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     Raises `InputError` for text of which no document is left, and for another model unless `force`.
     """
     asked: dict[str, Any] = {name: given[name] for name in ASKED}  # type: ignore[literal-required]
-    wanted, tol = _checked_controls(given["controls"]), _checked_tol(given["tol"])
+    wanted = _checked_controls(given["controls"])
     tokens, ce_tokens, seed, special_tokens = (
         asked[name] for name in ("tokens", "ce_tokens", "seed", "special_tokens")
     )
@@ -185,25 +172,25 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
         return _on_disk(name, dictionary, data, reading, asked, wanted, settings, systems, report)
     hooked, hook = model_of(dictionary.cfg, given, head=ce_tokens != 0)
     _check_places(systems, hooked, hook, dictionary.d, given["force"])
-    if special_tokens is None:
-        special_tokens = bool(dictionary.cfg.get("special_tokens"))
+    special_tokens = bool(dictionary.cfg.get("special_tokens")) if special_tokens is None else special_tokens
     pool = heldout.pool_size(len(dictionary)) if set(wanted) & {"random tokens", "untrained model"} else 0
+    stage(report, "choosing held-out text")
     split = heldout.split(
         dictionary, data, hooked.tokenizer, tokens, pool, special_tokens, given["in_sample"], seed, stream
     )
     reader = heldout.Reader(split, hook, special_tokens, report)
-    held = reader.read(hooked, "reading")
-    every = systems_of(dictionary, held, wanted, settings, systems, seed, tol)
-    found, said = _measured(every, held, dictionary, seed)
+    held = reader.read(hooked)
+    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    found, said = _measured(every, held, dictionary, seed, report)
     at_ce, clean, no_ce = None, None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
     if no_ce is None:
         rows = split.first(ce_tokens)
-        clean, at_ce = cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
+        clean, at_ce = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
     _judged(said, at_ce)
-    probing = None if labelled is None else _probed(hooked, hook, every, labelled, split, special_tokens, seed)
+    probing = None if labelled is None else _probed(hooked, hook, every, labelled, split, special_tokens, seed, report)
     if "untrained model" in wanted:
         other, there = untrained(dictionary, hooked, reader, settings, seed)
-        found |= _measured([other], there, dictionary, seed)[0]
+        found |= _measured([other], there, dictionary, seed, report)[0]
     asked |= like(dictionary, settings) | dict(controls=wanted, special_tokens=special_tokens)
     report(None)
     return Evaluation(
@@ -222,9 +209,9 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     )
 
 
-def _probed(hooked, hook, systems, labelled, split, special_tokens, seed) -> dict[str, Any]:
+def _probed(hooked, hook, systems, labelled, split, special_tokens, seed, report) -> dict[str, Any]:
     """Probes of texts that are cut as those that were measured on."""
-    texts = {"context_length": split.stream.context_length, "bos": split.stream.bos}
+    texts = {"context_length": split.stream.context_length, "bos": split.stream.bos, "progress": report}
     model = loading.load_model(hooked, hooks=hook)
     return probes.probe(model, hook, systems, labelled, special_tokens=special_tokens, seed=seed, **texts)
 
@@ -259,8 +246,8 @@ def _on_disk(
     if "untrained model" in wanted:
         wanted = [control for control in wanted if control != "untrained model"]
         about["left_out"] = f"the untrained model, since {NO_MODEL}"
-    every = systems_of(dictionary, held, wanted, settings, systems, seed, asked["tol"])
-    found, shown = _measured(every, held, dictionary, seed)
+    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    found, shown = _measured(every, held, dictionary, seed, report)
     _judged(shown)
     report(None)
     said = stream.provenance
@@ -281,12 +268,16 @@ def _on_disk(
 
 
 def _measured(
-    systems: Iterable[System], held: heldout.Held, dictionary: ITDA, seed: int
+    systems: Sequence[System], held: heldout.Held, dictionary: ITDA, seed: int, report: Callable[[Step | None], None]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """What is measured of all `systems`, and what there is to say of the activations and of all systems together."""
     errors: dict[str, np.ndarray] = {}
     threshold = _threshold(dictionary)
-    found = {s.name: measure(s, held.x, held.labels, held.scored, threshold, seed, errors) for s in systems}
+    found = {}
+    for i, system in enumerate(systems):
+        which = f" ({i + 1} of {len(systems)} systems)" * (len(systems) > 1)
+        done = stage(report, f"{system.name}: encoding{which}", len(held.x))
+        found[system.name] = measure(system, held.x, held.labels, held.scored, threshold, seed, errors, done)
     draws = Bootstrap(groups_of(held.labels[held.scored]), seed)
     where = variance(held.x[torch.from_numpy(held.scored)])
     said = {"denominator": _denominator(dictionary), "variance": where, "verdict": verdict.of_errors(errors, draws)}
@@ -318,12 +309,6 @@ def _checked_controls(controls: bool | Sequence[str]) -> list[str]:
     if unknown := [name for name in wanted if name not in CONTROLS]:
         raise InputError(f"There is no control {unknown[0]!r}: choose of {', '.join(CONTROLS)}.")
     return wanted
-
-
-def _checked_tol(tol: float | None) -> float | None:
-    if tol is not None and not 0 < tol < 1:
-        raise InputError(f"`tol` is {tol:g}: pass a relative error between 0 and 1, such as 0.1.")
-    return tol
 
 
 def _settings(dictionary: ITDA, hooked: Any, hook: str, split: heldout.Split, asked: dict[str, Any]) -> dict[str, Any]:
@@ -380,3 +365,28 @@ def _threshold(dictionary: ITDA) -> float | None:
     """The dictionary's, where it is one of the relative error."""
     threshold = dictionary.cfg.get("threshold") if not dictionary.cfg.get("selected") else None
     return float(threshold) if isinstance(threshold, float | int) and dictionary.cfg.get("loss") == "relative" else None
+
+
+# -- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+def _cross_entropies(
+    hooked, hook, rows, systems, held, found, special_tokens, seed, report
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Put the scores of all systems into `found`.
+
+    Returns what the model loses without the hook point, for all of them, and the verdict on the cross-entropy.
+    """
+    mean = held.x[torch.from_numpy(held.scored)].double().mean(0)
+    replacements: dict[str, Any] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
+    replacements |= {system.name: lambda x, run=system.run: run(x)[0] for system in systems}
+    done = stage(report, f"cross-entropy: clean pass and {counted(len(replacements), 'replacement')}", len(rows))
+    out = spliced(hooked, rows, hook, replacements, special_tokens=special_tokens, progress=done)
+    labels = heldout.labels_of(rows)
+    key = {pair: i for i, pair in enumerate(map(tuple, labels.pairs().tolist()))}
+    at = np.array([key[pair] for pair in zip(out.prompt.tolist(), out.position.tolist(), strict=True)], np.int64)
+    draws = Bootstrap(groups_of(labels[at]), seed)
+    for system in systems:
+        found[system.name]["ce"] = cross_entropy(out, system.name, draws)
+    levels = {name: float(out.cross_entropy[name].mean()) for name in ("clean", "zero", "mean")}
+    return levels | {"tokens": len(at)}, verdict.of_cross_entropy(out.cross_entropy, draws)

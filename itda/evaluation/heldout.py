@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -20,7 +19,7 @@ from itda.errors import InputError, one_line
 from itda.labels import Batch, Labels
 from itda.models.hooked_model import HookedModel
 from itda.models.loading import load_model
-from itda.progress import Step
+from itda.progress import Step, stage
 from itda.provenance import section
 from itda.reading.activations import Activations
 from itda.text.prompts import Row, TokenStream, hash_rows, row_labels, valid
@@ -71,16 +70,16 @@ class Reader:
     report: Callable[[Step | None], None]
     batch_rows: int = 32
 
-    def read(self, model: HookedModel, what: str) -> Held:
+    def read(self, model: HookedModel) -> Held:
         """All activations at the hook point."""
         model = load_model(model, hooks=self.hook)
-        batches = list(self._batches(model, self.split.held, True, what))
+        batches = list(self._batches(model, self.split.held, True, "reading held-out text"))
         x, labels = torch.cat([b.activations for b in batches]), Labels.concat([b.labels for b in batches])
         scored = np.concatenate([valid(row, self.special_tokens) for row in self.split.held])
         beyond = np.flatnonzero(scored)[self.split.tokens :]
         if len(beyond):  # the last row may hold more tokens than were asked for
             x, labels, scored = x[: beyond[0]], labels[: beyond[0]], scored[: beyond[0]]
-        pool = self._batches(model, self.split.pool, self.special_tokens, f"{what} for the controls")
+        pool = self._batches(model, self.split.pool, self.special_tokens, "reading text for the controls")
         found = [b.activations for b in pool]
         return Held(x, labels, scored, torch.cat(found) if found else x[:0])
 
@@ -92,13 +91,13 @@ class Reader:
             raise InputError(
                 f"The activations take {need / 1e9:.1f} GB, more than is free: measure on fewer `tokens` (`--tokens`)."
             )
-        began, done, total = time.monotonic(), 0, sum(int(valid(row, special).sum()) for row in rows)
+        told, done = stage(self.report, what, sum(int(valid(row, special).sum()) for row in rows)), 0
         source = self.split.stream.of(rows)
         batches: Any = Activations(model, source, self.batch_rows, special_tokens=special, single=True)
         for batch in batches:
             done += len(batch.labels)
             yield Batch(batch.activations.float().cpu(), batch.labels)
-            self.report(Step(what, done, total, time.monotonic() - began))
+            told(done)
 
 
 def pool_size(n_atoms: int) -> int:

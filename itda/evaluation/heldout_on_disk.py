@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from itda.errors import InputError
 from itda.evaluation.heldout import OWN, Held, own_rows
 from itda.labels import Labels
 from itda.models.hub import load_tokenizer
-from itda.progress import Step
+from itda.progress import stage
 from itda.provenance import section
 from itda.reading.activations import activations
 from itda.reading.on_disk import all_labels
@@ -152,7 +151,8 @@ def _activations_at(stream: Any, wanted: Int[ndarray, " n"], report: Callable) -
         raise InputError(
             f"The activations take {need / 1e9:.1f} GB, more than is free: measure on fewer `tokens` (`--tokens`)."
         )
-    x, done, began, last = torch.empty(len(wanted), d), 0, time.monotonic(), int(wanted.max()) + 1
+    x, done, last = torch.empty(len(wanted), d), 0, int(wanted.max()) + 1
+    told = stage(report, "reading held-out activations", last)
     order = np.argsort(wanted, kind="stable")
     for batch in stream:
         stop = done + len(batch.labels)
@@ -160,7 +160,7 @@ def _activations_at(stream: Any, wanted: Int[ndarray, " n"], report: Callable) -
         rows = torch.from_numpy(wanted[here] - done).to(batch.activations.device)
         x[torch.from_numpy(here)] = batch.activations[rows].float().cpu()
         done = stop
-        report(Step("reading", min(done, last), last, time.monotonic() - began))
+        told(min(done, last))
         if done >= last:
             break
     return x

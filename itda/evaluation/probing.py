@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from itda.errors import InputError, one_line, shortened
+from itda.errors import InputError, counted, one_line, shortened
 from itda.evaluation.systems import System
 from itda.models.hooked_model import HookedModel
+from itda.progress import part_of, reporter, stage
 from itda.reading.activations import Activations
 from itda.text.prompts import Row, TokenStream
 
@@ -100,14 +101,13 @@ def probe(
     systems: Sequence[System],
     data: Any,
     *,
-    column: str = "text",
-    label: str = "label",
     tops: Sequence[int] = TOPS,
     context_length: int = 128,
     special_tokens: bool = False,
     bos: Any = "auto",
     test: float = 0.25,
     seed: int = 0,
+    progress: Any = False,
 ) -> dict[str, Any]:
     """Accuracies of probes on the codes of `systems` and, beside them, on the activations themselves.
 
@@ -120,17 +120,20 @@ def probe(
     """
     if not 0 < test < 1:
         raise InputError(f"`test` is {shortened(test)}: pass a share of the texts between 0 and 1.")
-    texts, names = data if isinstance(data, Labelled) else labelled(data, column, label)
+    texts, names = data if isinstance(data, Labelled) else labelled(data)
     if not texts:
         raise InputError("There is no labelled text: give records with a text and a label.")
     stream, repeated = _rows(model, texts, context_length, bos)
-    dense, codes, there = _means(model, hook, systems, stream, len(texts), special_tokens)
+    report = part_of(reporter(progress), "probing")
+    told = stage(report, "reading texts", len(texts))
+    dense, codes, there = _means(model, hook, systems, stream, len(texts), special_tokens, told)
     classes, y = np.unique(np.array(names)[there], return_inverse=True)
     tasks = _tasks(y, classes.tolist(), test, seed)
-    found = {}
-    for name, features in {**codes, "activations": dense}.items():
+    found, told = {}, stage(report, "fitting", len(codes) + 1)
+    for done, (name, features) in enumerate({**codes, "activations": dense}.items()):
         scores = [_accuracies(features[rows], y[rows] == c, train, tops) for c, rows, train in tasks]
         found[name] = {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
+        told(done + 1)
     about = {"texts": len(y), "repeated": repeated, "labels": classes.tolist(), "train": int(tasks[0][2].sum())}
     return about | {"test": int((~tasks[0][2]).sum()), "systems": found}
 
@@ -146,7 +149,13 @@ def _rows(model: HookedModel, texts: list[str], length: int, bos: Any = "auto") 
 
 
 def _means(
-    model: HookedModel, hook: str, systems: Sequence[System], stream: TokenStream, texts: int, special_tokens: bool
+    model: HookedModel,
+    hook: str,
+    systems: Sequence[System],
+    stream: TokenStream,
+    texts: int,
+    special_tokens: bool,
+    told,
 ) -> tuple[Float[ndarray, "texts d"], dict[str, csr_matrix], Int[ndarray, " texts"]]:
     """Mean activations and mean codes of those of so many texts that have valid tokens, and which these are."""
     from scipy.sparse import csr_matrix
@@ -165,6 +174,7 @@ def _means(
             which = np.broadcast_to(text[:, None], values.shape)[used]
             latent = latents[used] + np.where(values[used] < 0, codes.n_atoms, 0)  # its negative is a latent too
             parts[system.name].append((np.abs(values[used]), which, latent))
+        told(int(text[-1]) + 1)
     there = np.flatnonzero(count)
     if not len(there):
         raise InputError("No labelled text has a valid token, one neither special nor first: give longer ones.")
@@ -186,7 +196,7 @@ def _tasks(y: Int[ndarray, " texts"], classes: list, test: float, seed: int) -> 
         held = round(test * n)
         if held < LEAST or n - held < LEAST:
             raise InputError(
-                f"The label {shortened(classes[c])} has {len(inside)} different texts, and all others have "
+                f"The label {shortened(classes[c])} has {counted(len(inside), 'different text')}, and all others have "
                 f"{len(outside)}: give more, so that {LEAST} of each are on either side of the split."
             )
         rows = np.concatenate([inside[:n], outside[:n]])

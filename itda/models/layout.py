@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from itda.errors import InputError, NoSuchHook
+from itda.errors import InputError, NoSuchHook, counted
 from itda.models.outputs import readable
 
 _LENS_NAME = re.compile(r"blocks\.(\d+)\.hook_(resid_post|resid_pre|attn_out|mlp_out)")  # TransformerLens
@@ -110,7 +110,7 @@ class Layout:
             raise InputError(self.untold)
         if not -self.n_layers <= layer < self.n_layers:
             raise InputError(
-                f"`{self.model}` has no layer {int(layer)}: it has {self.n_layers} layers, "
+                f"`{self.model}` has no layer {int(layer)}: it has {counted(self.n_layers, 'layer')}, "
                 f"so pass one of 0 to {self.n_layers - 1}."
             )
         return f"{self.blocks}.{layer % self.n_layers}"

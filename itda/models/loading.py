@@ -11,7 +11,7 @@ from torch import nn
 
 from itda.arguments import listed
 from itda.devices import checked_device, free_bytes
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.models.adapters import unwrapped as unwrapped_module
 from itda.models.classes import base_of
 from itda.models.hooked_model import HookedModel
@@ -51,7 +51,7 @@ def load_model(
         raise InputError("No hook point is given: pass at least one layer or module path.")
     how: dict[str, Any] = dict(settings)
     if (size := how["tensor_parallel"]) is not None and size != 1:
-        tell(f"loading {model} in {size} processes")
+        tell(f"loading {model} in {counted(size, 'process')}")
         return _said(shared(model, tokenizer, hooks, size, how), how["dtype"])
     if how["backend"] != "hooks" or how["remote"]:
         return _traced(model, tokenizer, hooks, how)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from itda.devices import checked_device, has_bfloat16
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.models.adapters import Adapter, adapter_of, put_on
 from itda.models.classes import auto_class, base_of, class_with_head, empty, named_kinds
 from itda.models.hub import check_hub, commit_of, door, file_of, load_tokenizer, place_of, quiet
@@ -257,7 +257,7 @@ def causal(found: Survey, tokenizer: Any, device: torch.device) -> tuple[Any, An
             return None
         if info["missing_keys"]:
             raise InputError(
-                f"`{found.model}` lacks {len(info['missing_keys'])} weights of its language model "
+                f"`{found.model}` lacks {counted(len(info['missing_keys']), 'weight')} of its language model "
                 f"(`{sorted(info['missing_keys'])[0]}` for one): download or save it again, with its head."
             )
         if not found.is_spread:
@@ -352,6 +352,16 @@ def _cut(cls: Any, blocks: str, keep: int) -> type:
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
+class _LeftOut(nn.Identity):
+    """In place of a module without its weights: it says where the model is, as the code around it may ask."""
+
+    device = torch.device("cpu")
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> _LeftOut:
+        self.device = fn(torch.empty(0)).device
+        return super()._apply(fn, recurse)
+
+
 def _parts(cls: Any, blocks: str, keep: Callable[[str], bool]) -> type:
     """`cls` without the parameters of modules whose path `keep` does not name, so that they need no weights."""
 
@@ -365,7 +375,7 @@ def _parts(cls: Any, blocks: str, keep: Callable[[str], bool]) -> type:
             if not path or any(f"{name}.".startswith(path + ".") for name in kept):
                 module._parameters.update(dict.fromkeys(module._parameters))  # of its own, and not of its children
             else:
-                self.set_submodule(path, nn.Identity())
+                self.set_submodule(path, _LeftOut())
                 gone.append(path + ".")
 
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})

@@ -75,7 +75,8 @@ class StreamedModel(HookedModel):
         self._inside = self._by_block([self._layout.path(hook) for hook in hooks])
         self._paths: dict[str, Any] = dict.fromkeys(path for paths in self._inside.values() for path in paths)
         self._last = max(self._inside)
-        self._weights = Weights(survey.model, self._layout.blocks, survey.fetch)
+        parts = set(survey.skeleton.get_submodule(self._own(0)).state_dict())
+        self._weights = Weights(survey.model, self._layout.blocks, parts, survey.fetch)
         self._samples: dict[str, bytes] = {}  # of the parameters read so far, by name
         self._output: tuple[Any, ...] = ()  # what the block that runs put out
         self._tuple: int | None = None  # how many items the output of a block has, if it is a tuple

@@ -22,32 +22,54 @@ class Weights:
     """The weights of the checkpoint `model`, found by the blocks that they belong to.
 
     `fetch` gives the local path of one of its files, or None if it has none of that name; from the hub, that is when
-    the file is downloaded, once. `blocks` is the path of the list of blocks. `bytes_read` counts what was asked for.
+    the file is downloaded, once. `blocks` is the path of the list of blocks, and `parts` are the weights of a block by
+    their paths in it. A checkpoint may have the list under another path, beside others (a model that also sees or
+    hears); it is then known by what its blocks hold, and its weights are called as the model calls them.
+    `bytes_read` counts what was asked for.
     """
 
-    def __init__(self, model: str, blocks: str, fetch: Callable[[str], str | None]) -> None:
+    def __init__(self, model: str, blocks: str, parts: Set[str], fetch: Callable[[str], str | None]) -> None:
         self.model, self.bytes_read = model, 0
         self._fetch = functools.cache(fetch)
         self._files = self._index()  # tensor -> file
-        found = re.compile(rf"(.*?){re.escape(blocks)}\.(\d{{1,9}})\.")
+        self._own: dict[str, str] = {}  # what the model calls a tensor that is called otherwise here
+        named = re.compile(rf"(.*?){re.escape(blocks)}\.(\d{{1,9}})\.")
+        prefixes = {match[1] for name in self._files if (match := named.match(name))}
+        if len(prefixes) != 1:
+            named, prefixes = self._known_by(parts, blocks, len(prefixes)), {""}
+        self._prefix = prefixes.pop()
         self._blocks: dict[int, list[str]] = {}
         self._others: list[str] = []
-        prefixes: set[str] = set()
         for name in self._files:
-            if match := found.match(name):
-                prefixes.add(match[1])
+            if match := named.match(name):
                 self._blocks.setdefault(int(match[2]), []).append(name)
             else:
                 self._others.append(name)
-        if len(prefixes) != 1:
+
+    def _known_by(self, parts: Set[str], blocks: str, called: int) -> re.Pattern:
+        """The names of the weights in the one list whose blocks hold the `parts`; raises `InputError` if none does."""
+        lists: dict[str, set[str]] = {}
+        for name in self._files:
+            if (match := re.match(r"(.+?)\.\d{1,9}\.(.+)", name)) is not None:
+                lists.setdefault(match[1], set()).add(match[2])
+        alike = [path for path, found in lists.items() if found == parts]
+        if len(alike) != 1:
             raise InputError(
-                f"The weights of `{model}` do not say which belong to which block ({len(prefixes)} lists of them are "
-                f"called `{blocks}`): read it whole, without streaming (`--no-stream-layers`)."
+                f"The weights of `{self.model}` do not say which belong to which block ({called} lists of them are "
+                f"called `{blocks}`, and {len(alike)} hold what its blocks do): read it whole, without streaming "
+                "(`--no-stream-layers`)."
             )
-        self._prefix = prefixes.pop()
+        (path,) = alike
+        here, there = (f"{each.rpartition('.')[0]}." if "." in each else "" for each in (path, blocks))
+        for name in self._files:
+            if name.startswith(f"{path}."):
+                self._own[name] = blocks + name.removeprefix(path)
+            elif name.startswith(here):
+                self._own[name] = there + name.removeprefix(here)
+        return re.compile(rf"({re.escape(path)})\.(\d{{1,9}})\.")
 
     def block(self, number: int) -> dict[str, Tensor]:
-        """The weights of a block by their names in the checkpoint, read into memory."""
+        """The weights of a block by their names, read into memory."""
         if number not in self._blocks:
             raise InputError(
                 f"`{self.model}` has no weights for block {number}, and its config has that block: its config and its "
@@ -67,7 +89,8 @@ class Weights:
         return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
 
     def _outside(self, names: Set[str]) -> list[str]:
-        return [name for name in self._others if names & {name, name.removeprefix(self._prefix)}]
+        own = self._own
+        return [name for name in self._others if names & {own.get(name, name), name.removeprefix(self._prefix)}]
 
     def _index(self) -> dict[str, str]:
         """The file of every tensor."""
@@ -114,7 +137,8 @@ class Weights:
                                 f"{file} of `{self.model}` has no {name!r}, and {INDEX} says so: download or save it "
                                 "again."
                             )
-                        out[name] = opened.get_tensor(name).clone()  # it was mapped, and is read now
+                        own = self._own.get(name, name)
+                        out[own] = opened.get_tensor(name).clone()  # it was mapped, and is read now
             except (SafetensorError, OSError, MemoryError) as error:
                 raise shortage(error, f"{file} of `{self.model}` could not be read") or InputError(
                     f"{file} of `{self.model}` is damaged ({one_line(str(error))}): download or save it again."

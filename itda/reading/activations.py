@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from numpy import ndarray
 
 from itda.arguments import places_of
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.labels import Batch, Labels
 from itda.models.hooked_model import Group, HookedModel
 from itda.models.loading import load_model
@@ -95,9 +95,9 @@ class Activations:
         self._valid = self._read = 0  # tokens of text in the rows so far, and the valid ones
 
     def __repr__(self) -> str:
-        tokens = "all" if self.tokens is None else f"{self.tokens:,}"
+        tokens = "all tokens" if self.tokens is None else counted(self.tokens, "token")
         data = self._stream.provenance["data"] or "texts in memory"
-        return f"Activations({self.model._layout.model!r} at {', '.join(self.hook_points)}, {tokens} tokens of {data})"
+        return f"Activations({self.model._layout.model!r} at {', '.join(self.hook_points)}, {tokens} of {data})"
 
     @property
     def tokens(self) -> int | None:
@@ -196,7 +196,8 @@ class Activations:
                 yield Group(index, torch.from_numpy(ids), torch.from_numpy(mask))
         if done < self.skipped:
             raise InputError(
-                f"{self.skipped} tokens cannot be skipped, because `data` has {done}: pass what was read before."
+                f"{counted(self.skipped, 'token')} cannot be skipped, because `data` has {done}: pass what "
+                "was read before."
             )
         asked.append(_Asked(torch.zeros(0), Labels.counted(0, 0), stream_hash.hexdigest()))  # rows without such tokens
 

@@ -16,7 +16,7 @@ import torch
 
 from itda.arguments import PATH, checks, listed
 from itda.disk import DTYPES, as_input_error, checked_path, write_file
-from itda.errors import InputError, Interrupted
+from itda.errors import InputError, Interrupted, counted
 from itda.labels import Batch
 from itda.locks import locked
 from itda.models.streamed_model import StreamedModel
@@ -54,8 +54,9 @@ class Collected(Report):
     def __str__(self) -> str:
         speed = f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
         return (
-            f"{self.path}: {self.tokens:,} tokens ({self.new:,} of them new) at {', '.join(self.hook_points)}, "
-            f"{self.bytes / 1e6:,.1f} MB in {self.shards} shards, in {self.seconds:.1f} s{speed}"
+            f"{self.path}: {counted(self.tokens, 'token')} ({self.new:,} of them new) at "
+            f"{', '.join(self.hook_points)}, "
+            f"{self.bytes / 1e6:,.1f} MB in {counted(self.shards, 'shard')}, in {self.seconds:.1f} s{speed}"
             + (f"\n{read}" if (read := text_read(vars(self))) else "")
         )
 
@@ -93,7 +94,8 @@ def collect(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[ve
             start = writer.contents.tokens
             if tokens is not None and start > tokens:
                 raise InputError(
-                    f"{target} has {start:,} tokens already, more than the `tokens` = {tokens:,} given: give as many "
+                    f"{target} has {counted(start, 'token')} already, more than the `tokens` = {tokens:,} "
+                    "given: give as many "
                     "or more, or another folder."
                 )
             documents = None
@@ -234,7 +236,7 @@ class Writer:
 
     def _advice(self) -> str:
         tokens = self.contents.tokens
-        return f"choose another place; the same command goes on after {tokens:,} tokens"
+        return f"choose another place; the same command goes on after {counted(tokens, 'token')}"
 
     def add(self, item: Mapping[str, Batch], read: str) -> None:
         """Take a batch, and the stream's hash as of it; `InputError` for activations that no dictionary can take."""

@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from itda.devices import checked_device
 from itda.disk import json_object, small_file
-from itda.errors import InputError, one_line
+from itda.errors import InputError, counted, one_line
 from itda.labels import Batch, Labels
 from itda.reading.store import HOOK_NAME, chosen
 from itda.settings import takes, verbs
@@ -145,7 +145,8 @@ class Cache:
                 yield found
         if done < self.skipped:
             raise InputError(
-                f"{self.skipped} tokens cannot be skipped, because {self.path} has {done}: pass the cache that was "
+                f"{counted(self.skipped, 'token')} cannot be skipped, because {self.path} has {done}: pass "
+                "the cache that was "
                 "read before."
             )
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda.disk import bytes_of, holds_text, safetensors_head, write_file
-from itda.errors import InputError, one_line
+from itda.errors import InputError, counted, one_line
 from itda.labels import LABEL_ARRAYS, Batch, Labels
 from itda.shortages import shortage
 
@@ -108,7 +108,7 @@ def check_size(path: Path, size: int) -> None:
     if not path.is_file():
         raise damaged(path, "is missing")
     if (found := path.stat().st_size) != size:
-        raise damaged(path, f"has {found:,} bytes and not {size:,}, so it was cut short or replaced")
+        raise damaged(path, f"has {counted(found, 'byte')} and not {size:,}, so it was cut short or replaced")
 
 
 def check_files(folder: Path, number: int, shard: Shard, places: Places) -> None:
@@ -172,7 +172,7 @@ def _read_labels(path: Path, shard: Shard) -> Labels:
             wanted = {**dict.fromkeys((*LABEL_ARRAYS, "text_start"), pa.int64()), "text": pa.string()}
             found = {field.name: field.type for field in file.schema_arrow}
             if found != wanted or file.metadata.num_rows != shard.tokens:
-                raise damaged(path, f"has the columns {', '.join(found)} and {file.metadata.num_rows:,} rows")
+                raise damaged(path, f"has the columns {', '.join(found)} and {counted(file.metadata.num_rows, 'row')}")
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             if any(g.column(i).compression != "UNCOMPRESSED" for g in groups for i in range(g.num_columns)):
                 raise damaged(path, "is compressed")

@@ -29,7 +29,7 @@ from itda.disk import (
     small_file,
     unspeakable,
 )
-from itda.errors import InputError, shortened
+from itda.errors import InputError, NoSuchHook, counted, shortened
 from itda.labels import Batch, Labels
 from itda.reading import shards
 from itda.reading.shards import Places, Shard, damaged
@@ -103,7 +103,7 @@ def _parsed(document: dict) -> Contents:
     found = [_shard(part, places) for part in document["shards"]]
     contents = Contents(provenance, n_layers, places, found, bool(document["ended"]), _digest(document["hash"]))
     if contents.tokens != document["tokens"] or not places:
-        raise ValueError(f"the shards have {contents.tokens} tokens at {len(places)} hook points")
+        raise ValueError(f"the shards have {counted(contents.tokens, 'token')} at {counted(len(places), 'hook point')}")
     return contents
 
 
@@ -150,7 +150,8 @@ def chosen(names: Sequence[str], layer: Any, hook: Any, n_layers: int | None, pa
     if not found or None in asked:
         missing = f"{given!r}" if given else "no hook point"
         kind = "layers" if layer is not None else "hook points"
-        raise InputError(f"{path} holds {', '.join(names)}, and {kind} {missing} was asked for: choose of those.")
+        said = f"{path} holds {', '.join(names)}, and {kind} {missing} was asked for: choose of those."
+        raise NoSuchHook(said, given[asked.index(None)]) if given else InputError(said)
     return sorted(found, key=list(names).index), single  # as a forward pass reaches them
 
 
@@ -211,7 +212,7 @@ class Store:
         self._device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}, {self.contents.tokens:,} tokens at {', '.join(self.hook_points)})"
+        return f"Store({str(self.path)!r}, {counted(self.contents.tokens, 'token')} at {', '.join(self.hook_points)})"
 
     @property
     def n_layers(self) -> int | None:
@@ -291,7 +292,8 @@ class Store:
         self.hash = StreamHash().hexdigest()
         if self.skipped > self._end:
             raise InputError(
-                f"{self.skipped} tokens cannot be skipped, because {self.path} has {self._end}: pass the activations "
+                f"{counted(self.skipped, 'token')} cannot be skipped, because {self.path} has {self._end}: "
+                "pass the activations "
                 "that were read before."
             )
         batches = list(self._batches())

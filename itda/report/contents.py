@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Summary(Report):
     losses: dict[str, float]  # of their admission losses
     moved: dict[str, float] | None  # of refined atoms, quantiles of the cosine with the activation of their label
     most_used: list[dict[str, Any]]  # atom, uses in the sample, norm, loss, label, massive
-    first: list[dict[str, Any]]
+    first: list[dict[str, Any]]  # the first atoms, of every row of text the first as long as there are rows
     massive: dict[str, Any]  # atoms whose |x| is beyond five times the usual_norm, the median of the sample
 
     @property
@@ -118,7 +119,7 @@ def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
         losses=_quantiles(dictionary.losses.numpy()),
         moved=None if dictionary.moved is None else _quantiles(dictionary.moved.numpy()),
         most_used=_flagged(dictionary, [_listed(dictionary, uses, i) for i in most.tolist()]),
-        first=_flagged(dictionary, [_listed(dictionary, uses, i) for i in range(min(n, SHOWN))]),
+        first=_flagged(dictionary, [_listed(dictionary, uses, i) for i in _first(dictionary.labels)]),
         massive={"atoms": sum(massive_atoms(dictionary, [*range(n)])), "usual_norm": usual_norm(dictionary)},
     )
 
@@ -200,6 +201,13 @@ def _uses(dictionary: ITDA) -> ndarray | None:
         return None
     codes, n = dictionary.sample.codes, dictionary.n_atoms
     return np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n]
+
+
+def _first(labels: Labels) -> list[int]:
+    """The first atom of each of the first rows; of few rows, the first of all atoms beside these."""
+    by_row = set(np.sort(np.unique(labels.prompt, return_index=True)[1])[:SHOWN].tolist())
+    others = (i for i in range(len(labels)) if i not in by_row)
+    return sorted([*by_row, *islice(others, SHOWN - len(by_row))])
 
 
 def _listed(dictionary: ITDA, uses: ndarray | None, i: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from itda.disk import check_file
-from itda.errors import InputError, one_line
+from itda.errors import InputError, counted, one_line
 from itda.labels import Labels
 
 TELLING = 8  # tokens that a prompt is ranked by
@@ -44,6 +44,7 @@ ONLY = (
     "(last, and marked *) if a token of the other list is within 8 of it: what a tuned sentence replaced is gone with "
     "it, so that both lists show one change (a loss of 0: the token is an atom there)"
 )
+BESIDE_OTHERS = "within 8 tokens of the other list: one change that shows in both"  # in the terminal, where it is met
 TRANSFER = (
     "share of the tuned model's variance that dictionaries of one size leave unexplained: its own; the activations "
     "that it has at the tokens of the base's atoms; the base's atoms unchanged; random tokens. Greedy dictionaries are "
@@ -165,7 +166,8 @@ def _head(report: dict[str, Any]) -> str:
     links = " · ".join(f'<a href="#{name}">{text}</a>' for name, text in named)
     return (
         f"<h1>{_safe(report['base'])} → {_safe(report['tuned'])}</h1>"
-        f"<p>What fine-tuning changed in {report['tokens']:,} tokens at {len(report['hook_points'])} hook points. A "
+        f"<p>What fine-tuning changed in {counted(report['tokens'], 'token')} at "
+        f"{counted(len(report['hook_points']), 'hook point')}. A "
         f"token's score is its change, in units of the usual one, beyond {held}. {_percent(pooled['above'])} of the "
         f"tokens are beyond {limit} ({_number(null['99 %'])}): {means}.{advice}</p>"
         f'<p class="dim">The null is {_safe(null["shows"])}. Tokens compared, of those each model has: {shares}.</p>'
@@ -283,8 +285,10 @@ def _atoms(report: dict[str, Any]) -> str:
             ]
             head = ["tokens", *(f"loss in {name}" for atom in atoms[:1] for name in atom["loss"]), "atom"]
             parts.append(
-                f"<details{' open' * bool(rows)}><summary>{_safe(layer['hook_point'])}: {layer[key]['count']:,} "
-                f"atoms that {text} needs, for {layer[key]['tokens']:,} tokens</summary>"
+                f"<details{' open' * bool(rows)}><summary>{_safe(layer['hook_point'])}: "
+                f"{counted(layer[key]['count'], 'atom')} that {text} needs, for "
+                f"{counted(layer[key]['tokens'], 'token')}"
+                "</summary>"
                 f"{_table(head, rows) if rows else ''}</details>"
             )
     return f'<h2 id="atoms">Atoms that only one model needs</h2><p class="dim">{_sentence(ONLY)}</p>{"".join(parts)}'

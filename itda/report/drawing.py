@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from itda.errors import one_line
+from itda.errors import counted, one_line
 from itda.metrics import MASSIVE, concentrated
 from itda.provenance import is_number, section
+from itda.report.tables import CONTEXT, Columns, columns, room
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
-    from rich.table import Table
     from rich.text import Text
 
 SHOWN, FOUND = 12, 40  # rows of a table in the terminal
-CONTEXT = 100  # columns of a token in its context at most
 ATOMS = "uses: sampled tokens that use it; norm: of its activation, from the mean; loss: when it was admitted"
 # Figures of a dictionary on its sample, in `cfg`, and what they are called.
 QUALITY = {
@@ -77,7 +76,9 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
         )
     yield table
     if rest := report.atoms[SHOWN:]:
-        yield Text(f"and {len(rest)} more atoms with {sum(p['share'] for p in rest):.1%} together", style="dim")
+        yield Text(
+            f"and {counted(len(rest), 'more atom')} with {sum(p['share'] for p in rest):.1%} together", style="dim"
+        )
     if any(part["massive"] for part in report.atoms):
         yield Text(MASSIVE_ATOMS, style="dim")
     yield Text(EXPLAINED, style="dim")
@@ -88,7 +89,7 @@ def summary(report: Any, options: ConsoleOptions) -> RenderResult:
     from rich.table import Table
     from rich.text import Text
 
-    yield Text(f"{report.n_atoms:,} atoms, d = {report.d}, k = {report.k}", style="bold")
+    yield Text(f"{counted(report.n_atoms, 'atom')}, d = {report.d}, k = {report.k}", style="bold")
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(report):
         facts.add_row(Text(name, style="dim"), Text(one_line(value), overflow="fold"))
@@ -98,7 +99,10 @@ def summary(report: Any, options: ConsoleOptions) -> RenderResult:
         table.add_row(name, *(digits(value) for value in quantiles.values()))
     yield Text()
     yield table
-    for title, rows in (("most used in the sample", report.most_used), ("first atoms", report.first)):
+    for title, rows in (
+        ("most used in the sample", report.most_used),
+        ("first atoms", report.first),
+    ):
         if rows:
             yield Text()
             yield _atoms(title, rows, options)
@@ -125,7 +129,7 @@ def found(report: Any, options: ConsoleOptions) -> RenderResult:
             yield Text(MASSIVE_ATOMS, style="dim")
 
 
-def _atoms(title: str, rows: list[dict[str, Any]], options: ConsoleOptions) -> Table:
+def _atoms(title: str, rows: list[dict[str, Any]], options: ConsoleOptions) -> Columns:
     """A list of atoms."""
     table, width = columns("atom", "uses", "norm", "loss", label=title), room(options, 36)
     for row in rows:
@@ -145,7 +149,7 @@ def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
     if report.moved is not None:
         yield Text(f"refined: cosine {digits(report.moved)} with the activation of this label", style="bold")
     used = (
-        f"used for {report.uses:,} of {report.sample_tokens:,} sampled tokens "
+        f"used for {report.uses:,} of {counted(report.sample_tokens, 'sampled token')} "
         f"({report.uses / report.sample_tokens:.1%}), for {report.negative:,} with a negative coefficient"
         if report.sample_tokens
         else "no sample was kept, so its uses are not known (itda.refine keeps one if it is given `labels`)"
@@ -176,9 +180,9 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     facts = [("model", f"{model.get('id', 'not known')}{revision}")]
     facts += [("hook point", f"{model['hook_point']}")] if model.get("hook_point") else []
     data = stream.get("data") or stream.get("kind") or "plain activations"
-    facts += [("data", f"{data}, {_whole(cfg.get('tokens') or 0)} tokens")]
+    facts += [("data", f"{data}, {_counted(cfg.get('tokens') or 0, 'token')}")]
     if stream.get("hash"):
-        rows = f"rows of {stream.get('context_length')} tokens, {cfg.get('batch_rows')} at a time"
+        rows = f"rows of {_counted(stream.get('context_length'), 'token')}, {cfg.get('batch_rows')} at a time"
         facts += [("stream", f"{str(stream['hash'])[:12]}, {rows}")]
     online = cfg.get("admission") == "online"
     if (threshold := report.threshold) or online:
@@ -192,16 +196,18 @@ def _facts(report: Any) -> list[tuple[str, str]]:
         facts += [("massive tokens", facts_of_massive.removeprefix("massive tokens: "))]
     refined, selected = section(cfg, "refined"), section(cfg, "selected")
     if selected:
-        how = f"on {_whole(selected.get('tokens'))} tokens in {_whole(selected.get('rounds'))} rounds"
-        facts += [("selected", f"those of most use of {_whole(selected.get('from'))} atoms, {how}")]
+        how = f"on {_counted(selected.get('tokens'), 'token')} in {_counted(selected.get('rounds'), 'round')}"
+        facts += [("selected", f"those of most use of {_counted(selected.get('from'), 'atom')}, {how}")]
     if report.moved is not None:
-        how = f"{_whole(refined.get('passes'))} passes over {_whole(refined.get('tokens'))} tokens"
+        how = f"{_counted(refined.get('passes'), 'pass')} over {_counted(refined.get('tokens'), 'token')}"
         how = "in the one pass" if online else how
         median, least = (digits(report.moved[name]) for name in ("median", "min"))
         facts += [("moved", f"{how}; cosine of atoms with their labels' activations: median {median}, least {least}")]
     if report.sample is not None:
         quality = f"{said}, " if (said := quality_of(cfg)) else ""
-        facts += [("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {report.sample['tokens']:,} tokens")]
+        facts += [
+            ("on its sample", f"{quality}L0 {report.sample['l0']:.1f}, of {counted(report.sample['tokens'], 'token')}")
+        ]
         facts += [("where its variance is", few)] if (few := concentrated(section(cfg, "variance"))) else []
         facts += [("atoms in use", f"{report.sample['share_alive']:.1%} in the sample")]
     if massive := report.massive["atoms"]:
@@ -230,30 +236,6 @@ def fraction(value: float) -> str:
     return f"{value:.1e}" if 0 < value < 0.0005 else f"{value:.4f}"
 
 
-def counted(n: int, what: str) -> str:
-    """So many of `what`, which is given in the singular."""
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
-
-
-def columns(*numbers: str, label: str = "label in context", first: str = "") -> Table:
-    """A table of right-aligned columns, after one of names if `first` and before one of text if `label`."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in (first, *numbers, label):
-        if name:
-            justify: Literal["left", "right"] = "right" if name in numbers else "left"
-            table.add_column(Text(one_line(name)), justify=justify, no_wrap=True, overflow="ellipsis")
-    return table
-
-
-def room(options: ConsoleOptions, used: int, most: int = CONTEXT) -> int:
-    """Columns for text beside `used` others."""
-    return max(24, min(most, options.max_width - used))
-
-
 def _bar(share: float, width: int, empty: str = "░") -> str:
     full = round(max(0.0, min(1.0, share)) * width)
     return "█" * full + empty * (width - full)
@@ -267,6 +249,11 @@ def digits(value: float) -> str:
 def _whole(value: Any) -> str:
     """A count of a dictionary from elsewhere, which may be anything."""
     return f"{value:,}" if isinstance(value, int) else "?"
+
+
+def _counted(value: Any, what: str) -> str:
+    """So many of `what`, by such a count."""
+    return counted(value, what) if isinstance(value, int) else f"? {what}s"
 
 
 def _marked(token: str) -> list[tuple[str, str]]:

@@ -9,9 +9,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from itda.errors import one_line
+from itda.errors import counted, one_line
 from itda.report import diff_page
-from itda.report.drawing import SHOWN, columns, counted, digits, in_context, room
+from itda.report.drawing import SHOWN, digits, in_context
+from itda.report.tables import columns, room
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -33,14 +34,14 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
     for model in report.models:
         shared = "" if model["share"] == 1 else f", {model['share']:.1%} of them in common"
         sizes = sorted({end(model["n_atoms"]) for end in (min, max) if model["n_atoms"]})
-        atoms = f", {' to '.join(f'{size:,}' for size in sizes)} atoms" if sizes else ""
+        atoms = f", {' to '.join([*(f'{size:,}' for size in sizes[:-1]), counted(sizes[-1], 'atom')])}" if sizes else ""
         read, blocks = len(model["hook_points"]), model["n_layers"]
         depth = counted(read, "layer") if blocks in (None, read) else f"{read} of {counted(blocks, 'layer')}"
-        line = f"{model['name']}: {depth}, {model['tokens']:,} tokens{shared}{atoms}"
+        line = f"{model['name']}: {depth}, {counted(model['tokens'], 'token')}{shared}{atoms}"
         yield Text(one_line(line), overflow="fold")
     where = f"at the same {'character' if report.aligned else 'row and position'}"
     most = "up to " * any(model["tokens"] < report.tokens for model in report.models)  # as dictionaries have read
-    yield Text(f"{most}{report.tokens:,} tokens compared, {where}", style="dim")
+    yield Text(f"{most}{counted(report.tokens, 'token')} compared, {where}", style="dim")
     yield Text()
     # Of one or two layers chance finds the right one too often, and of other depths no layer is the right one.
     if min(len(model["hook_points"]) for model in report.models) >= FEWEST:
@@ -69,7 +70,7 @@ def comparison(report: Any, options: ConsoleOptions) -> RenderResult:
         union = digits(sum(unions) / len(unions))
         yield Text(f"jaccard of the atoms of all layers together (eq. 10): {union}", style="dim")
     if report.sizes:
-        cuts = (f"{_level(cut)} at {cut['n_atoms']:,} atoms ({digits(cut['random'])})" for cut in report.sizes)
+        cuts = (f"{_level(cut)} at {counted(cut['n_atoms'], 'atom')} ({digits(cut['random'])})" for cut in report.sizes)
         said = f"jaccard, mean of {which}, of dictionaries cut to their first atoms (and of random sets): "
         hint = "; the first atoms are mostly the first tokens of the text"
         yield Text(said + ", ".join(cuts) + hint, style="dim")
@@ -90,9 +91,9 @@ def _matched(report: Any) -> RenderResult:
     yield table
     said = (
         "matched: share of layers whose most similar layer in another model is the one of equal number (eq. 9), its "
-        "interval, and the same counting a model as another of itself; ties: layers with several most similar ones, of "
-        "which the lowest counts; rank: mean of 1 / rank of that layer; margin: "
-        "its lead on the best other one, in standard deviations of the row"
+        "interval; with self: the same where every model is compared with itself too; ties: layers with several most "
+        "similar ones, of which the lowest counts; rank: mean of 1 / rank of that layer; margin: its lead on the best "
+        "other one, in standard deviations of the row"
     )
     if any(model["n_layers"] is None for model in report.models):
         said += "; all of it for models that have as many layers as each other, which is not known here"
@@ -183,7 +184,7 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
     if null["kind"] == "model":
         held = f"what {one_line(null['name'])} changed there"
     yield Text(one_line(f"{report.base} → {report.tuned}"), style="bold")
-    where = f"{report.tokens:,} tokens at {counted(len(report.hook_points), 'hook point')}"
+    where = f"{counted(report.tokens, 'token')} at {counted(len(report.hook_points), 'hook point')}"
     limit = diff_page.LIMITS[null["kind"]][0]
     beyond = f"{report.pooled['above']:.1%} of tokens beyond {limit} ({digits(null['99 %'])})"
     yield Text(f"{where} · score: a token's change beyond {held} · {beyond}", style="dim")
@@ -213,6 +214,8 @@ def diff(report: Any, options: ConsoleOptions) -> RenderResult:
             yield Text()
             yield table
             yield from _rest(found, total)
+            if any(atom["beside"] for _, atom in found[:SHOWN]):
+                yield Text(f"* {diff_page.BESIDE_OTHERS}", style="dim")
 
 
 def _rest(rows: list[Any], total: int | None = None) -> RenderResult:

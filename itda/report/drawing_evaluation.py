@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from itda.errors import one_line
+from itda.errors import counted, one_line
 from itda.metrics import COPY, concentrated
 from itda.provenance import section
-from itda.report.drawing import columns, counted, digits, fraction
+from itda.report.drawing import digits, fraction
+from itda.report.tables import columns
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
@@ -23,7 +24,7 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text(one_line(f"{report.dictionary} at {report.hook_point} of {report.model}"), style="bold", overflow="fold")
     held = report.held_out
     documents = counted(held["documents"], "document")
-    where = f"{report.tokens:,} tokens of {documents}, held out by {held['by']}"
+    where = f"{counted(report.tokens, 'token')} of {documents}, held out by {held['by']}"
     drawn = f"; random tokens are from {held['random_tokens_from']}" if "random tokens" in report.systems else ""
     yield Text(f"{where}{drawn}", style="dim")
     yield Text()
@@ -56,13 +57,11 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text()
     yield more
     yield Text(f"error: |x - x̂|² of a token, divided by its {report.denominator}, as for the threshold", style="dim")
-    yield Text()
-    yield from _lengths(report.systems)
     if copies := _copies(report.systems):
         yield Text(copies, style="dim")
     if report.clean:
         levels = ", ".join(f"{name} {report.clean[name]:.3f}" for name in ("clean", "mean", "zero"))
-        yield Text(f"cross-entropy of {report.clean['tokens']:,} tokens, in nats: {levels}", style="dim")
+        yield Text(f"cross-entropy of {counted(report.clean['tokens'], 'token')}, in nats: {levels}", style="dim")
     elif report.no_ce:
         yield Text(f"no cross-entropy: {one_line(report.no_ce)}", style="dim")
     if report.probing:
@@ -73,8 +72,9 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
         both = first["with_position_0"]
         line = f"with position 0 and special tokens: FVU {both['fvu']:.4f}, error {both['relative_error']:.4f}"
         yield Text(line, style="dim")
-    places = [f"{part['first']:,}: {part['fvu']:.4f}" for part in first["positions"] if math.isfinite(part["fvu"])]
-    yield Text(f"FVU of positions from {', '.join(places)}", style="dim")
+    places = [f"{part['first']:,}: {part['share']:.4f}" for part in first["positions"] if part["share"] is not None]
+    if places:
+        yield Text(f"squared error by position, over the variance of all tokens, from {', '.join(places)}", style="dim")
 
 
 def _verdict(report: Any) -> list[str]:
@@ -85,7 +85,7 @@ def _verdict(report: Any) -> list[str]:
     first = said.get(report.verdict["overall"], "Not told apart from")
     parts = [_compared(name, report.verdict[name]) for name in WORDS if report.verdict.get(name)]
     size = next(iter(report.systems.values()))["n_atoms"]
-    lines = [f"{first} {size:,} random tokens: {'; '.join(parts)}"]
+    lines = [f"{first} {counted(size, 'random token')}: {'; '.join(parts)}"]
     return [*lines, f"to try: {advice}"] if (advice := _advice(report)) else lines
 
 
@@ -111,37 +111,6 @@ def _advice(report: Any) -> str:
     return "; ".join(ways)
 
 
-def _lengths(systems: dict[str, dict[str, Any]]) -> RenderResult:
-    """How long codes are beside what they encode, without the bias and with it as an entry."""
-    from rich.text import Text
-
-    table = columns(
-        "|f|/|x - b|",
-        "over",
-        "e",
-        "interference",
-        "unexplained",
-        "|f, b|/|x|",
-        "over",
-        "e",
-        first="norms of codes",
-        label="",
-    )
-    for name, row in systems.items():
-        parts = []
-        for way, shown in (("centred", ("interference", "unexplained")), ("with_bias", ())):
-            found = row["afa"][way]
-            parts += [fraction(found["ratio"]), _share(found["over"]), fraction(found["e"])]
-            parts += [f"{found[part]:+.3f}" for part in shown]
-        table.add_row(Text(one_line(name)), *parts)
-    yield table
-    yield Text(
-        "e: | |x - b|² - |f|² | / |f|², interference and unexplained its parts; medians. They tell of the coherence of "
-        "atoms in use, not of quality (docs/quality.md)",
-        style="dim",
-    )
-
-
 def _copies(systems: dict[str, dict[str, Any]]) -> str:
     """Why random tokens have the coherence that they have."""
     found = systems.get("random tokens", {}).get("coherence") or {}
@@ -162,7 +131,7 @@ def _probes(probing: dict[str, Any]) -> RenderResult:
     for name, scores in probing["systems"].items():
         table.add_row(Text(one_line(name)), *(f"{scores[top]:.3f}" for top in tops))
     yield table
-    said = f"accuracy on {probing['test']:,} held-out texts of {len(probing['labels'])} classes, "
+    said = f"accuracy on {counted(probing['test'], 'held-out text')} of {counted(len(probing['labels']), 'class')}, "
     said += f"each against as many of the rest: 0.5 is chance, one text is {1 / probing['test']:.3f}"
     said += f"; {counted(probing['repeated'], 'repeated text')} left out" if probing["repeated"] else ""
     yield Text(said, style="dim")

@@ -12,10 +12,10 @@ from torch import nn
 
 from itda.arguments import FLAG, PATH, TEXT, checks
 from itda.devices import checked_device
-from itda.errors import InputError, one_line
+from itda.errors import InputError, counted, one_line
 from itda.models.layout import Layout
 from itda.models.pretrained import survey
-from itda.report.drawing import columns, counted
+from itda.report.tables import columns
 from itda.results import Report
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class HookPoints(Report):
         width = "" if self.d is None else f" of width {self.d}"
         head = f"{self.model} · {self.model_type} · {counted(self.n_layers, 'layer')}{width}"
         yield Text(one_line(head), style="bold", overflow="fold")
-        table = columns(first="hook point", label="what it is")
-        table.add_column("the same as", overflow="fold")
+        table = columns("what it is", label="the same as", first="hook point", left=["what it is"])
         for name, (layers, kinds, alias) in self._alike().items():
             which = "" if len(layers) in (0, self.n_layers) else f" (N: {', '.join(map(str, layers))})"
             table.add_row(Text(one_line(name + which)), Text(one_line(", ".join(kinds))), alias)

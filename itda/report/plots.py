@@ -17,22 +17,22 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from itda.disk import check_file, write_file
-from itda.errors import InputError, one_line
+from itda.errors import InputError, counted, one_line
 from itda.report.drawing_comparisons import layer_numbers
 
 ENDINGS = (".png", ".svg", ".pdf")
 FEW = 8  # layers of which the values are written into their squares
 
 
-def check(path: str | os.PathLike, name: str = "heatmap") -> Path:
-    """`path`, given as `name`, if a picture can be drawn there.
+def check(path: str | os.PathLike) -> Path:
+    """`path`, if a picture can be drawn there.
 
     Raises `InputError` for an ending other than PNG, SVG and PDF, a folder that is not there, and without matplotlib.
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"`{name}` is {str(path)!r}: name a file that ends with {' or '.join(ENDINGS)}.")
-    check_file(name, path)
+        raise InputError(f"`heatmap` is {str(path)!r}: name a file that ends with {' or '.join(ENDINGS)}.")
+    check_file("heatmap", path)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "Pictures need matplotlib, which is not installed: install it with `pip install 'itda[plot]'`."
@@ -49,22 +49,18 @@ def heatmap(comparison: Any, path: str | os.PathLike, measure: str | None = None
     not there, and where the picture cannot be written.
     """
     path = check(path)
+    import matplotlib
+
     name = next(iter(comparison.measures)) if measure is None else measure
     if name not in comparison.measures:
         raise InputError(
             f"There is no measure {name!r} in this comparison: choose of {', '.join(comparison.measures)}."
         )
-    write(_drawn(comparison, name), path)
-
-
-def write(figure: Any, path: Path) -> None:
-    """Write a `figure` of matplotlib to `path`; without dates and random ids the same one gives the same bytes."""
-    import matplotlib
-
+    # Without dates and random ids the same comparison gives the same bytes.
     metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     with matplotlib.rc_context({"svg.hashsalt": "itda"}):
         picture = io.BytesIO()
-        figure.savefig(picture, format=path.suffix[1:].lower(), dpi=160, metadata=metadata)
+        _drawn(comparison, name).savefig(picture, format=path.suffix[1:].lower(), dpi=160, metadata=metadata)
     write_file(path, [picture.getbuffer()])
 
 
@@ -72,6 +68,7 @@ def _drawn(comparison: Any, name: str) -> Any:
     """The figure, made without the state that pyplot keeps."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     models = comparison.models
     names = [model["name"] for model in models]
@@ -89,22 +86,25 @@ def _drawn(comparison: Any, name: str) -> Any:
                 if np.isfinite(values).any():
                     best = int(np.nanargmax(values))
                     corner = (best - 0.5, i - 0.5)
-                    axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.2))
+                    frame = Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.2)
+                    frame.set_path_effects([withStroke(linewidth=2.4, foreground="black")])  # seen on every colour
+                    axis.add_patch(frame)
             if max(matrix.shape) <= FEW:
                 _write_values(axis, matrix, (low + high) / 2)
             for set_ticks, model in ((axis.set_xticks, models[column]), (axis.set_yticks, models[row])):
-                numbers = list(map(plain, layer_numbers(model["hook_points"])))
+                numbers = list(map(_plain, layer_numbers(model["hook_points"])))
                 set_ticks(_ticks(len(numbers)), numbers[:: max(1, len(numbers) // 6)])
             axis.tick_params(labelsize=7)
             if row == len(names) - 1:
-                axis.set_xlabel(f"layer of {plain(b)}", fontsize=8)
+                axis.set_xlabel(f"layer of {_plain(b)}", fontsize=8)
             if column == 0:
-                axis.set_ylabel(f"layer of {plain(a)}", fontsize=8)
+                axis.set_ylabel(f"layer of {_plain(a)}", fontsize=8)
     every = np.concatenate([matrix.ravel() for matrix in pairs.values()])
     below, above = bool((every < low).any()), bool((every > high).any())
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
     figure.colorbar(image, ax=axes, shrink=0.6, extend=extend)
-    figure.suptitle(f"{name.replace('_', ' ')}, {comparison.tokens:,} tokens", fontsize=10)
+    figure.align_ylabels()
+    figure.suptitle(f"{name.replace('_', ' ')}, {counted(comparison.tokens, 'token')}", fontsize=10)
     said = "Framed: the most similar layer of each row. Colours span the values between different models."
     figure.supxlabel("\n".join(textwrap.wrap(said, 32 * len(names))), fontsize=7)
     return figure
@@ -123,7 +123,7 @@ def _ticks(layers: int) -> list[int]:
     return list(range(0, layers, max(1, layers // 6)))
 
 
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """Names of models and modules are no mathematics, and one line of text that XML can hold."""
     text = one_line(text)
     shown = text if len(text) <= 24 else text[:21] + "..."

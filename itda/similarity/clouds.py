@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
 
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 
 Array: TypeAlias = Tensor | ndarray  # (tokens, d) of real numbers: checked by `vectors`, which says what is wrong
 
@@ -55,7 +55,8 @@ class Sums(NamedTuple):
         weights = [1] * len(parts) if weights is None else [*map(float, weights)]
         if not parts or len(weights) != len(parts) or not all(w >= 0 for w in weights) or not any(weights):
             raise InputError(
-                f"`weights` of {len(parts)} parts are {shortened(weights)}: pass one each, at least 0 and not all 0."
+                f"`weights` are {shortened(weights)} for {counted(len(parts), 'part')}: pass one each, at least 0 and "
+                "not all 0."
             )
         return cls(*(sum(w * a for w, a in zip(weights, column, strict=True)) for column in zip(*parts, strict=True)))
 
@@ -256,7 +257,9 @@ def vectors(X: Array | None, name: str, shift: Tensor | None = None) -> Tensor:
 def same_tokens(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both clouds, (tokens, d) each, if they can be of the same tokens; else `InputError`."""
     if len(x) != len(y):
-        raise InputError(f"`X` has {len(x)} tokens but `Y` {len(y)}: pass the same tokens in the same order.")
+        raise InputError(
+            f"`X` has {counted(len(x), 'token')} but `Y` {len(y):,}: pass the same tokens in the same order."
+        )
     if x.device != y.device:
         raise InputError(f"`X` is on {x.device} but `Y` on {y.device}: move one of them with `.to(device)`.")
     return x, y

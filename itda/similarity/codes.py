@@ -17,7 +17,7 @@ from torch import Tensor
 
 from itda.arguments import CODES, COUNT_OR_INTEGERS, INTEGERS, WHOLE, checks
 from itda.codes import Codes
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.pursuit import normalize, pursue
 from itda.similarity.clouds import vectors
 
@@ -84,7 +84,7 @@ def shared_atoms(
     others = torch.ones(len(X), dtype=torch.bool)
     others[rows.cpu()] = False
     if not bool(others.any()):
-        raise InputError(f"All {len(X)} tokens are atoms: give more tokens, or fewer `atoms`.")
+        raise InputError(f"All {counted(len(X), 'token')} are atoms: give more tokens, or fewer `atoms`.")
     a, b = (codes[others.to(codes.indices.device)] for codes in (a, b))
     return float(support_overlap(a, b.to(a.indices.device)).nan_to_num().mean())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itda import labels
 from itda.arguments import ARRAY, COUNT_OR_INTEGERS, INTEGERS, WHOLE, checks
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.labels import Labels
 from itda.similarity.clouds import vectors
 
@@ -52,7 +52,7 @@ def expected_jaccard(size_a: int, size_b: int, n: int) -> float:
     """
     if not 0 <= max(size_a, size_b) <= n or min(size_a, size_b) < 0:
         raise InputError(
-            f"Sets of {size_a} and {size_b} do not fit in {n} tokens: pass how many the stream of both has."
+            f"Sets of {size_a} and {size_b} do not fit in {counted(n, 'token')}: pass how many the stream of both has."
         )
     if not size_a + size_b:
         return math.nan

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from itda.arguments import COUNT_OR_INTEGERS, WHOLE, checks
-from itda.errors import InputError, shortened
+from itda.errors import InputError, counted, shortened
 from itda.similarity.clouds import Array, Pair, Sums, middle, rows_at_a_time, same_tokens, vectors
 
 
@@ -46,7 +46,9 @@ def cka_debiased(X: Array | Pair, Y: Array | None = None) -> float:
     """
     pair = _pair(X, Y)
     if pair.x.n < 4:
-        raise InputError(f"`X` has {pair.x.n} tokens, and `cka_debiased` needs 4 or more: pass more of them.")
+        raise InputError(
+            f"`X` has {counted(pair.x.n, 'token')}, and `cka_debiased` needs 4 or more: pass more of them."
+        )
     return _ratio(_hsic(pair.cross), (_hsic(pair.x.sums) * _hsic(pair.y.sums)).sqrt())
 
 
@@ -132,14 +134,16 @@ def relative(
     """
     x, y = same_tokens(vectors(X, "X"), vectors(Y, "Y"))
     chosen = _anchors(anchors, len(x), seed)
-    counted = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    scored = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if exclude_anchors:
-        counted[chosen] = False
-    if not counted.any():
-        raise InputError(f"Each of the {len(x)} tokens is an anchor: pass fewer `anchors`, or `exclude_anchors=False`.")
+        scored[chosen] = False
+    if not scored.any():
+        raise InputError(
+            f"Each of the {counted(len(x), 'token')} is an anchor: pass fewer `anchors`, or `exclude_anchors=False`."
+        )
     rows = rows_at_a_time(x.shape[1], y.shape[1], len(chosen))
     both = zip(_cosines(x, chosen, center, rows), _cosines(y, chosen, center, rows), strict=True)
-    return min(float(torch.cat([(_unit(a) * _unit(b)).sum(1) for a, b in both])[counted].mean()), 1.0)
+    return min(float(torch.cat([(_unit(a) * _unit(b)).sum(1) for a, b in both])[scored].mean()), 1.0)
 
 
 INVARIANCES = {
@@ -224,7 +228,8 @@ def _pair(X: Array | Pair, Y: Array | None) -> Pair:
     n = X.cross.n if X.cross else 0
     if not n or not (isclose(X.x.n, n) and isclose(X.y.n, n)):  # sums of weights carry rounding
         raise InputError(
-            f"The `Pair` has summed {X.x.n} and {X.y.n} tokens of its clouds, but {n} of their products: update all "
+            f"The `Pair` has summed {X.x.n} and {counted(X.y.n, 'token')} of its clouds, but {n} of their "
+            f"products: update all "
             "with the same batches."
         )
     return X

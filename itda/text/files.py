@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO
 
-from itda.errors import InputError
+from itda.errors import InputError, counted
 
 BLOCK = 1 << 18  # bytes of a file read at a time
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -291,7 +291,7 @@ def _table(separator: str) -> Callable[[_Counted, str, str], Iterator[tuple[str,
                     continue
                 if len(row) != len(names):
                     raise InputError(
-                        f"`data`: row {number} of {path!r} has {len(row)} fields, but its first line names "
+                        f"`data`: row {number} of {path!r} has {counted(len(row), 'field')}, but its first line names "
                         f"{len(names)}: mend or remove that row."
                     )
                 yield f"row {number} of {path!r}", dict(zip(names, row, strict=True))

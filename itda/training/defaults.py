@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from itda.errors import InputError
+from itda.errors import InputError, counted
 
 WIDTHS = 8  # atoms for each coordinate
 MOST = 16_384
@@ -32,7 +32,8 @@ def n_atoms_of(stream: Any, asked: int | None, tokens: int | None) -> int:
         n = max(1, min(n, stream.count_tokens(min(SHARE * n, tokens or SHARE * n)) // SHARE))
     elif (there := stream.count_tokens(min(n, tokens or n))) < n:
         raise InputError(
-            f"`n_atoms` is {n:,} but the stream has {there:,} tokens, and an atom is one token: ask for fewer atoms or "
+            f"`n_atoms` is {n:,} but the stream has {counted(there, 'token')}, and an atom is one token: "
+            "ask for fewer atoms or "
             "give more text."
         )
     return n

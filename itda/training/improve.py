@@ -12,7 +12,7 @@ import torch
 from itda.devices import free_bytes
 from itda.dictionary.itda import ITDA
 from itda.dictionary.refine import refine, select
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.labels import Batch, Labels
 from itda.progress import Step
 
@@ -42,8 +42,8 @@ class Improvement:
             wish = self.n_atoms * self.candidates
             if (there := stream.count_tokens(wish)) < wish:
                 raise InputError(
-                    f"`n_atoms` is {self.n_atoms:,} and `candidates` {self.candidates:,}, but the stream has {there:,} "
-                    "tokens, and a candidate is one token: ask for fewer or give more text."
+                    f"`n_atoms` is {self.n_atoms:,} and `candidates` {self.candidates:,}, but the stream has "
+                    f"{counted(there, 'token')}, and a candidate is one token: ask for fewer or give more text."
                 )
         if self:
             _check_memory(stream, self.tokens)
@@ -101,6 +101,7 @@ def _check_memory(stream: Any, tokens: int) -> None:
         tokens = stream.count_tokens(tokens)
     if (need := 4.0 * d * tokens) > half:
         raise InputError(
-            f"Refining on {tokens:,} tokens holds {need / 1e9:.1f} GB of activations, more than half of what is free: "
+            f"Refining on {counted(tokens, 'token')} holds {need / 1e9:.1f} GB of activations, more than "
+            "half of what is free: "
             "choose fewer `refine_tokens` (`--refine-tokens`)."
         )

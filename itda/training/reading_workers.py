@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from itda._version import __version__
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.models import loading as models
 from itda.models.hooked_model import Group, HookedModel
 from itda.progress import tell
@@ -165,7 +165,7 @@ def workers_of(
         number, gpus = shares(module, workers, device, settings.get("device_map"))
         settings["device"] = "cuda" if str(device).startswith("cuda") else device  # Ray says which
         args = (Surroundings.here(), str(model), tokenizer, list(hooks), settings)
-        tell(f"loading {model} in {number} processes")
+        tell(f"loading {model} in {counted(number, 'process')}")
         crew = Crew(module, _Reader, args, number, gpus=gpus, check=check)
         try:
             crew.first()

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from itda.arguments import GRID, PATH, checks
 from itda.disk import as_input_error, checked_path, json_object, make_folder, remove_leftovers, write_file
-from itda.errors import InputError, Interrupted, one_line
+from itda.errors import InputError, Interrupted, counted, one_line
 from itda.locks import locked
 from itda.metrics import concentrated
 from itda.progress import Progress, Step, reporter
 from itda.provenance import section
-from itda.report.drawing import QUALITY, columns
+from itda.report.drawing import QUALITY
+from itda.report.tables import columns
 from itda.results import Report, finite
 from itda.settings import takes, verbs
 from itda.training.cluster import POLL, Crew, Surroundings, check_unshared, connected, shares
@@ -63,17 +64,13 @@ class Sweep(Report):
         return {"format": FORMAT, **super().to_json()}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
         several = [name for name, values in self.grid.items() if len(values) > 1 and name not in MEASURED]
         several = [name for name in several if name not in ONE_PASS]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         places, named = _places(self.rows)
-        for name in (*several, named, *MEASURED[1:]):
-            table.add_column(name, justify="right" if name in MEASURED[1:] else "left", no_wrap=True)
-        table.add_column("folder", overflow="fold")  # what is too wide is folded here, and no number is cut
+        settings = [*several, named]
+        table = columns(*settings, *MEASURED[1:], label="folder", left=settings, folds=True)
         for row, place in zip(self.rows, places, strict=True):
             cells = [*(row["settings"].get(name) for name in several), place, *(row[name] for name in MEASURED[1:])]
             last = Text(one_line(row["problem"] or row["folder"]), style="red" if row["problem"] else "")
@@ -81,7 +78,10 @@ class Sweep(Report):
         yield table
         varied = [name for name, values in self.grid.items() if len(values) > 1 and name not in ONE_PASS]
         yield from self._errors([*varied, named], varied, places)
-        yield Text(f"{len(self.rows) - len(self.problems)} dictionaries in {self.path}, {self.skipped} there before")
+        yield Text(
+            f"{counted(len(self.rows) - len(self.problems), 'dictionary')} in {self.path}, {self.skipped:,} "
+            "there before"
+        )
 
     def _errors(self, names: list[str], several: list[str], places: list[str]) -> RenderResult:
         """What there is of errors beside FVU."""
@@ -279,7 +279,8 @@ class _View:
         self._last = [state for state in states if isinstance(state, Progress)]
         self._total = max([self._total, *(state.total or 0 for state in self._last)])
         speed = sum(state.tokens_per_second for state in self._last)
-        what = f"{self._ended} of {len(self._todo)} trainings done · {self._running} running · {speed:,.0f} tokens/s"
+        done = f"{self._ended:,} of {counted(len(self._todo), 'training')} done"
+        what = f"{done} · {self._running} running · {speed:,.0f} tokens/s"
         tokens = self._tokens + sum(state.tokens for state in self._last)
         total = max(tokens, self._total * len(self._todo)) or None
         self._report(Step(what, tokens, total, time.monotonic() - self._began))

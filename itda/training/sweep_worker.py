@@ -18,6 +18,9 @@ from itda.models.hooked_model import HookedModel
 from itda.models.streamed_model import StreamedModel
 from itda.progress import Progress, Step
 from itda.provenance import is_number, section
+from itda.reading.activations import activations
+from itda.reading.on_disk import is_stored
+from itda.settings import verbs
 from itda.shortages import Shortage, shortage
 from itda.training.cluster import Surroundings
 from itda.training.grid import Job
@@ -77,14 +80,19 @@ class Trainer:
         try:
             note = read_note(out, job)  # before anything is trained: it says that what comes is of this sweep
             write_note(out, note)
-            model, places = self._found(job, places, missing)
-            if model is None:
+            given: dict[str, Any] = dict(job.settings)
+            if is_stored(given["data"]):
+                named, n_layers = _on_disk(job, places, missing)
+            else:
+                model, places = self._found(job, places, missing)
+                named = {place: model.canonical(place) for place in places} if model is not None else {}
+                n_layers = None if model is None else model.n_layers
+                if not isinstance(model, StreamedModel):  # which keeps its states beside the dictionary
+                    given = {name: value for name, value in given.items() if name not in LOADING} | {"model": model}
+            if not named:
                 return Outcome(missing=missing)
-            note["n_layers"] = model.n_layers
-            named = {place: model.canonical(place) for place in places}
-            given: dict[str, Any] = {**job.settings, job.kind: list(places)}
-            if not isinstance(model, StreamedModel):  # which keeps its states beside the dictionary
-                given = {name: value for name, value in given.items() if name not in LOADING} | {"model": model}
+            note |= {} if n_layers is None else {"n_layers": n_layers}
+            given[job.kind] = list(named)
             train(out=out, overwrite=True, progress=self._note, stop=self._stopped, **given)
             seconds = round(time.monotonic() - began, 3)
             entries = {place: {"hook_point": hook, "seconds": seconds} for place, hook in named.items()}
@@ -131,6 +139,24 @@ class Trainer:
 
     def _stopped(self) -> bool:
         return self._stopping or self._asked()
+
+
+def _on_disk(job: Job, places: tuple, missing: dict[int | str, str]) -> tuple[dict[int | str, str], int | None]:
+    """The hook points of those of the places that the activations on disk have, and how many blocks their model has.
+
+    No model is loaded for it. Why the others are not there goes into `missing`.
+    """
+    reading = {name: value for name, value in job.settings.items() if name in verbs.ACTIVATIONS.settings}
+    named: dict[int | str, str] = {}
+    n_layers = None
+    for place in places:
+        try:
+            found: Any = activations(job.settings["model"], job.settings["data"], **reading | {job.kind: place})
+        except NoSuchHook as error:
+            missing[place] = str(error)
+        else:
+            named[place], n_layers = found.hook_points[0], getattr(found, "n_layers", None)
+    return named, n_layers
 
 
 def read_note(out: str | Path, job: Job) -> dict[str, Any]:

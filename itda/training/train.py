@@ -17,7 +17,7 @@ from itda.dictionary.build import build
 from itda.dictionary.builder import Builder
 from itda.dictionary.itda import ITDA
 from itda.disk import STATES, checked_path
-from itda.errors import InputError, Interrupted
+from itda.errors import InputError, Interrupted, counted
 from itda.locks import locked
 from itda.metrics import concentrated
 from itda.models import hidden_states
@@ -69,7 +69,8 @@ class Trained(Report):
         how = [] if self.threshold is None else [f"threshold {self.threshold:.4g}"]
         how += [] if self.moved is None else [f"moved to a cosine of {self.moved:.2f} with their tokens"]
         return (
-            f"{self.path}: {self.n_atoms:,} atoms of {self.tokens:,} tokens at {self.hook_point} ({', '.join(how)}, "
+            f"{self.path}: {counted(self.n_atoms, 'atom')} of {counted(self.tokens, 'token')} at "
+            f"{self.hook_point} ({', '.join(how)}, "
             f"k = {self.k}; on a sample of this text: {quality_of(vars(self))}) in "
             f"{self.seconds:.1f} s{speed}" + "".join(f"\n{line}" for line in more if line)
         )

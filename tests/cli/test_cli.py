@@ -213,13 +213,22 @@ def test_the_command_line_is_a_module_too():
 
 
 def test_piped_output_is_plain_and_not_cut(capfd, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("COLUMNS", raising=False)
     plain(tmp_path / "d", 20, "before " * 20, " after" * 20)
     assert main(["show", str(tmp_path / "d")]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert not any("\x1b" in line for line in lines)
     assert max(map(len, lines)) > 110
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_piped_output_is_as_wide_as_columns_says(capfd, tmp_path, monkeypatch):
+    plain(tmp_path / "d", 20, "before " * 20, " after" * 20)
+    for said, width in (("70", 70), ("0", 400), ("wide", 400)):
+        monkeypatch.setenv("COLUMNS", said)
+        assert main(["show", str(tmp_path / "d")]) == 0
+        longest = max(map(len, capfd.readouterr().out.splitlines()))
+        assert longest <= width and (longest > 110) == (width > 110)
 
 
 def plain(folder, n, before, after):

@@ -56,6 +56,23 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch, capsys):
     assert out == "" and [line.split(" · ")[1] for line in lines] == ["30 of 1,000", "60 of 1,000", "90 of 1,000"]
 
 
+def test_a_stage_is_told_when_it_begins_and_a_part_with_the_name_of_the_whole():
+    said = []
+    report = progress.part_of(said.append, "untrained model")
+    done = progress.stage(report, "reading", 3)
+    done(2)
+    report(Progress(5, 10, 2, 0.5, 4.0))
+    report(None)
+    progress.stage(report, "choosing text")
+    assert [(step.what, step.tokens, step.total) for step in said] == [
+        ("untrained model: reading", 0, 3),
+        ("untrained model: reading", 2, 3),
+        ("untrained model: building", 5, 10),
+        ("untrained model: choosing text", 0, None),
+    ]
+    assert str(said[2]).endswith("5 of 10 · 0:04 left") and str(said[3]) == "untrained model: choosing text"
+
+
 def test_a_closed_log_ends_no_work(monkeypatch):
     monkeypatch.setattr(progress, "SELDOM", 0.0)
     for closed in (None, io.StringIO()):

@@ -82,10 +82,11 @@ def test_at_80_columns_a_sweep_shows_every_layer():
         console = Console(width=80, color_system=None)
         with console.capture() as captured:
             console.print(sweep_of(hooks))
-        lines = captured.get().splitlines()
+        lines = [line.rstrip() for line in captured.get().splitlines()]
         assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines[:-1])
         assert all(any(line.startswith(word) for line in lines) for word in shown)
-        assert lines[0].split()[0] == "layer" and lines[0].split()[-1] == "folder" and "1,000,000" in captured.get()
+        assert lines[0].split()[0] == "layer" and lines[0].split()[-1] == "seconds" and lines[1].strip() == "folder"
+        assert "1,000,000" in captured.get() and all(f"    gpt2-0123456789abcdef/{hook}" in lines for hook in hooks)
 
 
 def test_an_export_says_which_latents_are_which_sign(tmp_path, capsys):

@@ -810,9 +810,9 @@ def test_what_is_shown_stands_beside_what_it_compares_with(home, both):
 
 
 def test_what_shows_while_reading_is_refused_too(home):
-    refused("401 tokens are in common: choose fewer", ["a", "b"], DOCUMENTS, context_length=32, atoms=401)
+    refused("with 401 tokens in common: choose fewer", ["a", "b"], DOCUMENTS, context_length=32, atoms=401)
     refused("64 positions: pass 64 or fewer", ["a", "b"], DOCUMENTS, context_length=65)
-    refused("0 of 1 tokens are anchors", ["a", "b"], DOCUMENTS, context_length=32, tokens=1, measures=["relative"])
+    refused("0 of 1 token would be anchors", ["a", "b"], DOCUMENTS, context_length=32, tokens=1, measures=["relative"])
     refused("have no token in common", ["a", "bert"], ["surprised"], context_length=32, tokens=1)
     refused("holds no valid token", ["a", "b"], [{"text": "<s>"}], context_length=32)
     refused("No hook point is given", ["a", "b"], DOCUMENTS, layer=[], context_length=32)
@@ -925,7 +925,11 @@ def test_progress_ends_with_none_and_tells_of_every_stage(home):
     assert steps[-1] is None
     said = {step.what.split(" (")[0] for step in steps if step is not None}
     assert {"reading a", "reading b", "comparing layers", "comparing shared_atoms", "building dictionaries"} <= said
-    assert all(step.tokens <= step.total and str(step) for step in steps if step is not None)
+    said |= {step.what for step in steps if step is not None}
+    assert {"tokenising the text", "control, shuffled tokens: comparing layers"} <= said
+    assert {"control, untrained models: comparing layers", "intervals"} <= said
+    counted = [step for step in steps if step is not None and step.total is not None]
+    assert all(step.tokens <= step.total and str(step) for step in counted)
 
 
 # -- the command line
@@ -977,7 +981,7 @@ def test_the_command_line_shows_a_table(home, capfd):
         (["a", "a-itda", "--data", "text.jsonl"], "is a dictionary"),
         (["a", "b", "--data", "text.jsonl", "--measure", "x"], "no measure 'x'"),
         (["a", "b", "--data", "nowhere.txt", *QUICK], "nowhere.txt"),
-        (["a", "b", "--data", "text.jsonl", "--context-length", "32", "--atoms", "9e3"], "tokens are in common"),
+        (["a", "b", "--data", "text.jsonl", "--context-length", "32", "--atoms", "9e3"], "tokens in common"),
         (["a-itda", "code", "--data", "text.jsonl"], "is a dictionary"),
     ],
 )

@@ -248,7 +248,7 @@ def test_atoms_are_counted_by_one_rule_and_those_beside_the_other_list_come_last
         count, tokens = layer[key]["count"], layer[key]["tokens"]
         atoms = f"{count} atom" + "s" * (count != 1)
         assert f"{atoms} that only {who} needs, for {tokens} tokens" in shown
-        assert f"{count} atoms that only {who} needs, for {tokens} tokens" in page
+        assert f"{atoms} that only {who} needs, for {tokens} tokens" in page and "1 hook point." in page
 
 
 def test_models_far_apart_need_few_tokens_alone(monkeypatch):

@@ -287,7 +287,7 @@ def test_small_things():
         ("norms", torch.ones(2), "`norms` is torch.float32 (2,)"),
         ("norms", torch.tensor([1.0, 2, float("inf")]), "`norms` must be finite, and entry 2 is not"),
         ("mean", torch.tensor([1.0, float("nan"), 0, 0]), "`mean` must be finite, and entry 1 is not"),
-        ("labels", Labels.counted(0, 2), "there are 2 labels for 3 atoms"),
+        ("labels", Labels.counted(0, 2), "2 labels came for 3 atoms"),
         ("sample", replace(golden().sample, losses=torch.ones(3)), "2 labels, codes (2, 2) and 3 losses"),
     ],
 )

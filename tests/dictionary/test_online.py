@@ -130,7 +130,7 @@ def test_what_would_have_no_effect_is_refused(settings, says):
 
 
 def test_activations_that_are_all_zero_are_refused():
-    with pytest.raises(InputError, match="are all zero, so none can be an atom"):
+    with pytest.raises(InputError, match="came as zero, so none can be an atom"):
         itda.build([torch.zeros(9000, D)], **HOW, center=False)
 
 

@@ -217,7 +217,7 @@ def test_progress_is_told():
     ("call", "says"),
     [
         (lambda m, x: refine.select(m, x, 0), "`n_atoms` is 0"),
-        (lambda m, x: refine.select(m, x, 1000), "there are 80 candidates"),
+        (lambda m, x: refine.select(m, x, 1000), "out of 80 candidates"),
         (lambda m, x: refine.select(m, x, 10, rounds=0), "`rounds` is 0"),
         (lambda m, x: refine.select(m, x[:, :5], 10), "activations (tokens, 24)"),
         (

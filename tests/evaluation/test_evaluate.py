@@ -14,8 +14,7 @@ from itda.cli.main import main
 from itda.errors import InputError
 from itda.evaluation import heldout, verdict
 from itda.evaluation.evaluate import evaluate
-from itda.evaluation.measures import Bootstrap, measure
-from itda.evaluation.splicing import cross_entropy
+from itda.evaluation.measures import Bootstrap, cross_entropy, measure
 from itda.evaluation.systems import System
 from itda.labels import Labels
 from itda.models import loading
@@ -84,6 +83,10 @@ def test_figures_are_those_of_a_plain_computation(home):
         assert part["scored"] == there.sum()
         if part["first"] > 1:
             assert part["fvu"] == pytest.approx(metrics.fvu(x[there], x_hat[there]), rel=1e-6)
+    assert [part["share"] for part in result.positions if not part["scored"]] == [None]  # position 0
+    shares = [(part["scored"], part["share"]) for part in result.positions if part["scored"]]
+    mean = sum(n * share for n, share in shares) / sum(n for n, _ in shares)
+    assert len(shares) > 3 and mean == pytest.approx(result.fvu, rel=1e-6)
     every, _ = activations(home, home / "new.jsonl", special_tokens=True)
     both = metrics.fvu(every.double(), d.reconstruct(every).double())
     assert result.with_position_0["fvu"] == pytest.approx(both, rel=1e-6) != pytest.approx(result.fvu, rel=1e-2)
@@ -566,6 +569,32 @@ def test_controls_have_the_scale_of_the_dictionary(home):
     rows = result.systems
     assert rows["gaussian"]["relative_error"] > rows["random tokens"]["relative_error"] > rows["itda"]["relative_error"]
     assert rows["untrained model"]["n_atoms"] > 30
+
+
+def test_every_stage_has_a_name_and_ends(home):
+    said = []
+    evaluate(itda.ITDA.load(home / "d"), home / "new.jsonl", tokens=300, ce_tokens=50, progress=said.append)
+    assert said[-1] is None and None not in said[:-1]
+    names = list(dict.fromkeys(step.what for step in said[:-1]))
+    assert names == [
+        "choosing held-out text",
+        "reading held-out text",
+        "reading text for the controls",
+        "itda: encoding (1 of 3 systems)",
+        "random tokens: encoding (2 of 3 systems)",
+        "gaussian: encoding (3 of 3 systems)",
+        "cross-entropy: clean pass and 5 replacements",
+        "untrained model: reading held-out text",
+        "untrained model: reading text for the controls",
+        "untrained model: choosing a threshold",
+        "untrained model: building",
+        "untrained model: encoding",
+    ]
+    for name in names[1:]:
+        if name.endswith("threshold"):  # which is found after fewer tries than there are at most
+            continue
+        mine = [step for step in said[:-1] if step.what == name]
+        assert mine[-1].tokens == mine[-1].total, name
 
 
 def test_the_verdict_is_that_of_the_figures(home):

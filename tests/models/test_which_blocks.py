@@ -163,17 +163,41 @@ def test_a_checkpoint_without_the_head_that_its_class_has_says_so(kind, folders,
     settings["architectures"] = [type(whole(kind)).__name__]
     (folder / "config.json").write_text(json.dumps(settings))
     if kind == "llava":  # the head of Gemma is its embedding
-        with pytest.raises(InputError, match=r"lacks 1 weights of its language model \(`lm_head.weight` for one\)"):
+        with pytest.raises(InputError, match=r"lacks 1 weight of its language model \(`lm_head.weight` for one\)"):
             language_model(folder, hooks=1)
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
-def test_two_stacks_untrained_on_text_and_streamed(kind, folders):
+def test_two_stacks_untrained_and_on_text(kind, folders):
     assert untrained(folders(kind), WORDS).n_layers == 4
     text = activations(folders(kind), DOCUMENTS, layer=2, context_length=24, batch_rows=3)
     assert sum(len(batch.activations) for batch in text) > 100
-    with pytest.raises(InputError, match=r"do not say which belong to which block.*read it whole"):
-        load_model(folders(kind), hooks=2, stream_layers=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blocks_that_read_text_are_streamed(kind, folders):
+    ids = torch.arange(1, 11).reshape(2, 5)
+    for hooks in ([3], [0, "model.language_model.layers.1.mlp", 2]):
+        whole = load_model(folders(kind), hooks=hooks)
+        streamed = load_model(folders(kind), hooks=hooks, stream_layers=True)
+        expected, found = whole.read(ids, torch.ones_like(ids)), streamed.read(ids, torch.ones_like(ids))
+        assert [*expected] == [*found] and all(torch.equal(expected[name], found[name]) for name in found)
+        assert streamed.provenance(hooks[-1]) == whole.provenance(hooks[-1])
+    bare = load_model(folders(kind), hooks=0, stream_layers=True)
+    bare.read(ids, torch.ones_like(ids))
+    there = sum(p.nbytes for p in load_model(folders(kind), hooks=0)._base.language_model.parameters())
+    assert bare.bytes_read <= there  # no block above, and nothing that sees or hears
+
+
+def test_two_lists_of_the_same_blocks_cannot_be_streamed(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders("llava"), tmp_path / "twice")
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name.replace("language_model", "other"): tensor.clone() for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"do not say which belong to which block.*2 hold what.*read it whole"):
+        load_model(folder, hooks=2, stream_layers=True)
 
 
 def test_blocks_that_cannot_be_told_can_be_read_by_path(tmp_path):

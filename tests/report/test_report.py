@@ -238,6 +238,16 @@ def test_summary_counts_the_sample(tmp_path):
     assert found.first[0]["label"]["token"] == built.labels.token(0)
 
 
+def test_the_first_atoms_are_of_different_rows():
+    one = labels([f"text number {i}" for i in range(60)])
+    for per_row, want in ((1, range(12)), (4, range(0, 48, 4)), (20, [*range(10), 20, 40])):
+        rows = np.arange(60) // per_row
+        batch = Batch(torch.eye(60), replace(one, prompt=rows, position=np.arange(60)))
+        built = itda.build([batch], k=1, threshold=0.0, center=False)  # every token is an atom
+        found = report.summary(built)
+        assert [row["atom"] for row in found.first] == [*want]
+
+
 def test_the_threshold_is_a_range_where_it_was_moved_to_meet_a_size():
     built, _ = dictionary()
     summary = report.summary(built)

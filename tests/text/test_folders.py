@@ -129,7 +129,7 @@ BAD = {
     "strings.json": (b'["a", "b"]', ["record 0 of", "type str", 'JSON object, {"text": "..."}']),
     "columns.json": (b'{"text": ["a", "b"]}', ["'text' of record 0", "type list", "`column`"]),
     "deep.json": (b"[" * 200_000, ["not JSON"]),
-    "fields.csv": (b"id,text\n1,a\n2\n", ["row 1 of", "1 fields", "names 2"]),
+    "fields.csv": (b"id,text\n1,a\n2\n", ["row 1 of", "1 field,", "names 2"]),
     "column.csv": (b"id,body\n1,a\n", ["no column 'text'", "'id', 'body'", "`column`"]),
     "bare.csv": (b"id,body\n", ["no column 'text'"]),
     "quote.csv": (b'text\n"a"b\n', ["row 0 of", ".csv", "mend"]),

@@ -149,7 +149,7 @@ def test_a_failing_training_is_told_and_the_others_go_on(home, tmp_path, capfd, 
     assert len(list((tmp_path / "out").glob("*/*/cfg.json"))) == 1
     assert main(words) == 2
     out, err = capfd.readouterr()
-    assert "1 dictionaries in" in out
+    assert "1 dictionary in" in out
     assert "1 there before" in out
 
 
@@ -467,3 +467,27 @@ def test_an_unexpected_error_is_one_row(grid, tmp_path, monkeypatch):
     found = itda.sweep(grid, tmp_path / "out")
     assert set(found.problems) == {"This should not have happened (RuntimeError: of torch): please report it."}
     assert os.listdir(tmp_path / "out")
+
+
+def test_a_sweep_on_disk_loads_no_model(grid, home, tmp_path, monkeypatch):
+    text = {name: grid.pop(name) for name in ("data", "context_length")}
+    itda.collect(grid["model"], text["data"], tmp_path / "acts", layer=[1, 3], tokens=200, context_length=32)
+    asked = {**grid, "data": str(tmp_path / "acts")}
+    itda.train(asked["model"], asked["data"], tmp_path / "alone", layer=1, k=2, threshold=0.5, tokens=200)
+
+    def load(*args, **settings):
+        raise AssertionError("a model was loaded")
+
+    for module in ("itda.models.loading", "itda.reading.activations"):
+        monkeypatch.setattr(importlib.import_module(module), "load_model", load)
+    found = itda.sweep({**asked, "layer": [1, -1, 0]}, tmp_path / "out")
+    assert [row["hook_point"] for row in found.rows] == ["transformer.h.1", "transformer.h.3", None] * 2
+    assert all("holds transformer.h.1, transformer.h.3" in problem for problem in found.problems)
+    assert len(found.problems) == 2
+    alone = [(tmp_path / "alone" / name).read_bytes() for name in DICTIONARY]
+    assert alone in dictionaries(tmp_path / "out").values()
+    before = times(tmp_path / "out")
+    again = itda.sweep({**asked, "layer": [1, 3]}, tmp_path / "out")
+    assert again.skipped == 4 and times(tmp_path / "out") == before  # -1 and 3 are one
+    other = itda.sweep({**asked, "model": "another", "layer": [1]}, tmp_path / "other")
+    assert all("holds activations of" in problem for problem in other.problems) and len(other.problems) == 2
