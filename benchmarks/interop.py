@@ -25,7 +25,8 @@ import torch
 import itda
 from itda import demo
 from itda.evaluation.heldout import labels_of
-from itda.evaluation.measures import cross_entropy, measure
+from itda.evaluation.measures import measure
+from itda.evaluation.splicing import cross_entropy
 from itda.evaluation.systems import System
 from itda.interop import saebench, saelens
 from itda.models import loading

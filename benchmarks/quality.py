@@ -26,7 +26,8 @@ import torch
 import itda
 from itda.dictionary.refine import refine, select
 from itda.evaluation import heldout, probing
-from itda.evaluation.measures import Bootstrap, cross_entropy, measure
+from itda.evaluation.measures import Bootstrap, measure
+from itda.evaluation.splicing import cross_entropy
 from itda.evaluation.systems import System
 from itda.labels import Labels, groups_of
 from itda.models import loading

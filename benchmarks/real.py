@@ -17,7 +17,8 @@ import torch
 
 import itda
 from itda.evaluation import heldout
-from itda.evaluation.measures import Bootstrap, cross_entropy, measure
+from itda.evaluation.measures import Bootstrap, measure
+from itda.evaluation.splicing import cross_entropy
 from itda.labels import Labels, groups_of
 from itda.models import loading
 from itda.models.splice import spliced

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from itda.errors import InputError, counted
 
@@ -77,7 +77,20 @@ class Codes:
         """The same codes on `device`."""
         return Codes(self.indices.to(device), self.values.to(device), self.n_atoms)
 
+    def trimmed(self) -> Codes:
+        """The same codes without places at the end that no activation uses."""
+        used = self.values != 0
+        while used.ndim > 1:
+            used = used.any(0)
+        most = int(used.nonzero()[-1]) + 1 if used.any() else 0
+        return Codes(self.indices[..., :most], self.values[..., :most], self.n_atoms)
+
     @classmethod
     def concat(cls, parts: list[Codes]) -> Codes:
-        """Codes over one dictionary, joined along the first batch axis."""
-        return cls(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), parts[0].n_atoms)
+        """Codes over one dictionary, joined along the first batch axis, with as many places as the widest has."""
+        most = max(part.values.shape[-1] for part in parts)
+        indices, values = (
+            torch.cat([pad(getattr(part, name), (0, most - part.values.shape[-1])) for part in parts])
+            for name in ("indices", "values")
+        )
+        return cls(indices, values, parts[0].n_atoms)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from itda.afa import afa as afa
 from itda.arguments import ARRAY, checks
 from itda.errors import InputError, counted
 

@@ -23,6 +23,7 @@ FOLDERS = (
     "demo",
     "interop",
     "evaluation",
+    "saes",
     "training",
     "comparison",
     "report",

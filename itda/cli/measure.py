@@ -13,13 +13,17 @@ from itda.errors import counted
 from itda.settings import verbs
 
 
-@command(verbs.EVALUATE, "tokens ce_tokens controls probe in_sample k method model column")
+@command(verbs.EVALUATE, "tokens ce_tokens controls tol probe in_sample k method model column")
 def eval_(
     dictionary: flags.Dictionary,
     data: flags.Data,
     *,
     sae: Annotated[
         tuple[str, ...], flags.some("measure these SAEs, in SAELens' format, on the same tokens", "FOLDER")
+    ] = (),
+    zf: Annotated[
+        tuple[str, ...],
+        flags.some("draw norms of codes against those of activations, as .png, .svg or .pdf", "PICTURE"),
     ] = (),
     out: Annotated[
         str | None, flags.said("write all figures to this file, not to eval.json in the dictionary's folder", "FILE")
@@ -37,9 +41,12 @@ def eval_(
     """
     from itda.disk import check_file
     from itda.evaluation.evaluate import evaluate
+    from itda.report import plots
 
     if out is not None:
         check_file("out", out)
+    for picture in zf:
+        plots.check(picture, "zf")
     systems = []
     if sae:
         from itda.interop.saelens import load_sae
@@ -49,6 +56,9 @@ def eval_(
     terminal.output(result.to_json(), None if json else result)
     if out is not None or os.path.isdir(dictionary):  # only now, so that nothing is lost where it cannot be written
         terminal.say(f"{result.save(dictionary if out is None else out)} written")
+    for picture in zf:
+        result.zf(picture)
+        terminal.say(f"{picture} written")
 
 
 @command()

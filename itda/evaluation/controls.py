@@ -13,6 +13,7 @@ from torch import Tensor
 from itda.dictionary.build import build
 from itda.dictionary.itda import ITDA
 from itda.evaluation.heldout import Held, Reader
+from itda.evaluation.measures import CHUNK
 from itda.evaluation.systems import System
 from itda.labels import Labels
 from itda.models import loading
@@ -31,16 +32,33 @@ def systems_of(
     settings: Mapping[str, Any],
     systems: Sequence[System],
     seed: int,
+    tol: float | None = None,
 ) -> list[System]:
-    """The dictionary, those of its controls that are measured on the same activations, and the other systems."""
+    """The dictionary, those of its controls that are measured on the same activations, and the other systems.
+
+    With `tol` also the dictionary with as many atoms as each token needs, and at the end that with so many for every
+    token, as the mean over those `held` of the other, rounded.
+    """
     every = [System.of(dictionary, "itda", **settings)]
     if "random tokens" in wanted:
         every.append(_random_tokens(dictionary, held, settings, seed))
     if "gaussian" in wanted:
         every.append(_gaussian(dictionary, settings, seed))
-    names = named(None, [*RESERVED, *(s.name for s in systems)])[len(RESERVED) :]
+    if tol is not None:
+        every += _needed(dictionary, held, tol, settings)
+    reserved = list(dict.fromkeys([*RESERVED, *(s.name for s in every)]))
+    names = named(None, [*reserved, *(s.name for s in systems)])[len(reserved) :]
     own = zip(systems, names, strict=True)
     return every + [replace(s, name=n, mean=dictionary.mean, scale=dictionary.scale) for s, n in own]
+
+
+def _needed(dictionary: ITDA, held: Held, tol: float, settings: Mapping[str, Any]) -> list[System]:
+    """The dictionary with as many atoms as each token needs, and with the same number for all, about their mean."""
+    needed = System.needed(dictionary, f"itda, tol {tol:g}", tol, **settings)
+    scored = held.x[torch.from_numpy(held.scored)]
+    many = sum(int(needed.run(part)[1].l0().sum()) for part in scored.split(CHUNK))
+    k = max(1, round(many / max(1, len(scored))))
+    return [needed, System.of(dictionary, f"itda, k {k}", **{**settings, "k": k})]
 
 
 def _random_tokens(dictionary: ITDA, held: Held, settings: Mapping[str, Any], seed: int) -> System:

@@ -20,22 +20,22 @@ from itda._version import __version__
 from itda.dictionary.folder import EVAL, EVAL_FORMAT, MANIFEST, is_evaluation
 from itda.dictionary.itda import ITDA
 from itda.disk import bytes_of, write_file
-from itda.errors import InputError, counted, shortened
+from itda.errors import InputError, shortened
 from itda.evaluation import heldout, heldout_on_disk, verdict
 from itda.evaluation import probing as probes
 from itda.evaluation.controls import CONTROLS, like, systems_of, untrained
-from itda.evaluation.measures import Bootstrap, cross_entropy, measure
+from itda.evaluation.measures import Bootstrap, measure
+from itda.evaluation.splicing import cross_entropies
 from itda.evaluation.systems import System, check_hook, check_model
 from itda.labels import groups_of
 from itda.locks import PATIENCE, locked
 from itda.metrics import variance
 from itda.models import loading
-from itda.models.splice import spliced
 from itda.progress import Step, reporter, stage
 from itda.provenance import section
 from itda.reading.on_disk import is_stored
 from itda.reading.own_model import model_of
-from itda.report import drawing_evaluation
+from itda.report import drawing_evaluation, zf_plot
 from itda.results import Report, finite
 from itda.settings import groups as g
 from itda.settings import pick, takes, verbs
@@ -44,7 +44,10 @@ from itda.text.prompts import hash_rows
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-ASKED = ("tokens", "ce_tokens", "probe", "probe_column", "probe_label", "in_sample", "force", "seed", "special_tokens")
+ASKED = (
+    *("tokens", "ce_tokens", "tol", "probe", "probe_column", "probe_label", "in_sample", "force", "seed"),
+    "special_tokens",
+)
 NO_MODEL = "activations on disk have no model to run"
 NONE_ASKED = "it was asked for on 0 tokens (`ce_tokens`)"
 
@@ -62,8 +65,9 @@ class Evaluation(Report):
     each coordinate over its deviation; median_error and tails, quantiles of the relative error; above, the share of
     tokens beyond the dictionary's threshold; alive, the share of atoms used; use, the tokens that use each atom;
     negative, the share of negative coefficients; coherence; with_position_0, fvu and mean relative error of special
-    tokens and position 0 too; positions, fvu and share of the variance of all by place in the row; ce (see
-    `cross_entropy`), None where there is no language model.
+    tokens and position 0 too; positions, fvu and share of the variance of all by place in the row; afa, how long codes
+    are beside what they encode (`itda.metrics.afa`), and zf, |x| and the norm of the code with the bias for the last
+    tokens of rows; ce (see `cross_entropy`), None where there is no language model.
     `held_out` says which text was measured on, and where the random tokens are from; `no_ce` why there are no figures
     of cross-entropy, where there are none; `settings` all that was chosen, and of what model, dictionary, text and
     versions this is; `probing` is that of `itda.evaluation.probing.probe`.
@@ -118,6 +122,13 @@ class Evaluation(Report):
             return first[name]
         raise AttributeError(f"an Evaluation has no {name!r}: it has {', '.join(first)}")
 
+    def zf(self, path: str | os.PathLike) -> None:
+        """Draw the norms of codes against those of what they encode, a square for each system, by matplotlib.
+
+        Raises `InputError` for an ending other than PNG, SVG and PDF, and where the picture cannot be written.
+        """
+        zf_plot.zf(self, path)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         return drawing_evaluation.evaluation(self, options)
 
@@ -138,6 +149,8 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     controls     all of them, none, or some of: "random tokens", as many activations drawn from the same stream (or, if
                  `data` is other text, from other documents of it); "gaussian" directions; "untrained model", a
                  dictionary of as many atoms built on and measured on a model with random weights
+    tol          measure the dictionary also with as many atoms as each token needs to leave this relative error or less
+                 (at most d, or 1,024), and beside it with so many for every token, their mean
     systems      further ones, for the same table
     probe        labelled texts (a .jsonl or .parquet file, or records): how well a linear probe on a few latents, or
                  all, tells `probe_label` from the `probe_column` (`itda.evaluation.probing.probe`)
@@ -149,6 +162,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     """
     asked: dict[str, Any] = {name: given[name] for name in ASKED}  # type: ignore[literal-required]
     wanted = _checked_controls(given["controls"])
+    _check_tol(given["tol"])
     tokens, ce_tokens, seed, special_tokens = (
         asked[name] for name in ("tokens", "ce_tokens", "seed", "special_tokens")
     )
@@ -180,12 +194,12 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     )
     reader = heldout.Reader(split, hook, special_tokens, report)
     held = reader.read(hooked)
-    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    every = systems_of(dictionary, held, wanted, settings, systems, seed, given["tol"])
     found, said = _measured(every, held, dictionary, seed, report)
     at_ce, clean, no_ce = None, None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
     if no_ce is None:
         rows = split.first(ce_tokens)
-        clean, at_ce = _cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
+        clean, at_ce = cross_entropies(hooked, hook, rows, every, held, found, special_tokens, seed, report)
     _judged(said, at_ce)
     probing = None if labelled is None else _probed(hooked, hook, every, labelled, split, special_tokens, seed, report)
     if "untrained model" in wanted:
@@ -246,7 +260,7 @@ def _on_disk(
     if "untrained model" in wanted:
         wanted = [control for control in wanted if control != "untrained model"]
         about["left_out"] = f"the untrained model, since {NO_MODEL}"
-    every = systems_of(dictionary, held, wanted, settings, systems, seed)
+    every = systems_of(dictionary, held, wanted, settings, systems, seed, asked["tol"])
     found, shown = _measured(every, held, dictionary, seed, report)
     _judged(shown)
     report(None)
@@ -311,6 +325,11 @@ def _checked_controls(controls: bool | Sequence[str]) -> list[str]:
     return wanted
 
 
+def _check_tol(tol: float | None) -> None:
+    if tol is not None and not 0 < tol < 1:
+        raise InputError(f"`tol` is {tol:g}: pass a relative error between 0 and 1, such as 0.1.")
+
+
 def _settings(dictionary: ITDA, hooked: Any, hook: str, split: heldout.Split, asked: dict[str, Any]) -> dict[str, Any]:
     """What was `asked`, and of which dictionary, model, text and versions."""
     text = split.stream.provenance | {"hash": hash_rows(split.held)}
@@ -365,28 +384,3 @@ def _threshold(dictionary: ITDA) -> float | None:
     """The dictionary's, where it is one of the relative error."""
     threshold = dictionary.cfg.get("threshold") if not dictionary.cfg.get("selected") else None
     return float(threshold) if isinstance(threshold, float | int) and dictionary.cfg.get("loss") == "relative" else None
-
-
-# -- cross-entropy ----------------------------------------------------------------------------------------------------
-
-
-def _cross_entropies(
-    hooked, hook, rows, systems, held, found, special_tokens, seed, report
-) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Put the scores of all systems into `found`.
-
-    Returns what the model loses without the hook point, for all of them, and the verdict on the cross-entropy.
-    """
-    mean = held.x[torch.from_numpy(held.scored)].double().mean(0)
-    replacements: dict[str, Any] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
-    replacements |= {system.name: lambda x, run=system.run: run(x)[0] for system in systems}
-    done = stage(report, f"cross-entropy: clean pass and {counted(len(replacements), 'replacement')}", len(rows))
-    out = spliced(hooked, rows, hook, replacements, special_tokens=special_tokens, progress=done)
-    labels = heldout.labels_of(rows)
-    key = {pair: i for i, pair in enumerate(map(tuple, labels.pairs().tolist()))}
-    at = np.array([key[pair] for pair in zip(out.prompt.tolist(), out.position.tolist(), strict=True)], np.int64)
-    draws = Bootstrap(groups_of(labels[at]), seed)
-    for system in systems:
-        found[system.name]["ce"] = cross_entropy(out, system.name, draws)
-    levels = {name: float(out.cross_entropy[name].mean()) for name in ("clean", "zero", "mean")}
-    return levels | {"tokens": len(at)}, verdict.of_cross_entropy(out.cross_entropy, draws)

@@ -1,4 +1,4 @@
-"""What `itda.evaluate` measures of one system: reconstruction and cross-entropy, with intervals over documents."""
+"""What `itda.evaluate` measures of one system: reconstruction, with intervals over documents."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from itda import afa
+from itda.codes import Codes
 from itda.evaluation.systems import System
 from itda.labels import groups_of
-from itda.metrics import ce_score, coherence, cosine, fvu_standardised, norm_limit, norms
-from itda.models.splice import Spliced
+from itda.metrics import coherence, cosine, fvu_standardised, norm_limit, norms
 
 TAILS = {"50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "99.9 %": 0.999}
 DRAWS = 1000  # of the bootstrap over documents
 CHUNK = 4096
+DOTS = 1000  # of a ZF plot, as the paper draws
 
 
 def measure(
@@ -59,6 +61,8 @@ def measure(
     negative = ran.negative / max(1, int(used.sum()))
     out |= {"alive": float((used > 0).mean()), "negative": negative, "use": used.tolist()}
     out |= {"coherence": coherence(system.atoms), "with_position_0": None, "ce": None}
+    out["afa"] = afa.figures(ran.lengths, len(system.atoms), x.shape[1], system.bias is not None)
+    out["zf"] = _zf(ran.lengths, labels[scored])
     if not scored.all():
         out["with_position_0"] = {"fvu": _fvu(x, error)[0], "relative_error": float(relative.mean())}
     return out | {"positions": _by_position(x, ran, labels.position, scored), **system.cost}
@@ -69,7 +73,7 @@ class _Run:
 
     By token `error` |x - x_hat|^2, `relative` to |x - mean|^2 with coordinates over the scale, `cosine` and `l0`; of
     those `scored`, how many have each atom `used`, and how many coefficients are `negative`; of those that are `usual`,
-    the sums of squared errors by coordinate, `squared` (d,).
+    the sums of squared errors by coordinate, `squared` (d,). Of those scored, the `lengths` of codes, by piece.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class _Run:
         self.used = np.zeros(len(system.atoms), np.int64)
         mean = 0.0 if system.mean is None else system.mean.double().cpu()
         scale = 1.0 if system.scale is None else system.scale.double().cpu()
+        rows = None if system.rows is None else system.rows.double().cpu().square().sum(1).sqrt()
+        self.lengths: list[afa.Piece] = []
         found: list[tuple[ndarray, ...]] = []
         for start in range(0, len(x), CHUNK):
             part = x[start : start + CHUNK]
@@ -90,11 +96,29 @@ class _Run:
             each = (rest.square().sum(1), relative, cosine(exact, x_hat), codes.l0())
             found.append(tuple(values.numpy() for values in each))
             self.squared += rest[some].square().sum(0).numpy()
+            self.lengths.append(_lengths(system, part[of.to(part.device)], x_hat[of], codes[of], rows))
             values = codes.values[of]
             self.negative += int((values < 0).sum())
             self.used += np.bincount(codes.indices[of][values != 0].numpy(), minlength=len(self.used))
             progress(start + len(part))
         self.error, self.relative, self.cosine, self.l0 = map(np.concatenate, zip(*found, strict=True))
+
+
+def _lengths(system: System, x: Tensor, x_hat: Tensor, codes: Codes, norms: Tensor | None) -> afa.Piece:
+    """How long codes are beside what they stand for, in the units that they are in."""
+    if system.inner is not None:
+        rows = system.atoms if system.rows is None else system.rows
+        x, x_hat = system.inner(x), codes.decode(rows.cpu()) + (0.0 if system.bias is None else system.bias.cpu())
+    return afa.lengths(x, x_hat, codes, norms, system.bias)
+
+
+def _zf(lengths: list[afa.Piece], labels: Any) -> list[tuple[float, float]]:
+    """|x| and the norm of the code, bias included, of the last token of each row; of `DOTS` rows at most."""
+    prompt = labels.prompt
+    last = np.flatnonzero(np.append(prompt[1:] != prompt[:-1], True)[: len(prompt)])
+    last = last[:: max(1, -(-len(last) // DOTS))]
+    z, f = (np.concatenate([getattr(piece.with_bias, name) for piece in lengths])[last] for name in ("z", "f"))
+    return [(float(a), float(b)) for a, b in zip(np.sqrt(z), np.sqrt(f), strict=True)]
 
 
 class Bootstrap:
@@ -157,23 +181,3 @@ def _by_position(x: Tensor, ran: _Run, position: ndarray, scored: ndarray) -> li
         part["share"] = float(ran.error[some].mean()) / variance if some.any() and variance > 0 else None
         out.append(part | {"fvu": _fvu(x, ran.error, there)[0], "relative_error": float(ran.relative[there].mean())})
     return out
-
-
-def cross_entropy(out: Spliced, name: str, draws: Bootstrap | None = None) -> dict[str, Any]:
-    """CE-loss scores (eq. 7) of what was spliced in as `name`: 1 for what changes nothing, 0 for the ablation.
-
-    score is (zero - spliced) / (zero - clean), score_mean the same with the mean ablation in place of zero's; loss is
-    the cross-entropy in nats, kl the divergence of the predictions from the clean ones.
-    """
-    loss = out.cross_entropy[name]
-    found: dict[str, Any] = {"loss": float(loss.mean()), "kl": float(out.kl[name].mean())}
-    clean = out.cross_entropy["clean"]
-    for key, ablation in (("score", "zero"), ("score_mean", "mean")):
-        base = out.cross_entropy[ablation]
-        found[key] = ce_score(clean.mean(), loss.mean(), base.mean())
-        if draws is not None:
-            sums = (draws.sums(values) for values in (clean, loss, base))
-            with np.errstate(invalid="ignore", divide="ignore"):
-                a, b, c = sums
-                found[f"{key}_interval"] = interval_of((c - b) / (c - a))
-    return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from itda.codes import Codes
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, shortened
 from itda.progress import tell
+
+MOST = 1024  # atoms of one token, where it may have as many as it needs
+ENTRIES = 1 << 21  # of codes that are held at a time before their unused places are cut off
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,9 @@ class System:
     `atoms` (n_atoms, d) are its directions, of unit norm. Errors of tokens are relative to `mean` (d,) and over `scale`
     (d,), if not None: the dictionary's, as its loss has them, also for what is measured beside it. `cost` is what is
     known of the making, for the table.
+
+    x_hat = sum_i code_i row_i + `bias`, with `rows` (n_atoms, d) in the units of x, `atoms` if None; where tokens are
+    scaled one by one, this holds of `inner(x)` in place of x.
     """
 
     name: str
@@ -34,6 +41,9 @@ class System:
     mean: Float[Tensor, " d"] | None = None
     scale: Float[Tensor, " d"] | None = None
     made_for: str | None = None  # the model, if it says that
+    rows: Float[Tensor, "n_atoms d"] | None = None
+    bias: Float[Tensor, " d"] | None = None
+    inner: Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]] | None = None
 
     @classmethod
     def of(cls, dictionary: ITDA, name: str, **settings: Any) -> System:
@@ -43,9 +53,26 @@ class System:
             codes = dictionary.encode(x, **settings)
             return dictionary.decode(codes), codes
 
-        k = settings.get("k")
-        own: dict[str, Any] = {"mean": dictionary.mean, "scale": dictionary.scale}
+        k, scale = settings.get("k"), dictionary.scale
+        own: dict[str, Any] = {"mean": dictionary.mean, "scale": scale, "bias": dictionary.mean}
+        own["rows"] = None if scale is None else dictionary.atoms * scale
         return cls(name, dictionary.atoms, run, dictionary.k if k is None else k, **own)
+
+    @classmethod
+    def needed(cls, dictionary: ITDA, name: str, tol: float, **settings: Any) -> System:
+        """An ITDA of which every token has as many atoms as leave a relative error of `tol` or less of it.
+
+        At most as many as there are dimensions, or `MOST`.
+        """
+        most = min(MOST, dictionary.d)
+        plain = cls.of(dictionary, name, **settings | {"k": most, "tol": tol})
+
+        def run(x: Tensor) -> tuple[Tensor, Codes]:
+            found = [plain.run(part) for part in x.split(max(1, ENTRIES // most))]
+            parts, codes = zip(*found, strict=True)
+            return torch.cat(parts), Codes.concat([each.trimmed() for each in codes])
+
+        return replace(plain, run=run, k=None)
 
 
 def check_model(system: System, model: str, known: bool = True) -> None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from itda.arguments import ITDA as ITDA_KIND
 from itda.arguments import PATH, TEXT, checks
@@ -284,19 +283,17 @@ def system_of(sae: SAE, name: str, **cost: Any) -> System:
                     f"SAELens cannot run {name!r} ({type(error).__name__}: {first_line(error)}): give another SAE."
                 ) from error
             codes.append(sparse(features))
-        most = max(part.indices.shape[1] for part in codes)
-        return torch.cat(parts), Codes.concat([_padded(part, most) for part in codes])
+        return torch.cat(parts), Codes.concat(codes)
 
-    atoms = normalize(sae.W_dec.detach().float().cpu())
+    rows, bias = sae.W_dec.detach().float().cpu(), getattr(sae, "b_dec", None)
+    atoms = normalize(rows)
     hook, k = sae.cfg.metadata.hook_name, getattr(sae.cfg, "k", None)
     k = k if isinstance(k, int) else None
     place = hook if isinstance(hook, str) and hook else None
-    return System(name, atoms, run, k, dict(cost), place, made_for=model_of(sae))
-
-
-def _padded(codes: Codes, k: int) -> Codes:
-    empty = (0, k - codes.indices.shape[1])
-    return Codes(pad(codes.indices, empty), pad(codes.values, empty), codes.n_atoms)
+    own: dict[str, Any] = {"rows": rows, "bias": None if bias is None else bias.detach().float().cpu()}
+    if sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+        own["inner"] = torch.no_grad()(lambda x: sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype)))
+    return System(name, atoms, run, k, dict(cost), place, made_for=model_of(sae), **own)
 
 
 def sparse(dense: Float[Tensor, "tokens n_atoms"]) -> Codes:

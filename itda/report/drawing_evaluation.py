@@ -57,6 +57,8 @@ def evaluation(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text()
     yield more
     yield Text(f"error: |x - x̂|² of a token, divided by its {report.denominator}, as for the threshold", style="dim")
+    yield Text()
+    yield from _lengths(report.systems)
     if copies := _copies(report.systems):
         yield Text(copies, style="dim")
     if report.clean:
@@ -109,6 +111,37 @@ def _advice(report: Any) -> str:
         return "more atoms (`--n-atoms`) and more tokens (`--tokens`) leave less"
     ways.append("`--n-atoms N` alone draws atoms and moves them in the same pass, so that they are activations no more")
     return "; ".join(ways)
+
+
+def _lengths(systems: dict[str, dict[str, Any]]) -> RenderResult:
+    """How long codes are beside what they encode, without the bias and with it as an entry."""
+    from rich.text import Text
+
+    table = columns(
+        "|f|/|x - b|",
+        "over",
+        "e",
+        "interference",
+        "unexplained",
+        "|f, b|/|x|",
+        "over",
+        "e",
+        first="norms of codes",
+        label="",
+    )
+    for name, row in systems.items():
+        parts = []
+        for way, shown in (("centred", ("interference", "unexplained")), ("with_bias", ())):
+            found = row["afa"][way]
+            parts += [fraction(found["ratio"]), _share(found["over"]), fraction(found["e"])]
+            parts += [f"{found[part]:+.3f}" for part in shown]
+        table.add_row(Text(one_line(name)), *parts)
+    yield table
+    yield Text(
+        "e: | |x - b|² - |f|² | / |f|², interference and unexplained its parts; medians. They tell of the coherence of "
+        "atoms in use, not of quality (docs/quality.md)",
+        style="dim",
+    )
 
 
 def _copies(systems: dict[str, dict[str, Any]]) -> str:

@@ -24,15 +24,15 @@ ENDINGS = (".png", ".svg", ".pdf")
 FEW = 8  # layers of which the values are written into their squares
 
 
-def check(path: str | os.PathLike) -> Path:
-    """`path`, if a picture can be drawn there.
+def check(path: str | os.PathLike, name: str = "heatmap") -> Path:
+    """`path`, given as `name`, if a picture can be drawn there.
 
     Raises `InputError` for an ending other than PNG, SVG and PDF, a folder that is not there, and without matplotlib.
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"`heatmap` is {str(path)!r}: name a file that ends with {' or '.join(ENDINGS)}.")
-    check_file("heatmap", path)
+        raise InputError(f"`{name}` is {str(path)!r}: name a file that ends with {' or '.join(ENDINGS)}.")
+    check_file(name, path)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "Pictures need matplotlib, which is not installed: install it with `pip install 'itda[plot]'`."
@@ -49,18 +49,22 @@ def heatmap(comparison: Any, path: str | os.PathLike, measure: str | None = None
     not there, and where the picture cannot be written.
     """
     path = check(path)
-    import matplotlib
-
     name = next(iter(comparison.measures)) if measure is None else measure
     if name not in comparison.measures:
         raise InputError(
             f"There is no measure {name!r} in this comparison: choose of {', '.join(comparison.measures)}."
         )
-    # Without dates and random ids the same comparison gives the same bytes.
+    write(_drawn(comparison, name), path)
+
+
+def write(figure: Any, path: Path) -> None:
+    """Write a `figure` of matplotlib to `path`; without dates and random ids the same one gives the same bytes."""
+    import matplotlib
+
     metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     with matplotlib.rc_context({"svg.hashsalt": "itda"}):
         picture = io.BytesIO()
-        _drawn(comparison, name).savefig(picture, format=path.suffix[1:].lower(), dpi=160, metadata=metadata)
+        figure.savefig(picture, format=path.suffix[1:].lower(), dpi=160, metadata=metadata)
     write_file(path, [picture.getbuffer()])
 
 
@@ -92,13 +96,13 @@ def _drawn(comparison: Any, name: str) -> Any:
             if max(matrix.shape) <= FEW:
                 _write_values(axis, matrix, (low + high) / 2)
             for set_ticks, model in ((axis.set_xticks, models[column]), (axis.set_yticks, models[row])):
-                numbers = list(map(_plain, layer_numbers(model["hook_points"])))
+                numbers = list(map(plain, layer_numbers(model["hook_points"])))
                 set_ticks(_ticks(len(numbers)), numbers[:: max(1, len(numbers) // 6)])
             axis.tick_params(labelsize=7)
             if row == len(names) - 1:
-                axis.set_xlabel(f"layer of {_plain(b)}", fontsize=8)
+                axis.set_xlabel(f"layer of {plain(b)}", fontsize=8)
             if column == 0:
-                axis.set_ylabel(f"layer of {_plain(a)}", fontsize=8)
+                axis.set_ylabel(f"layer of {plain(a)}", fontsize=8)
     every = np.concatenate([matrix.ravel() for matrix in pairs.values()])
     below, above = bool((every < low).any()), bool((every > high).any())
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
@@ -123,7 +127,7 @@ def _ticks(layers: int) -> list[int]:
     return list(range(0, layers, max(1, layers // 6)))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Names of models and modules are no mathematics, and one line of text that XML can hold."""
     text = one_line(text)
     shown = text if len(text) <= 24 else text[:21] + "..."

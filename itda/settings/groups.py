@@ -267,6 +267,10 @@ class Measuring(TypedDict, total=False):
         bool | Sequence[str],
         Setting(True, "measure random tokens, random directions and an untrained model", flag=bool),
     ]
+    tol: Annotated[
+        float | None,
+        Setting(None, "measure codes with as many atoms as each token needs too, to leave so much relative error"),
+    ]
     systems: Annotated[Sequence[Any], Setting((), "further systems for the same table", flag=None)]
     probe: Annotated[Any, Setting(None, "a .jsonl or .parquet file of labelled texts, to probe latents with", flag=str)]
     probe_column: Annotated[str, Setting("text", "the column of the probe's texts")]

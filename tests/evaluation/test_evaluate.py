@@ -14,7 +14,8 @@ from itda.cli.main import main
 from itda.errors import InputError
 from itda.evaluation import heldout, verdict
 from itda.evaluation.evaluate import evaluate
-from itda.evaluation.measures import Bootstrap, cross_entropy, measure
+from itda.evaluation.measures import Bootstrap, measure
+from itda.evaluation.splicing import cross_entropy
 from itda.evaluation.systems import System
 from itda.labels import Labels
 from itda.models import loading
