@@ -49,7 +49,7 @@ HOMES = {
     "peft": {"models/adapters"},
     "nnsight": {"models/nnsight_model"},
     "ray": {"training/cluster"},
-    "matplotlib": {"report/plots"},
+    "matplotlib": {"report/plots", "report/zf_plot"},
     "plotly": {"report/plots"},
     "sae_lens": {"interop"},
     "sae_bench": {"interop"},
