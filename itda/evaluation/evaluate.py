@@ -161,8 +161,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     Raises `InputError` for text of which no document is left, and for another model unless `force`.
     """
     asked: dict[str, Any] = {name: given[name] for name in ASKED}  # type: ignore[literal-required]
-    wanted = _checked_controls(given["controls"])
-    _check_tol(given["tol"])
+    wanted, tol = _checked_controls(given["controls"]), _checked_tol(given["tol"])
     tokens, ce_tokens, seed, special_tokens = (
         asked[name] for name in ("tokens", "ce_tokens", "seed", "special_tokens")
     )
@@ -194,7 +193,7 @@ def evaluate(dictionary: ITDA | str | os.PathLike, data: Any, **given: Unpack[ve
     )
     reader = heldout.Reader(split, hook, special_tokens, report)
     held = reader.read(hooked)
-    every = systems_of(dictionary, held, wanted, settings, systems, seed, given["tol"])
+    every = systems_of(dictionary, held, wanted, settings, systems, seed, tol)
     found, said = _measured(every, held, dictionary, seed, report)
     at_ce, clean, no_ce = None, None, NONE_ASKED if ce_tokens == 0 else hooked.no_logits
     if no_ce is None:
@@ -325,9 +324,10 @@ def _checked_controls(controls: bool | Sequence[str]) -> list[str]:
     return wanted
 
 
-def _check_tol(tol: float | None) -> None:
+def _checked_tol(tol: float | None) -> float | None:
     if tol is not None and not 0 < tol < 1:
         raise InputError(f"`tol` is {tol:g}: pass a relative error between 0 and 1, such as 0.1.")
+    return tol
 
 
 def _settings(dictionary: ITDA, hooked: Any, hook: str, split: heldout.Split, asked: dict[str, Any]) -> dict[str, Any]:
