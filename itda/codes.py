@@ -86,6 +86,14 @@ class Codes:
         return Codes(self.indices[..., :most], self.values[..., :most], self.n_atoms)
 
     @classmethod
+    def of_dense(cls, dense: Float[Tensor, "tokens n_atoms"]) -> Codes:
+        """The codes (tokens, most) of dense ones, largest first; `most` is the largest number that a token has."""
+        most = int((dense != 0).sum(1).max()) if len(dense) else 0
+        indices = dense.abs().topk(most, dim=1).indices
+        values = dense.gather(1, indices).float()
+        return cls(torch.where(values != 0, indices, 0), values, dense.shape[1])
+
+    @classmethod
     def concat(cls, parts: list[Codes]) -> Codes:
         """Codes over one dictionary, joined along the first batch axis, with as many places as the widest has."""
         most = max(part.values.shape[-1] for part in parts)

@@ -23,6 +23,7 @@ from itda.evaluation import evaluate as evaluating
 from itda.evaluation.evaluate import Evaluation, content_hash
 from itda.interop import saelens
 from itda.models import loading
+from itda.saes import folder as sae_folder
 from tests import tiny_models
 from tests.dictionary.test_itda import golden, random_itda, same
 
@@ -116,7 +117,7 @@ def exported(out):
     """An export as a reader gets it: labels and weights of one dictionary."""
     if not (out / "cfg.json").exists():
         raise InputError("It holds no cfg.json.")  # as `load_sae` says
-    digest, _ = saelens._digests(out)
+    digest, _ = sae_folder.digests(out)
     try:
         data = (out / "cfg.json").read_bytes()
     except FileNotFoundError:
@@ -257,7 +258,7 @@ def test_weights_of_another_export_are_refused(tmp_path):
     out, other = (saelens.export(d, tmp_path / name) for d, name in ((FIRST, "a"), (SECOND, "b")))
     (out / "sae_weights.safetensors").write_bytes((other / "sae_weights.safetensors").read_bytes())
     with pytest.raises(InputError, match=r"is not of the export that cfg\.json is of .*: export the dictionary again"):
-        saelens._digests(out)
+        sae_folder.digests(out)
 
 
 def test_figures_of_a_dictionary_that_was_replaced_stay_away(tmp_path):

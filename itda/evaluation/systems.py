@@ -15,6 +15,7 @@ from itda.codes import Codes
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, shortened
 from itda.progress import tell
+from itda.saes.sae import SAE, standardised
 
 MOST = 1024  # atoms of one token, where it may have as many as it needs
 ENTRIES = 1 << 21  # of codes that are held at a time before their unused places are cut off
@@ -73,6 +74,20 @@ class System:
             return torch.cat(parts), Codes.concat([each.trimmed() for each in codes])
 
         return replace(plain, run=run, k=None)
+
+    @classmethod
+    def of_sae(cls, sae: SAE, name: str, **cost: Any) -> System:
+        """An SAE."""
+
+        def run(x: Tensor) -> tuple[Tensor, Codes]:
+            codes = sae.encode(x)
+            return sae.decode(codes, x), codes
+
+        model = sae.metadata.get("model_name")
+        made_for = model if isinstance(model, str) and model else None
+        own: dict[str, Any] = {"rows": sae.W_dec, "bias": sae.b_dec}
+        own |= {} if sae.normalize == "none" else {"inner": standardised}
+        return cls(name, sae.atoms, run, sae.k, cost, sae.hook_point, made_for=made_for, **own)
 
 
 def check_model(system: System, model: str, known: bool = True) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from itda.disk import json_object
 from itda.errors import InputError, shortened
-
-if TYPE_CHECKING:
-    from sae_lens import SAE
+from itda.provenance import section
 
 _CENTRED = ("center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices")
 _WANTED = "and an SAE in SAELens' format was wanted: save it as one (`save_model` of SAELens does)"
@@ -38,33 +37,36 @@ def check_format(path: str | os.PathLike) -> None:
         raise InputError(f"{path} is {what}, {_WANTED}.")
 
 
-def check(sae: SAE, name: str) -> None:
-    """Raise `InputError` for what is no SAE of activations as they are here, at one place and in all its dimensions."""
-    kind, said = str(sae.cfg.architecture()), sae.cfg.metadata
+def check(cfg: Mapping[str, Any], name: str) -> None:
+    """Raise `InputError` for what is no SAE of activations as they are here, at one place and in all its dimensions.
+
+    `cfg` is what cfg.json of SAELens says.
+    """
+    kind, said = str(cfg["architecture"]), section(cfg, "metadata")
 
     def no(why: str, advice: str) -> InputError:
         return InputError(f"{name!r} {why}, so its error here would say nothing: {advice}.")
 
-    hook, out = said.hook_name, said.hook_name_out or getattr(sae.cfg, "hook_name_out", None)
+    hook, out = said.get("hook_name"), said.get("hook_name_out") or cfg.get("hook_name_out")
     another = "give an SAE, which writes the activations that it reads"
     if "coder" in kind or (out and hook and out != hook):
         where = f" at {shortened(out)}" if out else ""
         raise no(f"is a {kind.replace('_', ' ')}, which predicts other activations{where} than it reads", another)
     if kind == "temporal":
         raise no("reads the tokens before each one too (architecture 'temporal')", "give an SAE of single tokens")
-    if sae.cfg.reshape_activations != "none" or said.hook_head_index is not None:
+    reshaped, normalised = cfg["reshape_activations"], cfg["normalize_activations"]
+    if reshaped != "none" or said.get("hook_head_index") is not None:
         raise no(
-            f"reads attention heads apart (`reshape_activations` is {shortened(sae.cfg.reshape_activations)})",
+            f"reads attention heads apart (`reshape_activations` is {shortened(reshaped)})",
             "give an SAE of a residual stream, of an attention's output or of an MLP's",
         )
-    normalised = sae.cfg.normalize_activations
     if normalised in ("expected_average_only_in", "covariance_whitening"):
         fold = "fold_activation_norm_scaling_factor" if normalised[0] == "e" else "fold_activation_whitening"
         raise no(
             f"was trained on scaled activations (`normalize_activations` is {normalised!r}), by what is not in it",
             f"fold the scale in (`sae.{fold}`) and save it again",
         )
-    how = said.model_from_pretrained_kwargs
+    how = said.get("model_from_pretrained_kwargs")
     processed = [key for key in _CENTRED if isinstance(how, dict) and how.get(key)]
     if isinstance(how, dict) and how.get("fold_ln") and isinstance(hook, str) and ("ln" in hook or "norm" in hook):
         processed.append("fold_ln")
@@ -75,16 +77,10 @@ def check(sae: SAE, name: str) -> None:
         )
 
 
-def check_place(sae: SAE, name: str) -> None:
+def check_place(cfg: Mapping[str, Any], name: str) -> None:
     """Raise `InputError` if an SAE does not say where it was made for."""
-    if not isinstance(hook := sae.cfg.metadata.hook_name, str) or not hook:
+    if not isinstance(hook := section(cfg, "metadata").get("hook_name"), str) or not hook:
         raise InputError(
             f"{name!r} does not say at which hook point it was made, so it may be for another: write `hook_name` into "
             "`metadata` of its cfg.json, such as blocks.8.hook_resid_post."
         )
-
-
-def model_of(sae: SAE) -> str | None:
-    """The name of the model that an SAE was made for, if it says that."""
-    found: Any = sae.cfg.metadata.model_name
-    return found if isinstance(found, str) and found else None

@@ -6,47 +6,32 @@ says so. After `register()`, SAELens knows the architecture "itda".
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from itda.arguments import ITDA as ITDA_KIND
 from itda.arguments import PATH, TEXT, checks
 from itda.codes import Codes
-from itda.dictionary.folder import ATOMS, check_writable_target
+from itda.dictionary.folder import ATOMS
 from itda.dictionary.itda import ITDA
-from itda.disk import (
-    ELSEWHERE,
-    LARGEST,
-    as_input_error,
-    leftover_of,
-    remove_leftovers,
-    safetensors_chunks,
-    small_file,
-    staged,
-    sync_folder,
-    write_file,
-)
 from itda.errors import InputError, first_line
 from itda.evaluation.systems import System
-from itda.interop.made_for import check, check_format, check_place, model_of
-from itda.locks import PATIENCE, locked
+from itda.interop.made_for import check, check_format, check_place
+from itda.interop.top_afa import top_afa_classes
 from itda.provenance import section
 from itda.pursuit import normalize, pursue
+from itda.saes import folder
+from itda.saes.sae import CHUNK, SAE
 from itda.shortages import shortage, shortages_told
 
 if TYPE_CHECKING:
-    from sae_lens import SAE
+    from sae_lens import SAE as TheirSAE
 
-CFG, WEIGHTS, NEXT = "cfg.json", "sae_weights.safetensors", "sae_weights.next"
 ARCHITECTURES = ("matching_pursuit", "itda")
 
 
@@ -75,7 +60,7 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
             "with `architecture='itda'` (`--architecture itda`)."
         )
     check_unscaled(dictionary)
-    out = _target(out)
+    out = folder.target_of(out)
     signed = architecture == "matching_pursuit" and not dictionary.nonneg
     atoms = torch.cat([dictionary.atoms, -dictionary.atoms]) if signed else dictionary.atoms
     bias = torch.zeros(dictionary.d) if dictionary.mean is None else dictionary.mean
@@ -96,27 +81,8 @@ def export(dictionary: ITDA, out: str | os.PathLike, *, architecture: str = "mat
         cfg |= {"k": dictionary.k, "method": method, "nonneg": dictionary.nonneg}
     tensors = {"W_dec": atoms.float(), "b_dec": bias.float()}
     with shortages_told(f"{out} could not be written"):
-        _write(out, cfg, safetensors_chunks(tensors, {"format": "pt", "itda": "export"}))
+        folder.write(out, cfg, tensors, folder.EXPORT)
     return out
-
-
-def _write(out: Path, cfg: dict[str, Any], weights: list) -> None:
-    """Put an export into `out`, by one process at a time; cfg.json comes last, and says which weights it is of."""
-    digest = hashlib.sha256()
-    for chunk in weights:
-        digest.update(chunk)
-    cfg["metadata"]["itda"]["sha256"] = digest.hexdigest()
-    with locked(Path(os.path.realpath(out)), patience=PATIENCE, within=True):
-        _check_exports_alone(out)
-        for name in (CFG, WEIGHTS):
-            remove_leftovers(out / name)  # of an export that was killed
-        with as_input_error(f"{out} could not be written", ELSEWHERE):
-            (out / NEXT).unlink(missing_ok=True)  # of one by an earlier version
-            with staged(out / WEIGHTS, weights) as temporary:  # a full disk leaves the old export
-                (out / CFG).unlink(missing_ok=True)  # never old labels beside new weights
-                os.replace(temporary, out / WEIGHTS)
-                sync_folder(out)
-        write_file(out / CFG, [(json.dumps(cfg, indent=1, allow_nan=False) + "\n").encode()])
 
 
 def check_unscaled(dictionary: ITDA) -> None:
@@ -128,95 +94,14 @@ def check_unscaled(dictionary: ITDA) -> None:
         )
 
 
-def _target(out: str | os.PathLike) -> Path:
-    target = Path(out)
-    if not os.path.isdir(target):
-        check_writable_target(target)
-    return target
-
-
-def _check_exports_alone(target: Path) -> None:
-    """Raise `InputError` for a folder with anything but an export; known within its lock, when nobody else writes."""
-    with as_input_error(f"{target} could not be used", ELSEWHERE):
-        found = [path for path in target.iterdir() if not _is_leftover(path)]
-    # What has vanished meanwhile was a temporary file of another export into it.
-    if foreign := sorted({path.name for path in found if os.path.lexists(path)} - {CFG, WEIGHTS}):
-        raise InputError(f"{target} holds {foreign[0]!r}, which is no part of an export: choose a new or empty folder.")
-    if (target / WEIGHTS).exists() and not (target / CFG).exists() and not _is_ours(target / WEIGHTS):
-        raise InputError(f"{target} holds {WEIGHTS} of something else: choose a new or empty folder.")
-    if (target / CFG).exists() and not _is_export(target / CFG):
-        raise InputError(f"{target} holds a {CFG} that is not of an export: choose a new or empty folder.")
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether this is what a killed export left."""
-    plain = path.is_file() and not path.is_symlink()
-    return plain and (leftover_of(path.name) in (CFG, WEIGHTS) or (path.name == NEXT and _is_ours(path)))
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether the weights at `path`, which may have been cut short, were written by `export`."""
-    with suppress(OSError, ValueError, RecursionError, AttributeError), open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return "itda" in json.loads(file.read(min(size, LARGEST)))["__metadata__"]
-    return False
-
-
-def _is_export(path: Path) -> bool:
-    """Whether `path` is the cfg.json of an export; that of any other SAE has the same name."""
-    with suppress(OSError):
-        return bool(_said(small_file(path)))
-    return False
-
-
-def _said(data: bytes) -> dict[str, Any]:
-    """What the cfg.json of an export says of it; of anything else, nothing."""
-    with suppress(ValueError, RecursionError):
-        document = json.loads(data)
-        return section(section(document, "metadata"), "itda") if isinstance(document, dict) else {}
-    return {}
-
-
-def _digests(folder: Path) -> tuple[str | None, str]:
-    """The sha256 of cfg.json (None if it is of no export) and of the weights, which are of one export if it is of any.
-
-    Raises `InputError` if they are not: somebody is replacing the export, or was killed by a power cut.
-    """
-    with as_input_error(f"{folder} could not be read", "give another folder"):
-        data = small_file(folder / CFG)
-        known = _said(data).get("sha256")
-        if known is None:  # of SAELens, or of an earlier version
-            return None, ""
-        with open(folder / WEIGHTS, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != known:
-        raise InputError(
-            f"{folder / WEIGHTS} is not of the export that {CFG} is of (its sha256 differs): export the dictionary "
-            "again."
-        )
-    return hashlib.sha256(data).hexdigest(), found
-
-
 def _metadata(dictionary: ITDA, signed: bool) -> dict[str, Any]:
     """What SAELens and its users look for, and what each latent is."""
-    model, stream = (section(dictionary.cfg, part) for part in ("model", "stream"))
-    hook, layer = model.get("hook_point"), model.get("layer")
-    is_block = layer is not None and hook is not None and hook.rpartition(".")[2] == str(layer)
     labels = dictionary.labels
-    return {
-        "sae_lens_version": "6.0.0",  # of the format: what says none is read as older, and loses its metadata
-        "sae_lens_training_version": None,
-        "model_name": model.get("id"),
-        "hook_name": f"blocks.{layer}.hook_resid_post" if is_block else hook,
-        "hf_hook_name": hook,
-        "context_size": stream.get("context_length"),
-        "dataset_path": stream.get("data"),
-        "prepend_bos": bool(stream.get("prefix")),
-        "exclude_special_tokens": not dictionary.cfg.get("special_tokens", False),
+    return folder.metadata(dictionary.cfg) | {
         "itda": {
             "k": dictionary.k,
             "split": signed,
-            "stream_hash": stream.get("hash"),
+            "stream_hash": section(dictionary.cfg, "stream").get("hash"),
             "labels": [[*map(int, pair), labels.text(i)] for i, pair in enumerate(labels.pairs().tolist())],
         },
     }
@@ -226,43 +111,65 @@ def _metadata(dictionary: ITDA, signed: bool) -> dict[str, Any]:
 def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cpu") -> System:
     """An SAE in SAELens' format, from a folder, as a `System` for `itda.evaluate`.
 
-    Raises `InputError` for what SAELens cannot load, without SAELens, for an SAE that does not say at which hook point
-    it was made, and as `system_of` does.
-    """
-    register()
-    from sae_lens import SAE
+    What `itda.saes.sae.SAE` can be, it becomes; SAELens runs the rest, and has to be installed for that.
 
-    if not os.path.isfile(Path(path) / WEIGHTS):
+    Raises `InputError` for what SAELens cannot load, for an SAE that does not say at which hook point it was made, and
+    as `system_of` does.
+    """
+    if not os.path.isfile(Path(path) / folder.WEIGHTS):
         check_format(path)
-    if not os.path.isfile(Path(path) / CFG):
-        raise InputError(f"{path} holds no {CFG}, so it is no SAE in SAELens' format: give the folder of one.")
+    if not os.path.isfile(Path(path) / folder.CFG):
+        raise InputError(f"{path} holds no {folder.CFG}, so it is no SAE in SAELens' format: give the folder of one.")
     if os.path.isfile(Path(path) / ATOMS):
         raise InputError(f"{path} is an ITDA, and an SAE in SAELens' format was wanted: export it, or give another.")
-    before = _digests(Path(path))
+    name = name or Path(os.path.abspath(path)).name
+    before = folder.digests(Path(path))
+    found = SAE.read(path)
+    sae = _by_saelens(path, device) if found is None else found.to(device)
+    if folder.digests(Path(path)) != before:  # the files are opened by their names
+        raise InputError(f"{path} was replaced while it was read: run it again.")
+    check_place(_said(sae), name)
+    return system_of(sae, name)
+
+
+def _by_saelens(path: str | os.PathLike, device: str) -> TheirSAE:
+    register()
+    from sae_lens import SAE as TheirSAE
+
     try:
-        sae = SAE.load_from_disk(str(path), device=device)
+        sae = TheirSAE.load_from_disk(str(path), device=device)
     except Exception as error:
         raise shortage(error, f"{path} could not be loaded") or InputError(
             f"SAELens cannot load {path} ({type(error).__name__}: {first_line(error)}): give another folder."
         ) from error
-    if _digests(Path(path)) != before:  # SAELens opens the files by their names
-        raise InputError(f"{path} was replaced while it was read: run it again.")
     for key, value in sae.state_dict().items():
         if not bool(value.isfinite().all()):
             raise InputError(f"The SAE in {path} has numbers in {key} that are not finite: give another folder.")
-    name = name or Path(os.path.abspath(path)).name
-    check(sae, name)
-    check_place(sae, name)
-    return system_of(sae, name)
+    return sae
 
 
-def system_of(sae: SAE, name: str, **cost: Any) -> System:
-    """A loaded SAE as a `System`; its codes are its feature activations, as many as are not zero.
+def system_of(sae: SAE | TheirSAE, name: str, **cost: Any) -> System:
+    """An SAE, or one that SAELens has loaded, as a `System`; its codes are as many as are not zero.
 
     Raises `InputError` for what writes other activations than it reads, or reads others than those of the model as it
     is: transcoders, single heads, scaled or centred activations.
     """
-    check(sae, name)
+    check(cfg := _said(sae), name)
+    ours = sae if isinstance(sae, SAE) else SAE.of(cfg, sae.state_dict())
+    if ours is not None:
+        return System.of_sae(ours, name, **cost)
+    return _run_by_saelens(sae, name, cost)
+
+
+def _said(sae: SAE | TheirSAE) -> dict[str, Any]:
+    """What cfg.json says of an SAE."""
+    return sae.cfg() if isinstance(sae, SAE) else sae.cfg.to_dict()
+
+
+def _run_by_saelens(sae: TheirSAE, name: str, cost: dict[str, Any]) -> System:
+    """What no `SAE` of ours can be."""
+    rows, bias = sae.W_dec.detach().float().cpu(), getattr(sae, "b_dec", None)
+    atoms = normalize(rows)
 
     @torch.no_grad()
     def run(x: Tensor) -> tuple[Tensor, Codes]:
@@ -272,7 +179,7 @@ def system_of(sae: SAE, name: str, **cost: Any) -> System:
                 "of this hook point."
             )
         parts, codes = [], []
-        for part in x.to(sae.device, sae.dtype).split(512):
+        for part in x.to(sae.device, sae.dtype).split(CHUNK):
             try:
                 features = sae.encode(part)
                 parts.append(sae.decode(features).float())
@@ -282,31 +189,20 @@ def system_of(sae: SAE, name: str, **cost: Any) -> System:
                 raise InputError(
                     f"SAELens cannot run {name!r} ({type(error).__name__}: {first_line(error)}): give another SAE."
                 ) from error
-            codes.append(sparse(features))
+            codes.append(Codes.of_dense(features))
         return torch.cat(parts), Codes.concat(codes)
 
-    rows, bias = sae.W_dec.detach().float().cpu(), getattr(sae, "b_dec", None)
-    atoms = normalize(rows)
-    hook, k = sae.cfg.metadata.hook_name, getattr(sae.cfg, "k", None)
-    k = k if isinstance(k, int) else None
-    place = hook if isinstance(hook, str) and hook else None
+    hook, k, model = sae.cfg.metadata.hook_name, getattr(sae.cfg, "k", None), sae.cfg.metadata.model_name
+    place, made_for = (each if isinstance(each, str) and each else None for each in (hook, model))
     own: dict[str, Any] = {"rows": rows, "bias": None if bias is None else bias.detach().float().cpu()}
     if sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
         own["inner"] = torch.no_grad()(lambda x: sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype)))
-    return System(name, atoms, run, k, dict(cost), place, made_for=model_of(sae), **own)
-
-
-def sparse(dense: Float[Tensor, "tokens n_atoms"]) -> Codes:
-    """The codes (tokens, most) of dense ones, largest first; `most` is the largest number of a token."""
-    most = int((dense != 0).sum(1).max()) if len(dense) else 0
-    indices = dense.abs().topk(most, dim=1).indices
-    values = dense.gather(1, indices).float()
-    return Codes(torch.where(values != 0, indices, 0), values, dense.shape[1])
+    return System(name, atoms, run, k if isinstance(k, int) else None, cost, place, made_for=made_for, **own)
 
 
 @cache
 def register() -> tuple[type, type]:
-    """Make SAELens know the architecture "itda"; returns its class and that of its config.
+    """Make SAELens know the architectures "itda" and "top_afa"; returns the class and the config of the first.
 
     Codes are signed and pass `hook_sae_acts_post`, reconstructions `hook_sae_recons`. Raises `InputError` without
     SAELens.
@@ -319,10 +215,11 @@ def register() -> tuple[type, type]:
         ) from error
     sae_class, cfg_class = _classes(SAE, SAEConfig)
     register_sae_class("itda", sae_class, cfg_class)
+    register_sae_class("top_afa", *top_afa_classes())
     return sae_class, cfg_class
 
 
-def as_sae(dictionary: ITDA, device: str = "cpu") -> SAE:
+def as_sae(dictionary: ITDA, device: str = "cpu") -> TheirSAE:
     """`dictionary` as a SAELens SAE of architecture "itda", in memory."""
     check_unscaled(dictionary)
     sae_class, cfg_class = register()

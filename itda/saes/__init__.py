@@ -1,6 +1,6 @@
-"""Sparse autoencoders: trained here, beside the dictionaries that they are compared with.
+"""Sparse autoencoders: what one is, its folder in SAELens' format, and its training (`itda.train_sae`).
 
-What enters here makes an SAE, or is part of one. May use training, reading and all below; no table and no picture.
+What enters here makes, holds or runs SAEs. May use reading and all below: an SAE can begin with the atoms of an ITDA.
 """
 
 from itda.saes.top_afa import top_afa

@@ -22,11 +22,13 @@ from sae_lens.training.activation_scaler import ActivationScaler
 import itda
 from itda import locks, metrics
 from itda.cli.main import main
+from itda.codes import Codes
 from itda.errors import InputError
 from itda.evaluation.evaluate import evaluate
 from itda.interop import saelens
 from itda.models import loading
 from itda.models.splice import spliced
+from itda.saes import folder
 from itda.text.prompts import TokenStream
 from tests import tiny_models
 
@@ -267,11 +269,11 @@ def test_sparse_codes_are_the_dense_ones(dictionaries):
     dense = torch.randn(40, 9, generator=torch.Generator().manual_seed(0))
     dense[dense.abs() < 0.8] = 0.0
     dense[3] = 0.0
-    codes = saelens.sparse(dense)
+    codes = Codes.of_dense(dense)
     assert torch.equal(codes.dense(), dense) and codes.indices.shape[1] == (dense != 0).sum(1).max() < 9
     assert bool((codes.values.abs().diff(dim=1) <= 0).all()) and bool((codes.indices[codes.values == 0] == 0).all())
     for nothing in (dense[:0], torch.zeros(2, 9)):
-        assert torch.equal(saelens.sparse(nothing).dense(), nothing)
+        assert torch.equal(Codes.of_dense(nothing).dense(), nothing)
     d = dictionaries["signed"]
     system, x = saelens.system_of(saelens.as_sae(d), "own"), torch.zeros(1100, 32)
     x[:600] = torch.randn(600, 32, generator=torch.Generator().manual_seed(1))
@@ -351,12 +353,12 @@ def test_an_export_replaces_an_export_and_no_other_sae(dictionaries, tmp_path, m
     assert "cfg.json that is not of an export" in refusal(saelens.export, d, tmp_path / "trained")
     assert torch.equal(load(tmp_path / "trained").W_dec, trained.W_dec)
 
-    def full(path, chunks, write=saelens.write_file):
+    def full(path, chunks, write=folder.write_file):
         if path.name == "cfg.json":
             raise InputError("The disk is full.")
         write(path, chunks)
 
-    monkeypatch.setattr(saelens, "write_file", full)
+    monkeypatch.setattr(folder, "write_file", full)
     refusal(saelens.export, d, out)
     assert not (out / "cfg.json").exists()  # else new weights would be read with the old settings
     monkeypatch.undo()
@@ -366,12 +368,12 @@ def test_an_export_replaces_an_export_and_no_other_sae(dictionaries, tmp_path, m
 def test_what_lies_in_a_folder_is_judged_when_nobody_else_exports_into_it(dictionaries, tmp_path, monkeypatch):
     d, out = dictionaries["signed"], saelens.export(dictionaries["signed"], tmp_path / "sae")
 
-    def listed(path, is_leftover=saelens._is_leftover):
+    def listed(path, is_leftover=folder._is_leftover):
         (out / ".cfg.json.tmp-0123456789abcdef").unlink(missing_ok=True)  # moved by its writer since it was listed
         return is_leftover(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saelens, "_is_leftover", listed)
+        patch.setattr(folder, "_is_leftover", listed)
         (out / ".cfg.json.tmp-0123456789abcdef").touch()
         saelens.export(d, out)
     with ThreadPoolExecutor(1) as thread:
@@ -392,8 +394,8 @@ def test_what_is_no_sae_for_the_dictionary_is_refused(home, tmp_path):
 
     sae_of("topk", tmp_path / "wide", d=48)
     weights = (tmp_path / "wide" / "sae_weights.safetensors").read_bytes()
-    for folder in (tmp_path / "nowhere", home):
-        assert f"{folder} holds no cfg.json" in refusal(saelens.load_sae, folder)
+    for place in (tmp_path / "nowhere", home):
+        assert f"{place} holds no cfg.json" in refusal(saelens.load_sae, place)
     assert "is an ITDA, and an SAE in SAELens' format was wanted" in refusal(saelens.load_sae, home / "d")
     assert "SafetensorError" in says("sae_weights.safetensors", b"", weights[:-100])
     assert "JSONDecodeError" in says("cfg.json", b"{", b"no json")
