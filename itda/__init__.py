@@ -23,6 +23,8 @@ if (
     from itda.reading.store import Store
     from itda.report import decompose
     from itda.report.hook_points import hook_points
+    from itda.saes.sae import SAE
+    from itda.saes.train import train_sae
     from itda.similarity import match_layers
     from itda.training.sweep import sweep
     from itda.training.train import train
@@ -35,6 +37,7 @@ _HOMES = {
     "InputError": "errors",
     "Labels": "labels",
     "PAPER": "dictionary.build",
+    "SAE": "saes.sae",
     "Store": "reading.store",
     "activations": "reading.activations",
     "build": "dictionary.build",
@@ -50,12 +53,14 @@ _HOMES = {
     "pursue": "pursuit",
     "sweep": "training.sweep",
     "train": "training.train",
+    "train_sae": "saes.train",
 }
 _MODULES = {
     "interop": "interop",
     "metrics": "metrics",
     "places": "report.hook_points",  # the name of before `itda.hook_points`
     "refine": "refine",
+    "saes": "saes",
     "report": "report",
     "similarity": "similarity",
 }
@@ -63,6 +68,7 @@ _MODULES = {
 __all__ = [
     "ITDA",
     "PAPER",
+    "SAE",
     "Batch",
     "Codes",
     "InputError",
@@ -83,6 +89,7 @@ __all__ = [
     "pursue",
     "sweep",
     "train",
+    "train_sae",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from itda.errors import counted, one_line
@@ -43,8 +43,8 @@ class Progress(NamedTuple):
         else:
             found += [(5, "reading what the mean and the threshold are chosen on")]
         if self.total and self.tokens_per_second:
-            found += [(1, _left((self.total - self.tokens) / self.tokens_per_second))]
-        return _fitting(found, width)
+            found += [(1, left((self.total - self.tokens) / self.tokens_per_second))]
+        return fitting(found, width)
 
 
 class Step(NamedTuple):
@@ -63,24 +63,52 @@ class Step(NamedTuple):
         counts = bool(self.tokens or self.total)
         numbers = [(0, f"{self.tokens:,}" + (f" of {self.total:,}" if self.total else ""))] * counts
         if self.total and self.tokens and self.seconds:
-            numbers += [(1, _left(self.seconds / self.tokens * (self.total - self.tokens)))]
+            numbers += [(1, left(self.seconds / self.tokens * (self.total - self.tokens)))]
         if width is None:
-            return [self.what, *_fitting(numbers, None)]
+            return [self.what, *fitting(numbers, None)]
         least = min(len(self.what), 20)
-        kept = _fitting(numbers, width - least - 3)
+        kept = fitting(numbers, width - least - 3)
         room = max(least, width - sum(len(part) + 3 for part in kept))
         what = self.what if len(self.what) <= room else self.what[: room - 1] + "…"
         return [what, *kept]
 
 
-def _left(seconds: float) -> str:
+class Learning(NamedTuple):
+    """Where a training of SAEs is: tokens used of `total`, and recent figures of each kind."""
+
+    tokens: int
+    total: int
+    seconds: float
+    start: int  # tokens that an earlier process had used
+    figures: Mapping[str, tuple[float, float, float, float]]  # by kind: loss, fvu, l0, share of dead latents
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed of this process."""
+        return (self.tokens - self.start) / self.seconds if self.seconds > 0 else 0.0
+
+    def __str__(self) -> str:
+        return " · ".join(self.parts())
+
+    def parts(self, width: int | None = None) -> list[str]:
+        """What there is to say, in order; of it, what is most telling and fits into `width` columns."""
+        found = [(0, f"{self.tokens:,} of {self.total:,} tokens"), (3, f"{self.tokens_per_second:,.0f}/s")]
+        for i, (kind, (loss, fvu, l0, dead)) in enumerate(self.figures.items()):
+            name = f"{kind} " if len(self.figures) > 1 else ""
+            found.append((2 + 2 * i, f"{name}loss {loss:.3g}, FVU {fvu:.3f}, L0 {l0:.0f}, {dead:.1%} dead"))
+        if self.tokens_per_second:
+            found += [(1, left((self.total - self.tokens) / self.tokens_per_second))]
+        return fitting(found, width)
+
+
+def left(seconds: float) -> str:
     """The time that is left, as 4:05 or 1:04:05."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return (f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}") + " left"
 
 
-def _fitting(parts: list[tuple[int, str]], width: int | None) -> list[str]:
+def fitting(parts: list[tuple[int, str]], width: int | None) -> list[str]:
     """The texts of `parts`, (rank, text): while they do not fit into `width` columns, that of the last rank goes."""
     kept = list(parts)
     while width is not None and len(kept) > 1 and len(" · ".join(text for _, text in kept)) > width:
@@ -88,7 +116,7 @@ def _fitting(parts: list[tuple[int, str]], width: int | None) -> list[str]:
     return [text for _, text in kept]
 
 
-def bar() -> Callable[[Progress | Step | None], None]:
+def bar() -> Callable[[Progress | Step | Learning | None], None]:
     """A reporter that keeps one line of standard error up to date; None ends the line.
 
     Where standard error is no terminal, it writes a line there every `SELDOM` seconds, the first after so many.
@@ -104,7 +132,7 @@ def bar() -> Callable[[Progress | Step | None], None]:
     console = Console(stderr=True)
     live = Live(console=console, transient=True, refresh_per_second=8)
 
-    def report(progress: Progress | Step | None) -> None:
+    def report(progress: Progress | Step | Learning | None) -> None:
         if progress is None:
             live.stop()
             return
@@ -120,11 +148,11 @@ def bar() -> Callable[[Progress | Step | None], None]:
     return report
 
 
-def _lines() -> Callable[[Progress | Step | None], None]:
+def _lines() -> Callable[[Progress | Step | Learning | None], None]:
     """A reporter for logs: a line of standard error now and then."""
     last = time.monotonic()
 
-    def report(progress: Progress | Step | None) -> None:
+    def report(progress: Progress | Step | Learning | None) -> None:
         nonlocal last
         now = time.monotonic()
         if progress is None or now - last < SELDOM or sys.stderr is None:
@@ -136,7 +164,7 @@ def _lines() -> Callable[[Progress | Step | None], None]:
     return report
 
 
-def reporter(progress: Any) -> Callable[[Progress | Step | None], None]:
+def reporter(progress: Any) -> Callable[[Progress | Step | Learning | None], None]:
     """What progress is told to: the function given, a bar for True, nobody for anything else."""
     return progress if callable(progress) else bar() if progress else _silent
 
@@ -172,7 +200,7 @@ def part_of(
     return told
 
 
-def _silent(progress: Progress | Step | None) -> None:
+def _silent(progress: Progress | Step | Learning | None) -> None:
     """Nobody listens."""
 
 

@@ -12,14 +12,14 @@ from itda.cli import terminal, watch
 from itda.cli.compare import compare, diff
 from itda.cli.look import decompose, demo, hooks, show
 from itda.cli.measure import eval_, export
-from itda.cli.train import collect, sweep, train
+from itda.cli.train import collect, sae, sweep, train
 from itda.errors import InputError
 from itda.progress import telling
 from itda.shortages import shortage
 
 COMMANDS = {
     command.name: command
-    for command in (train, sweep, collect, hooks, decompose, show, eval_, compare, diff, export, demo)
+    for command in (train, sae, sweep, collect, hooks, decompose, show, eval_, compare, diff, export, demo)
 }
 HELP = """\
 usage: itda COMMAND ... [--json] [--debug]

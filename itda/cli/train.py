@@ -1,4 +1,4 @@
-"""The commands that make dictionaries and what they are made from: train, sweep, collect."""
+"""The commands that make dictionaries, SAEs and what they are made from: train, sae, sweep, collect."""
 
 from __future__ import annotations
 
@@ -55,6 +55,26 @@ def train(
     if is_stored(data) and results[0].tokens < tokens and not full:
         terminal.say(f"{data} holds no more tokens: itda collect with more --tokens adds to it")
     terminal.say(f"look at it with: itda show {shlex.quote(results[0].path)}")
+
+
+@command(verbs.TRAIN_SAE, "layer hook tokens kind k afa l1 n_atoms from_itda context_length seed column overwrite")
+def sae(model: flags.Model, data: flags.Data, *, out: flags.Out, json: flags.Json = False, **given: Any) -> None:
+    """Train sparse autoencoders, of several kinds on the same activations, as folders that SAELens loads.
+
+    An interrupted training goes on with the same command, to the same result.
+
+    itda sae gpt2 book.txt --layer 8 --kind topk --k 32 --n-atoms 4096 --out gpt2-8-topk
+
+    itda sae gpt2 gpt2-acts --layer 8 --kind topk batchtopk relu top-afa mp --k 32 --out gpt2-8-saes
+    """
+    from itda.saes.train import train_sae
+
+    with terminal.signals.waited_for() as stop:
+        results = train_sae(model, data, out, **given, progress=True, stop=stop)
+    documents = [result.to_json() for result in results]
+    terminal.output(documents if len(results) > 1 else documents[0], None if json else "\n".join(map(str, results)))
+    paths = shlex.join(result.path for result in results)
+    terminal.say(f"measure it beside a dictionary with: itda eval DIR DATA --sae {paths}")
 
 
 @command(verbs.COLLECT, "layer hook tokens context_length seed column dtype overwrite")

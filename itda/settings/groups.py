@@ -236,6 +236,40 @@ class Improvement(TypedDict, total=False):
     refine_tokens: Annotated[int, Setting(200_000, "tokens, read once more, to choose and move atoms by", least=1)]
 
 
+# -- how sparse autoencoders are trained ------------------------------------------------------------------------------
+
+
+class Autoencoder(TypedDict, total=False):
+    """Sparse autoencoders"""
+
+    kind: Annotated[
+        Sequence[str], Setting((), "one or several of topk, batchtopk, relu, top-afa and mp; topk if not given")
+    ]
+    n_atoms: Annotated[int, Setting(16_384, "latents", least=1)]
+    k: Annotated[
+        int | None,
+        STEPS.but(default=None, help="latents of a token: topk, mp; in the mean: batchtopk, and relu without l1"),
+    ]
+    afa: Annotated[
+        float | None,
+        Setting(None, "top-afa: the weight of the length of codes in the loss; 1/16 if not given", least=0),
+    ]
+    l1: Annotated[float | None, Setting(None, "relu: the weight of the sum of codes in the loss", least=0)]
+    from_itda: Annotated[Any, Setting(None, "begin with the atoms of this dictionary", flag=str)]
+    normalize: Annotated[
+        Literal["none", "layer_norm"],
+        Setting("none", "layer_norm makes mean 0 and deviation 1 over the coordinates of each activation"),
+    ]
+    lr: Annotated[
+        float | None, Setting(None, "learning rate; 1e-3 for 2,048 latents, and less for more, if not given", least=0)
+    ]
+    batch: Annotated[int, Setting(2048, "tokens of a step", least=1)]
+    buffer: Annotated[int, Setting(131_072, "tokens that are held and shuffled together", least=1)]
+    dead_after: Annotated[
+        int | None, Setting(None, "tokens after which a latent counts as dead; a tenth of all, at most 1e7", least=1)
+    ]
+
+
 # -- a dictionary that is there ---------------------------------------------------------------------------------------
 
 
@@ -389,6 +423,21 @@ class Stopping(TypedDict, total=False):
 groups(
     *(Places, Amount, Rows, Order, Source, Batches, Special, Padding),
     *(Tokenizer, Device, Revision, Backend, Large, Transformers),
-    *(Steps, Signs, Size, Growth, Preset, Improvement, Again, Measuring, Several, Drawing, Likeness, Null, Changes),
+    *(
+        Steps,
+        Signs,
+        Size,
+        Growth,
+        Preset,
+        Improvement,
+        Autoencoder,
+        Again,
+        Measuring,
+        Several,
+        Drawing,
+        Likeness,
+        Null,
+        Changes,
+    ),
     *(Workers, Target, Keeping, Progressing, Stopping),
 )

@@ -82,6 +82,24 @@ class Collect(Reading, g.Target, g.Progressing, g.Stopping, total=False):
     """`itda.collect`."""
 
 
+class TrainSAE(
+    g.Places,
+    g.Amount,
+    g.Autoencoder,
+    Text,
+    g.Batches,
+    g.Special,
+    g.Tokenizer,
+    Loading,
+    g.Target,
+    g.Keeping,
+    g.Progressing,
+    g.Stopping,
+    total=False,
+):
+    """`itda.train_sae`."""
+
+
 class Sweep(g.Workers, g.Progressing, g.Stopping, total=False):
     """`itda.sweep`."""
 
@@ -135,6 +153,14 @@ _SIZES = {
     **_said("n_atoms", "so many atoms; eight for each coordinate if nothing is said, at most 16,384"),
 }
 TRAIN = Verb(Train, {"tokens": 1_000_000, **_SIZES}, presets=PRESETS)
+TRAIN_SAE = Verb(
+    TrainSAE,
+    {
+        "tokens": Setting(10_000_000, "train on so many tokens; data that has fewer comes again", least=1),
+        "seed": Setting(0, "of the order of rows and batches, and of the first weights", least=0, kept=True),
+        "checkpoint_seconds": 300.0,
+    },
+)
 COLLECT = Verb(Collect, {"tokens": 1_000_000}, open=True)
 SWEEP = Verb(Sweep)
 GRID = Verb(Training, {**TRAIN.changed, **_said("layer", "read the residual stream after these blocks, in one pass")})

@@ -1,0 +1,70 @@
+"""The state of an unfinished training of SAEs, in one file that is replaced atomically; tensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from itda.disk import bytes_of, remove_leftovers, safetensors_chunks, write_file
+from itda.errors import InputError, one_line
+from itda.provenance import differing, said_of
+from itda.shortages import shortage
+
+VERSION = "1"
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Write a state; `identity` says what of (`load` compares it)."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    said = json.dumps({"version": VERSION, "identity": identity, **state})
+    metadata = {"state": said, "sha256": _digest(said, kept)}
+    write_file(path, safetensors_chunks(kept, metadata))
+
+
+def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state in the file `path`; None where there is none.
+
+    Raises `InputError` for one of other settings, another model or other activations, and one that is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    remove_leftovers(path)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        state = json.loads(metadata["state"])
+        if state["version"] != VERSION or metadata["sha256"] != _digest(metadata["state"], tensors):
+            raise ValueError("its sha256 differs, so it is damaged")
+        name = differing(state["identity"], json.loads(json.dumps(identity)))
+    except (SafetensorError, MemoryError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise unreadable(path, error) from error
+    if name is not None:
+        raise InputError(
+            f"The unfinished training in {path.parent} was started with "
+            f"{said_of(name, state['identity'].get(name), identity.get(name))}, or remove {path} to start anew."
+        )
+    return tensors, state
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    """What to say of a file that cannot be read."""
+    if (said := shortage(error, f"The checkpoint {path} could not be read")) is not None:
+        return said
+    reason = one_line(f"{type(error).__name__}: {error}")
+    return InputError(f"The checkpoint {path} cannot be read ({reason}): remove it to start again.")
+
+
+def _digest(state: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(bytes_of(tensors[name]))
+    return digest.hexdigest()
