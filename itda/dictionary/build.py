@@ -51,8 +51,8 @@ def build(stream: Iterable, **settings: Unpack[verbs.Build]) -> ITDA | dict[str,
                 what differs from it; massive tokens, of |x| beyond 5 times the median, are left out of it
     max_norm    never admit a token whose |x| is beyond so many times the median of the first 8192 tokens, and leave it
                 out of the mean and the scale; it is still encoded and measured
-    scale       "std": divide each coordinate by its deviation in the first 8192 tokens, in loss and pursuit; the
-                dictionary keeps these, and decodes to the units of the stream
+    scale       "std": divide each coordinate by its deviation in the first 8192 tokens, in loss and pursuit; "sqrt":
+                by the square root of that; the dictionary keeps these, and decodes to the units of the stream
     max_atoms   stop when there are so many
     tokens      read so many tokens at most
     chunk_size  tokens pursued together at most; changes memory and speed, never the result

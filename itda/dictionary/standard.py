@@ -18,6 +18,7 @@ from torch import Tensor
 
 from itda.metrics import deviations, norm_limit, norms
 
+POWERS = {"std": 1.0, "sqrt": 0.5}  # of a coordinate's deviation, which `scale` divides it by
 CLOSE = 1e-9  # relative: norms nearer than this to the limit are compared again, added in one order
 
 
@@ -37,10 +38,10 @@ class Massive:
 def estimated(
     x: Float[Tensor, "tokens d"], center: bool, scale: str | None, max_norm: float | None
 ) -> tuple[Float[Tensor, " d"] | None, Float[Tensor, " d"] | None, Massive | None]:
-    """Mean (d,) and deviations (d,), float32 on the CPU, of the tokens of the head `x` that are not massive.
+    """Mean (d,) and scale (d,), float32 on the CPU, of the tokens of the head `x` that are not massive.
 
     Massive are those beyond `max_norm` times the median norm, 5 if None. The mean is None unless `center`, the
-    deviations unless `scale` is "std". The last is None where no token is left out of anything.
+    scale, a power of the deviations, unless `scale` is in `POWERS`. The last is None where no token is left out.
     """
     size = norms(x)
     limit = norm_limit(size, max_norm)
@@ -50,10 +51,10 @@ def estimated(
         rows = rows[usual]
     # NumPy adds row after row, in one order on every machine and for any number of threads.
     mean = torch.from_numpy(rows.mean(axis=0)).float() if center else None
-    deviation = torch.from_numpy(deviations(rows)).float() if scale == "std" else None
+    weights = torch.from_numpy(deviations(rows) ** POWERS[scale]).float() if scale in POWERS else None
     out = int((~usual).sum()) if center or scale else 0
     massive = Massive(limit, out, None if max_norm is None else 0) if out or max_norm is not None else None
-    return mean, deviation, massive
+    return mean, weights, massive
 
 
 def within(x: Float[Tensor, "tokens d"], limit: float) -> Int[ndarray, " kept"]:

@@ -99,7 +99,7 @@ def untrained(
     held = replace(reader, report=part_of(reader.report, "untrained model")).read(other)
     grow: dict[str, Any] = {"center": dictionary.mean is not None, "loss": dictionary.cfg.get("loss") or "relative"}
     grow["nonneg"] = dictionary.nonneg
-    grow |= {"max_norm": dictionary.cfg.get("max_norm"), "scale": "none" if dictionary.scale is None else "std"}
+    grow |= {"max_norm": dictionary.cfg.get("max_norm"), "scale": dictionary.cfg.get("scale") or "none"}
     wish = min(len(dictionary), len(held.pool))
     online = dictionary.cfg.get("admission") == "online"
     grow |= {"admission": "online"} if online else {"max_atoms": wish}

@@ -45,7 +45,7 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text.assemble(before, *_marked(token), after, overflow="fold")
     centred = report.from_mean != report.norm
     mean = f", {report.from_mean:.4g} from the mean" if centred else ""
-    weighed = ", each coordinate over its deviation" if report.scaled else ""
+    weighed = ", each coordinate over its scale" if report.scaled else ""
     error = f"error {report.relative_error:.3f} of {'|x - mean|²' if centred else '|x|²'}{weighed}"
     if report.usual_error is not None:
         error += f" ({report.usual_error:.0%} of sampled tokens have less)"
@@ -187,7 +187,9 @@ def _facts(report: Any) -> list[tuple[str, str]]:
     online = cfg.get("admission") == "online"
     if (threshold := report.threshold) or online:
         how = ", centred" if cfg.get("center") else ""
-        how += ", each coordinate over its deviation" if cfg.get("scale") else ""
+        how += {"std": ", each coordinate over its deviation", "sqrt": ", each over the root of its deviation"}.get(
+            str(cfg.get("scale")), ""
+        )
         how += ", coefficients of 0 or more" if cfg.get("nonneg") else ""
         how += f", tokens beyond {cfg['max_norm']:g} median norms left out" if is_number(cfg.get("max_norm")) else ""
         what = "online" if online else f"{cfg.get('admission')}, {cfg.get('loss')} loss above {threshold}"

@@ -204,8 +204,10 @@ class Growth(TypedDict, total=False):
         Setting(None, "never admit a token whose |x| is beyond so many times the median norm; 5 for massive ones"),
     ]
     scale: Annotated[
-        Literal["none", "std"],
-        Setting("none", "std divides each coordinate by its deviation, in loss and pursuit"),
+        Literal["none", "std", "sqrt"],
+        Setting(
+            "none", "divide each coordinate by its deviation (std) or the root of that (sqrt), in loss and pursuit"
+        ),
     ]
     max_atoms: Annotated[int | None, Setting(None, "stop at so many atoms", least=1)]
     chunk_size: Annotated[

@@ -765,7 +765,9 @@ def test_massive_tokens_do_not_move_the_mean():
 
 
 @pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("settings", [dict(), dict(admission="batch"), dict(scale="std"), dict(loss="cosine")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(admission="batch"), dict(scale="std"), dict(scale="sqrt"), dict(loss="cosine")], ids=str
+)
 def test_tokens_beyond_max_norm_are_as_if_they_were_not_there(center, settings):
     x, usual = massive()
     how = dict(k=4, threshold=2e-3 if "loss" in settings else 0.05, center=center, **settings)
@@ -817,16 +819,17 @@ def test_which_tokens_are_beyond_is_not_a_matter_of_rounding():
         assert row not in standard.within(x, np.nextafter(size[row], 0))
 
 
-def test_each_coordinate_is_over_its_deviation(tmp_path):
+@pytest.mark.parametrize(("scale", "power"), [("std", 1.0), ("sqrt", 0.5)])
+def test_each_coordinate_is_over_its_deviation_or_the_root_of_that(tmp_path, scale, power):
     x = low_rank()
     x[:, 3] *= 1000  # which would be nearly all of the norm
-    model = itda.build(x.split(100), k=4, threshold=0.1, scale="std")
-    torch.testing.assert_close(model.scale, x.std(0, correction=0))
+    model = itda.build(x.split(100), k=4, threshold=0.1, scale=scale)
+    torch.testing.assert_close(model.scale, x.std(0, correction=0) ** power)
     rest = (x - model.mean) / model.scale
     assert rows_of(model) == one_at_a_time(rest, 4, 0.1) != rows_of(itda.build([x], k=4, threshold=0.1))
     model.save(tmp_path / "d")
     for d in (model, itda.ITDA.load(tmp_path / "d"), model.to("cpu")):
-        assert torch.equal(d.scale, model.scale) and "standardised" in repr(d) and d.cfg["scale"] == "std"
+        assert torch.equal(d.scale, model.scale) and "standardised" in repr(d) and d.cfg["scale"] == scale
         codes = d.encode(x)
         assert torch.equal(codes.indices, itda.pursue(rest, d.atoms, k=4).indices)
         torch.testing.assert_close(d.decode(codes), codes.decode(d.atoms) * d.scale + d.mean)
