@@ -20,6 +20,7 @@ from itda.disk import as_input_error, checked_path
 from itda.errors import InputError, one_line, shortened
 from itda.provenance import is_number
 from itda.settings import verbs
+from itda.training.defaults import admission_of
 
 MOST = 10_000  # trainings: what is more is a slip
 SLOW = ("model", "revision", "data")  # changing these costs loading
@@ -47,6 +48,12 @@ class Job:
         readable = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts)).strip("._-")[:60]
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         return f"{readable}-{digest[:12]}"
+
+    @property
+    def admission(self) -> str:
+        """How atoms come to be in what `itda.train` makes of these settings."""
+        given = {name: value for name, value in self.settings.items() if name in verbs.TRAIN.settings}
+        return admission_of(verbs.TRAIN.complete("train", given))
 
 
 def read_grid(settings: Mapping[str, Any] | str | os.PathLike, *, whole: bool = True) -> dict[str, list]:

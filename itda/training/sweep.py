@@ -111,7 +111,8 @@ def sweep(settings: Mapping[str, Any] | str | os.PathLike, out: str | os.PathLik
     With `workers` or `ray`, so many trainings run side by side, on this machine or on those of the Ray cluster at that
     address, which must all see `out` and the data.
 
-    Raises `InputError` for settings that are not understood, before anything is trained, and `Interrupted` if `stop`
+    Raises `InputError` for settings that are not understood, and for a dictionary in `out` that was trained by another
+    admission than these settings mean now, before anything is trained, and `Interrupted` if `stop`
     said so.
     """
     workers, ray, stop = how["workers"], how["ray"], how["stop"]
@@ -216,6 +217,7 @@ class _Table:
             problem = outcome.missing.get(place, outcome.problem)
             if found := finished(self._out / job.name, note, place):
                 cfg, hook, seconds = found
+                _check_method(self._out / job.name / hook, cfg, job)
                 row |= {name: cfg.get(name) for name in (*MEASURED, *ERRORS)}
                 row["concentrated"] = concentrated(section(cfg, "variance"))
                 row |= {"hook_point": hook, "seconds": seconds, "folder": f"{job.name}/{hook}"}
@@ -296,6 +298,15 @@ def _check_ours(out: Path) -> None:
     for name in (RESULTS, TABLE):
         if (out / name).exists() and not ours:
             raise InputError(f"{out / name} is not of a sweep: choose another folder, or move it away.")
+
+
+def _check_method(path: Path, cfg: Mapping[str, Any], job: Job) -> None:
+    """Raise `InputError` where the dictionary at `path` is older than the method that `job` now means."""
+    if (there := cfg.get("admission", job.admission)) != job.admission:
+        raise InputError(
+            f"{path} was trained by admission {one_line(repr(there))}, and these settings mean {job.admission!r} now: "
+            "sweep into another folder, since one table would mix two methods."
+        )
 
 
 def _places(rows: list[dict[str, Any]]) -> tuple[list[str], str]:

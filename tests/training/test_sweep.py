@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -457,6 +458,27 @@ def test_a_forged_dictionary_is_trained_again(grid, tmp_path, monkeypatch):
             assert not again.problems
             forged = itda.ITDA.load(path)
             assert forged.cfg[name] == again.rows[0][name]
+
+
+def test_a_sweep_of_the_time_of_another_default_is_not_gone_on_with(grid, home, tmp_path):
+    """Settings that now mean drawn atoms meant admitted ones once, in folders of the same names."""
+    del grid["threshold"]
+    grid |= {"n_atoms": 20, "layer": 1}
+    for k in (2, 4):
+        (job,) = jobs_of(read_grid(grid | {"k": k, "data": str(grid["data"])}))
+        assert job.admission == "online"
+        how = {name: value for name, value in job.settings.items() if name not in ("model", "data")}
+        old = tmp_path / f"old-{k}" / job.name
+        itda.train(str(home / "model"), str(grid["data"]), old, layer=[1], admission="sequential", **how)
+        note = {"settings": job.settings, "done": {"1": {"hook_point": "transformer.h.1", "seconds": 1.0}}}
+        (old / "job.json").write_text(json.dumps(note))
+        before = times(old)
+        said = f"{old / 'transformer.h.1'} was trained by admission 'sequential', and these settings mean 'online' now"
+        with pytest.raises(itda.InputError, match=re.escape(said)):
+            itda.sweep(grid, old.parent)
+        assert times(old) == before and os.listdir(old.parent) == [job.name]
+    found = itda.sweep(grid | {"admission": "sequential"}, tmp_path / "old-2")  # folders of other names
+    assert not found.problems and found.skipped == 0
 
 
 def test_an_unexpected_error_is_one_row(grid, tmp_path, monkeypatch):
