@@ -77,7 +77,7 @@ def said_of(name: str, was: Any, now: Any) -> str:
     """How work "was begun" differs from what is asked for now in `name`, and what to do to go on."""
     if name.startswith(VERSIONS):
         library = name.removeprefix(VERSIONS)
-        mend = "go on on such a one" if library == "processor" else "install the former version to go on"
+        mend = "go on with the former kind" if library == "processor" else "install the former version to go on"
         return f"{library} {was}, and this is {library} {now}, whose activations may differ in their last bits: {mend}"
     if name == PREFIX:
         return (

@@ -35,7 +35,7 @@ PAPER = {"k": 40, "threshold": 4e-4, **{name: verbs.PRESETS["paper"][name] for n
 
 @takes(verbs.BUILD)
 def build(stream: Iterable, **settings: Unpack[verbs.Build]) -> ITDA | dict[str, ITDA]:
-    """Build a dictionary from a stream of activations in one pass (Algorithm 1).
+    """Build a dictionary from a stream of activations in one pass (Algorithm 1, or "online").
 
     stream      iterable of `Batch` or (activations, labels), or of activations (tokens, d) alone, or one such array; or
                 of dicts by hook point, which builds several dictionaries at once. `itda.activations` makes one
@@ -43,10 +43,12 @@ def build(stream: Iterable, **settings: Unpack[verbs.Build]) -> ITDA | dict[str,
     nonneg      pursue with coefficients of zero or more alone; the dictionary encodes in this way from then on
     threshold   admit a token whose loss exceeds this; 0.2 for "relative", 4e-4 for "cosine" if nothing is given
     n_atoms     in place of a threshold: the size wished for at the end of the stream, met to 10 % by a threshold that
-                is chosen on a pilot and corrected on the way (`cfg["thresholds"]`); the stream's length must be known
+                is chosen on a pilot and corrected on the way (`cfg["thresholds"]`); the stream's length must be known.
+                With "online", how many tokens to draw: fewer where the head of the stream has fewer directions
     loss        "relative" |x - x_hat|^2 / |x|^2; "cosine", the published code's; "squared" |x - x_hat|^2 (eq. 6)
     admission   "sequential": each token is judged by the dictionary grown from all before it, whatever the batches;
-                "batch": each batch by the dictionary before it; "paper": the published code (see `PAPER`)
+                "batch": each batch by the dictionary before it; "paper": the published code (see `PAPER`); "online":
+                none is judged, `n_atoms` tokens are drawn and moved by all that come (`itda.dictionary.online`)
     center      subtract the mean of the first 8192 tokens, which the dictionary keeps, so that atoms and losses are of
                 what differs from it; massive tokens, of |x| beyond 5 times the median, are left out of it
     max_norm    never admit a token whose |x| is beyond so many times the median of the first 8192 tokens, and leave it

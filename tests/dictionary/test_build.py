@@ -1023,7 +1023,9 @@ def test_a_checkpoint_of_another_processor_is_refused(tmp_path):
     said = (
         "started with processor GenuineIntel AVX512 AMX, and this is processor AuthenticAMD AVX512, whose activations"
     )
-    with pytest.raises(itda.InputError, match=f"{said} may differ in their last bits: go on on such a one, or remove"):
+    with pytest.raises(
+        itda.InputError, match=f"{said} may differ in their last bits: go on with the former kind, or remove"
+    ):
         build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
     stream.provenance = {**stream.provenance, "versions": {"torch": "2"}}  # as of before it was taken down
     build(stream, k=3, threshold=0.2, checkpoint=tmp_path)
