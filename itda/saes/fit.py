@@ -157,6 +157,8 @@ class Fit:
         tensors, state = found
         try:
             self._fill(tensors, state)
+        except InputError:  # what is read now is not what was read then
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise checkpoint.unreadable(path, error) from error
         return True
@@ -164,7 +166,7 @@ class Fit:
     def _fill(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         self.step, self.scale = int(state["step"]), float(state["scale"])
         self.batches.restore(state["batches"])
-        device = getattr(self.batches.source, "device", None) or "cpu"
+        device = self.batches.first(1).device if self.step < self.steps else "cpu"
         for aim in self.aims:
             learner = Learner(aim, tensors[f"{aim.kind}.W_dec"].to(device), tensors[f"{aim.kind}.b_dec"].to(device))
             for name, tensor in learner.parameters.items():

@@ -173,6 +173,9 @@ def test_what_is_not_finite_ends_it_and_the_checkpoint_stays(home, tmp_path, mon
     assert files(tmp_path / "x") == kept
     said = refusal(itda.train_sae, str(home / "gpt2"), TEXTS, tmp_path / "x", kind="topk", **HOW | {"tokens": 704})
     assert "tokens = 640, and now it is 704" in said
+    assert "The text has changed since this training began" in refusal(
+        itda.train_sae, str(home / "gpt2"), [text.upper() for text in TEXTS], tmp_path / "x", kind="topk", **HOW
+    )
     assert files(tmp_path / "x") == kept
     run()
     with pytest.raises(InputError, match="holds a trained SAE already"):
