@@ -19,7 +19,8 @@ def eval_(
     data: flags.Data,
     *,
     sae: Annotated[
-        tuple[str, ...], flags.some("measure these SAEs, in SAELens' format, on the same tokens", "FOLDER")
+        tuple[str, ...],
+        flags.some("measure these SAEs on the same tokens: folders, or names that SAELens has for the hub", "SAE"),
     ] = (),
     zf: Annotated[
         tuple[str, ...],

@@ -21,7 +21,8 @@ from itda.dictionary.folder import ATOMS
 from itda.dictionary.itda import ITDA
 from itda.errors import InputError, first_line
 from itda.evaluation.systems import System
-from itda.interop.made_for import check, check_format, check_place
+from itda.interop import formats, saelens_hub
+from itda.interop.made_for import check, check_place
 from itda.interop.top_afa import top_afa_classes
 from itda.provenance import section
 from itda.pursuit import normalize, pursue
@@ -109,20 +110,27 @@ def _metadata(dictionary: ITDA, signed: bool) -> dict[str, Any]:
 
 @checks(path=PATH, name=TEXT)
 def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cpu") -> System:
-    """An SAE in SAELens' format, from a folder, as a `System` for `itda.evaluate`.
+    """An SAE as a `System` for `itda.evaluate`: a folder in SAELens' format, one of the hub, or in another format.
 
-    What `itda.saes.sae.SAE` can be, it becomes; SAELens runs the rest, and has to be installed for that.
+    A name on the hub is release/sae_id of SAELens' list, or org/repository/folder, where nothing here is called so;
+    other formats are those of `itda.interop.formats`. What `itda.saes.sae.SAE` can be, it becomes; SAELens runs the
+    rest and reads names, and has to be installed for that.
 
-    Raises `InputError` for what SAELens cannot load, for an SAE that does not say at which hook point it was made, and
-    as `system_of` does.
+    Raises `InputError` for what cannot be loaded, for an SAE in SAELens' format that does not say at which hook point
+    it was made, and as `system_of` does.
     """
-    if not os.path.isfile(Path(path) / folder.WEIGHTS):
-        check_format(path)
+    if not os.path.lexists(path):
+        register()
+        named = saelens_hub.load(os.fspath(path), device)
+        check_place(_said(named), name := name or os.fspath(path))
+        return system_of(named, name)
+    if not os.path.isfile(Path(path) / folder.WEIGHTS) and (other := formats.read(path)) is not None:
+        return system_of(other.to(device), name or formats.name_of(path))
     if not os.path.isfile(Path(path) / folder.CFG):
         raise InputError(f"{path} holds no {folder.CFG}, so it is no SAE in SAELens' format: give the folder of one.")
     if os.path.isfile(Path(path) / ATOMS):
         raise InputError(f"{path} is an ITDA, and an SAE in SAELens' format was wanted: export it, or give another.")
-    name = name or Path(os.path.abspath(path)).name
+    name = name or formats.name_of(path)
     before = folder.digests(Path(path))
     found = SAE.read(path)
     sae = _by_saelens(path, device) if found is None else found.to(device)

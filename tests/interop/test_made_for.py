@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import sae_lens
 import torch
@@ -12,7 +11,6 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAEConfig
 
 import itda
-from itda.cli.main import main
 from itda.errors import InputError
 from itda.evaluation.evaluate import evaluate
 from itda.interop.saelens import as_sae, load_sae, system_of
@@ -143,25 +141,6 @@ def test_a_name_of_the_hub_says_which_model_it_is(tmp_path):
     check_model(system, "EleutherAI/pythia-70m-deduped")
     said = refusal(check_model, system, "EleutherAI/pythia-160m")
     assert "x was made for the model 'pythia-70m-deduped', and the dictionary for 'EleutherAI/pythia-160m'" in said
-
-
-def test_formats_of_other_libraries_are_named(tmp_path, home, capfd):
-    gemma, sparsify, learning = (tmp_path / name for name in ("gemma", "sparsify", "learning"))
-    for folder in (gemma, sparsify / "layers.3", learning):
-        folder.mkdir(parents=True)
-    np.savez(gemma / "params.npz", W_enc=np.zeros((4, 8)))
-    (sparsify / "layers.3" / "cfg.json").write_text('{"expansion_factor": 32, "d_in": 32}')
-    (sparsify / "layers.3" / "sae.safetensors").write_bytes(b"")
-    (learning / "ae.pt").write_bytes(b"")
-    (learning / "config.json").write_text('{"trainer": {}}')
-    for path in (gemma, gemma / "params.npz"):
-        assert "is a dictionary of Gemma Scope (JumpReLU weights in .npz)" in refusal(load_sae, path)
-    assert "is a folder of SAEs of sparsify" in refusal(load_sae, sparsify)
-    assert "is an SAE of sparsify (sae.safetensors)" in refusal(load_sae, sparsify / "layers.3")
-    for path in (learning, learning / "ae.pt"):
-        assert "is a dictionary of dictionary_learning (ae.pt, a pickle" in refusal(load_sae, path)
-    words = ["eval", str(home / "d"), str(home / "new.jsonl"), "--sae", str(gemma)]
-    assert main(words) == 2 and "Gemma Scope" in capfd.readouterr().err
 
 
 def test_our_own_architecture_has_no_flaw(home):
