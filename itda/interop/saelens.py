@@ -120,6 +120,7 @@ def load_sae(path: str | os.PathLike, name: str | None = None, device: str = "cp
     it was made, and as `system_of` does.
     """
     if not os.path.lexists(path):
+        saelens_hub.check_name(os.fspath(path))
         register()
         named = saelens_hub.load(os.fspath(path), device)
         check_place(_said(named), name := name or os.fspath(path))

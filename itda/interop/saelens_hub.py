@@ -32,6 +32,12 @@ def load(name: str, device: str) -> TheirSAE:
         return TheirSAE.from_pretrained(release, sae_id, device=device)
 
 
+def check_name(name: str) -> None:
+    """Raise `InputError` for what looks like a path and not like a name on the hub; needs no SAELens."""
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is not there: give the folder of an SAE, or its name on the hub, release/sae_id.")
+
+
 def parted(name: str) -> tuple[str, str]:
     """Release and id of `name`; raises `InputError` where SAELens knows no such release, or the release no such id."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory

@@ -267,3 +267,5 @@ def test_names_of_the_hub():
         "gpt2-small-res-j/x"
     )
     assert "is no folder here, and SAELens has no release 'nothing-here'" in refusal("nothing-here")
+    for path in ("/nothing/here/x", "./nothing", "~/x"):
+        assert f"{path} is not there: give the folder of an SAE, or its name on the hub" in refusal(path)

@@ -292,7 +292,7 @@ def test_the_command_line_measures_saes_and_exports(home, tmp_path, capfd):
     result = evaluate(home / "d", home / "new.jsonl", tokens=200, ce_tokens=60, controls=False, systems=systems)
     assert list(found) == ["itda", "topk", "standard"] and found == result.to_json()["systems"]
     assert found["topk"]["l0"] <= 5 < found["standard"]["l0"] and found["topk"]["ce"]["loss"] > 0
-    assert main([*words, "--sae", str(tmp_path / "gone")]) == 2 and "no cfg.json" in capfd.readouterr().err
+    assert main([*words, "--sae", str(tmp_path / "gone")]) == 2 and "is not there" in capfd.readouterr().err
 
     out, n = tmp_path / "out", len(itda.ITDA.load(home / "d"))
     words = ["export", str(home / "d"), "--to", "saelens", "--out", str(out)]
@@ -304,6 +304,7 @@ def test_the_command_line_measures_saes_and_exports(home, tmp_path, capfd):
     assert f"load it with: sae_lens.SAE.load_from_disk({str(out)!r})" in shown.err
     assert main([*words, "--architecture", "itda"]) == 0
     shown = capfd.readouterr()
+    saelens.register()
     assert f"{n} latents of {n} atoms" in shown.out and load(out).W_dec.shape == (n, 32)
     assert "load it after `itda.interop.saelens.register()` with" in shown.err
 
@@ -336,7 +337,7 @@ def test_names_that_no_folder_can_have_are_said_in_one_sentence(dictionaries, ho
             assert refusal(write, tmp_path / name).endswith(
                 "could not be used (File name too long): choose another place."
             )
-        assert "holds no cfg.json" in refusal(saelens.load_sae, tmp_path / name)
+        assert "is not there: give the folder of an SAE" in refusal(saelens.load_sae, tmp_path / name)
         assert "There is no folder" in refusal(itda.report.summary, tmp_path / name)
     for write in (lambda path: saelens.export(d, path), d.save, lambda path: itda.train("no", "no", path, layer=1)):
         assert "has a NUL in it, which no path can have" in refusal(write, tmp_path / "a\0b")
@@ -394,8 +395,8 @@ def test_what_is_no_sae_for_the_dictionary_is_refused(home, tmp_path):
 
     sae_of("topk", tmp_path / "wide", d=48)
     weights = (tmp_path / "wide" / "sae_weights.safetensors").read_bytes()
-    for place in (tmp_path / "nowhere", home):
-        assert f"{place} holds no cfg.json" in refusal(saelens.load_sae, place)
+    assert f"{tmp_path / 'nowhere'} is not there: give the folder" in refusal(saelens.load_sae, tmp_path / "nowhere")
+    assert f"{home} holds no cfg.json" in refusal(saelens.load_sae, home)
     assert "is an ITDA, and an SAE in SAELens' format was wanted" in refusal(saelens.load_sae, home / "d")
     assert "SafetensorError" in says("sae_weights.safetensors", b"", weights[:-100])
     assert "JSONDecodeError" in says("cfg.json", b"{", b"no json")
