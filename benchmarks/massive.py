@@ -4,10 +4,10 @@
 
 Dictionaries are built on the same tokens at three depths of each model, as `itda.train` builds them (drawn and moved)
 and by Algorithm 1 at about as many atoms: as they are, without massive tokens as atoms (`max_norm=5`, in medians),
-over the coordinates' deviations (`scale="std"`) or
-the roots of these (`"sqrt"`), and without massive tokens over deviations. Errors are of |x - mean|^2 for all of them, on the
-text held out of the same books (in) and on another novel (out). `Jaccard` compares the tokens that are atoms at this
-depth with those at the other two (the mean of both); random sets of these sizes have `by chance`.
+over the coordinates' deviations (`scale="std"`) or the roots of these (`"sqrt"`), and with both of the first two.
+Errors are of |x - mean|^2 for all of them, on the text held out of the same books (in) and on another novel (out).
+`Jaccard` compares the tokens that are atoms at this depth with those at the other two (the mean of both); random sets
+of these sizes have `by chance`.
 """
 
 import time
