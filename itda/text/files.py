@@ -286,6 +286,7 @@ def _table(separator: str) -> Callable[[_Counted, str, str], Iterator[tuple[str,
             names = next(rows, [])
             if names and column not in names:
                 yield f"the first line of {path!r}", dict.fromkeys(names)  # refused
+            _check_once(names, column, path)
             for number, row in enumerate(rows):
                 if not row:
                     continue
@@ -305,6 +306,11 @@ def _table(separator: str) -> Callable[[_Counted, str, str], Iterator[tuple[str,
     return records
 
 
+def _check_once(names: list[str], column: str, path: str) -> None:
+    if (count := names.count(column)) > 1:
+        raise InputError(f"`data`: {path!r} has {count} columns {column!r}: rename all but the one to read.")
+
+
 def _parquet_records(file: BinaryIO, path: str, column: str, reading: Reading) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
@@ -314,6 +320,7 @@ def _parquet_records(file: BinaryIO, path: str, column: str, reading: Reading) -
         names, rows, size = table.schema_arrow.names, table.metadata.num_rows, _size(path)
         if column not in names:
             yield repr(path), dict.fromkeys(names)  # refused
+        _check_once(names, column, path)
         batches = table.iter_batches(batch_size=128, columns=[column])
         for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
             reading.here = size * (number + 1) // max(1, rows)

@@ -153,6 +153,19 @@ def test_bad_files(tmp_path, monkeypatch, name):
         refusal(name, "`data`", *BAD[name][1])
 
 
+def test_a_column_that_is_there_twice(tmp_path):
+    """Which of them is meant, nobody can tell; of another column it does not matter."""
+    for names, refused in ((["text", "text"], True), (["text", "id", "id"], False)):
+        table = pa.Table.from_arrays([pa.array([name]) for name in "abc"[: len(names)]], names=names)
+        pq.write_table(table, tmp_path / "a.parquet")
+        (tmp_path / "a.csv").write_text(",".join(names) + "\n" + ",".join("abc"[: len(names)]) + "\n")
+        for path in (tmp_path / "a.parquet", tmp_path / "a.csv"):
+            if refused:
+                refusal(path, "has 2 columns 'text'", "rename")
+            else:
+                assert texts(path) == ["a"]
+
+
 def test_lists_without_records_and_records_without_a_list(tmp_path):
     path = tmp_path / "a.json"
     for written, read in (("[]", []), (" [ ]\n", []), ('{"text": "a"}{"text": "b"}', ["a", "b"]), (" ", [])):
