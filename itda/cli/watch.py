@@ -67,6 +67,10 @@ def _settle(watcher: int, mask: set) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal all the same
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if (
+        is_memory_limited()
+    ):  # OpenBLAS asks for the buffers of its threads again and again, for ever, if there is no room
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _end_of(child: int, numbers: set[int]) -> int:

@@ -56,6 +56,15 @@ def test_what_ends_without_a_word_is_told(run, how):
     assert ended(run) == (2, "", f"itda: error: `itda show` {how}, {SAID} take a machine with more.\n")
 
 
+def test_openblas_asks_for_no_buffers_of_threads_where_memory_is_limited():
+    """Without room for them it asks for ever, as scipy is imported, and no signal reaches Python."""
+    tells = "say(os.environ.get('OPENBLAS_NUM_THREADS')); return 0"
+    bare = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    assert ended(tells, env=bare) == (0, "1\n", "")
+    assert ended(tells, env=bare | {"OPENBLAS_NUM_THREADS": "2"}) == (0, "2\n", "")
+    assert ended(tells, limit="", env=bare) == (0, "None\n", "")
+
+
 @pytest.mark.parametrize(
     "wait",
     [
