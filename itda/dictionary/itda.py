@@ -31,6 +31,7 @@ from itda.pursuit import as_tensor, pursue
 from itda.shortages import shortages_told
 
 # What `measured` says in `cfg` of the sample.
+DEEPEST, LARGEST_INT = 100, 1023  # of what `cfg` holds: levels, and bits, as many as a double has
 MEASURED = (
     *("fvu", "fvu_robust", "fvu_standardised", "variance"),
     *("relative_error", "median_error", "sample_tokens"),
@@ -308,19 +309,26 @@ def _source(model: ITDA) -> dict:
     return source if isinstance(source, dict) else {}
 
 
-def _plain(value, name: str):
-    """`value` as JSON has it: NumPy scalars as numbers, numbers that are not finite as null."""
+def _plain(value, name: str, room: int = DEEPEST):
+    """`value` as JSON has it: NumPy scalars as numbers, numbers that are not finite as null; at most `room` deep."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, int) and value.bit_length() > LARGEST_INT:
+        raise InputError(
+            f"`{name}` is an integer of more than {LARGEST_INT} bits, which no reader of JSON keeps: drop it."
+        )
+    if isinstance(value, dict | list | tuple) and not room:
+        top = name.partition("[")[0]
+        raise InputError(f"`{top}` is nested more than {DEEPEST} deep, or holds itself: save what is flatter.")
     if isinstance(value, dict):
-        plain = {str(key): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
-        if len(plain) < len(value):
-            keys = [str(key) for key in value]
+        keys = [str(_plain(key, name)) if isinstance(key, int) else str(key) for key in value]
+        if len(set(keys)) < len(keys):
             twice = shortened(next(key for key in keys if keys.count(key) > 1))
             raise InputError(f"`{name}` has two keys that are {twice} in JSON, where keys are text: rename one.")
-        return plain
+        inner = zip(keys, value.values(), strict=True)
+        return {key: _plain(item, f"{name}[{shortened(key)}]", room - 1) for key, item in inner}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{name}[{i}]", room - 1) for i, item in enumerate(value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):

@@ -22,7 +22,7 @@ BLOCK = 1 << 18  # bytes of a file read at a time
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 KINDS = (".txt", ".jsonl", ".parquet", ".json", ".ndjson", ".csv", ".tsv")
 SUPPORTED = (
-    "a .txt, .jsonl or .parquet file (.json, .csv and .tsv too, all but .parquet also as .gz or .zst) "
+    "a .txt, .jsonl or .parquet file (.json, .csv and .tsv too, all but .parquet also as .gz, .zst, .bz2 or .xz) "
     "or a folder of these"
 )
 _POINTERS = {b"version https://git-lfs.github.com/spec/": "Git LFS", b"/annex/objects/": "git-annex"}

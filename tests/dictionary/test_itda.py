@@ -962,6 +962,28 @@ def test_keys_that_become_one_are_refused(tmp_path):
     assert ITDA.load(tmp_path / "x").cfg["5"] == 1
 
 
+def test_settings_that_json_cannot_hold_are_refused(tmp_path):
+    itself = {}
+    itself["x"] = itself
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    for value, says in (
+        ({"x": 10**5000}, r"`cfg\['x'\]` is an integer of more than 1023 bits"),
+        ({10**5000: 1}, "`cfg` is an integer of more than 1023 bits"),
+        ({"x": itself}, "`cfg` is nested more than 100 deep, or holds itself"),
+        ({"x": deep}, "`cfg` is nested more than 100 deep, or holds itself"),
+        ({"y" * 10_000: object()}, r"^`cfg\['y{50}.{0,60}` is a object"),
+    ):
+        with pytest.raises(itda.InputError, match=says):
+            replace(golden(), cfg=golden().cfg | value).save(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+    model = replace(golden(), cfg=golden().cfg | {"x": -(2**1023) + 1, "y": [[[1]]], True: 2})
+    model.save(tmp_path / "x")
+    found = ITDA.load(tmp_path / "x").cfg
+    assert (found["x"], found["y"], found["True"]) == (-(2**1023) + 1, [[[1]]], 2)
+
+
 def test_the_card_says_whether_atoms_are_activations():
     x = torch.randn(600, 8)
     assert "A dictionary of real activations:" in dictionaries._model_card(
