@@ -49,12 +49,15 @@ def watched(run: Callable[[], int], here: str) -> int:
     os.set_blocking(said, False)
     with suppress(BlockingIOError):
         return os.read(said, 1)[0]
-    if -how in numbers:
+    if how is not None and -how in numbers:
         return 128 - how
-    what = (
-        f"was ended by {signal.Signals(-how).name}" if how < 0 else "was ended by a library" if how else "stood still"
-    )
-    return terminal.fail(presumed(f"{here} {what}"), False)
+    return terminal.fail(presumed(f"{here} {_told(how)}"), False)
+
+
+def _told(how: int | None) -> str:
+    if how is None:
+        return "stood still"
+    return f"was ended by {signal.Signals(-how).name}" if how < 0 else "was ended by a library"
 
 
 def _settle(watcher: int, mask: set) -> None:
@@ -73,8 +76,8 @@ def _settle(watcher: int, mask: set) -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _end_of(child: int, numbers: set[int]) -> int:
-    """Pass signals on until `child` has ended; its exit status, negative for a signal, 0 if it was stuck and killed."""
+def _end_of(child: int, numbers: set[int]) -> int | None:
+    """Pass signals on until `child` has ended; its exit status, negative for a signal; None if it was stuck."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have had it ignored
     last, since = "", time.monotonic()
     while True:
@@ -95,7 +98,7 @@ def _end_of(child: int, numbers: set[int]) -> int:
             elif time.monotonic() - since > STUCK:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return 0
+                return None
 
 
 def _standstill(child: int) -> str:

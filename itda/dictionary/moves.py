@@ -53,7 +53,8 @@ class Moves:
         order, begins = chosen.argsort(stable=True), uses.cumsum(0) - uses
         rest = x - codes.decode(atoms)
         wanted = embedding_bag(order // max(k, 1), rest, begins, per_sample_weights=values[order], mode="sum")
-        energy = torch.bincount(chosen, values.double().square(), minlength=n)
+        squares = values.double().square()[:, None]  # summed likewise: a weighted bincount on a GPU has no fixed order
+        energy = embedding_bag(order, squares, begins, mode="sum")[:, 0]
         if not self.chunks:
             self.energy, self.chunks = START * (energy + energy.mean()), START
         self.energy = self.energy * (self.chunks / (self.chunks + MEMORY)) + energy

@@ -49,6 +49,7 @@ SAID = "most likely because memory ran out: end other programs, raise the limit 
         ("ctypes.string_at(0)", "was ended by SIGSEGV"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
         ("os._exit(1)", "was ended by a library"),  # as libgomp does where a thread cannot be started
+        ("os._exit(0)", "was ended by a library"),
         ("lock = threading.Lock(); lock.acquire(); lock.acquire()", "stood still"),
     ],
 )
