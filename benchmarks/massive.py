@@ -44,7 +44,8 @@ def run(name, args, results):
     places = {layer: model.place(layer, args) for layer in model.layers}
     built, seconds = {}, {}
     for layer, place in places.items():
-        for way, how in WAYS.items():
+        for way in args.ways:
+            how = WAYS[way]
             for said, settings in SETTINGS.items():
                 key = (way, said)
                 began = time.process_time()
@@ -89,6 +90,7 @@ def table(rows):
 def main():
     parser = shared.parser(__doc__, "small sizes, to see that it runs")
     parser.add_argument("--models", nargs="+", default=list(real.DEPTHS), choices=real.DEPTHS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="to build a dictionary")
     real.flags(parser)
     args = parser.parse_args()
     if args.quick:
