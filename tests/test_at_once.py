@@ -84,7 +84,7 @@ class Held:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    for module in (folder, evaluating, saelens):
+    for module in (folder, evaluating, sae_folder):
         monkeypatch.setattr(module, "PATIENCE", 0.0)
     monkeypatch.setattr(locks, "SETTLING", 0.1)
 
