@@ -67,7 +67,7 @@ def test_a_text_is_the_mean_of_its_split_codes(read):
     model, hook, systems = read
     texts = [labelled()[0]["text"], "", labelled()[1]["text"]]
     stream, repeated = probing._rows(model, texts, 60)
-    dense, codes, there = probing._means(model, hook, systems, stream, 3, False)
+    dense, codes, there = probing._means(model, hook, systems, stream, 3, False, lambda *_: None)
     assert there.tolist() == [0, 2] and repeated == 0
     for row, i in enumerate(there):
         (batch,) = itda.activations(model, [texts[i]], layer=2, context_length=60)
