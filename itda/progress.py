@@ -92,7 +92,7 @@ class Learning(NamedTuple):
 
     def parts(self, width: int | None = None) -> list[str]:
         """What there is to say, in order; of it, what is most telling and fits into `width` columns."""
-        found = [(0, f"{self.tokens:,} of {self.total:,} tokens"), (3, f"{self.tokens_per_second:,.0f}/s")]
+        found = [(0, f"{self.tokens:,} of {counted(self.total, 'token')}"), (3, f"{self.tokens_per_second:,.0f}/s")]
         for i, (kind, (loss, fvu, l0, dead)) in enumerate(self.figures.items()):
             name = f"{kind} " if len(self.figures) > 1 else ""
             found.append((2 + 2 * i, f"{name}loss {loss:.3g}, FVU {fvu:.3f}, L0 {l0:.0f}, {dead:.1%} dead"))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itda import remote
 from itda.disk import json_object
-from itda.errors import InputError, first_line, shortened
+from itda.errors import InputError, counted, first_line, shortened
 from itda.interop.made_for import transcoder
 from itda.progress import tell
 from itda.provenance import section
@@ -165,7 +165,7 @@ def _sae(
         if name in found and not bool(found[name].isfinite().all()):
             raise InputError(f"{file} has numbers in {name} that are not finite: give another file.")
     if k is not None and not 0 < k <= n:
-        raise InputError(f"{file} is of {n} latents and has k = {k}: give another file.")
+        raise InputError(f"{file} is of {counted(n, 'latent')} and has k = {k}: give another file.")
     known = {name: value for name, value in metadata.items() if isinstance(value, str) and value}
     if "hook_name" not in known:
         tell(f"{name_of(file)} does not say at which hook point it was made, so that it may be for another")

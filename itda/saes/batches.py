@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda.errors import InputError
+from itda.errors import InputError, counted
 
 
 class Batches:
@@ -115,6 +115,6 @@ class Batches:
     def _check(self, tokens: int) -> None:
         if tokens < self.size:
             raise InputError(
-                f"There are {tokens:,} activations, and a batch has {self.size:,}: give more text, or a smaller "
-                "`batch` (`--batch`)."
+                f"There came {counted(tokens, 'activation')}, and a batch has {self.size:,}: give more text, or a "
+                "smaller `batch` (`--batch`)."
             )

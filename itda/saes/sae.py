@@ -15,7 +15,7 @@ from torch import Tensor
 
 from itda.codes import Codes
 from itda.disk import small_file
-from itda.errors import InputError
+from itda.errors import InputError, counted
 from itda.provenance import section
 from itda.pursuit import normalize, pursue
 from itda.saes import activations, folder
@@ -64,7 +64,7 @@ class SAE:
 
     def __repr__(self) -> str:
         k = f", k={self.k}" if self.k is not None else ""
-        return f"SAE({self.kind!r}, {self.n_atoms} latents of width {self.d}{k})"
+        return f"SAE({self.kind!r}, {counted(self.n_atoms, 'latent')} of width {self.d}{k})"
 
     @property
     def n_atoms(self) -> int:

@@ -17,7 +17,7 @@ from itda._version import __version__
 from itda.arguments import PATH, checks, places_of
 from itda.dictionary.itda import ITDA
 from itda.disk import bytes_of, checked_path, leftover_of
-from itda.errors import InputError, Interrupted, shortened
+from itda.errors import InputError, Interrupted, counted, shortened
 from itda.locks import locked
 from itda.progress import Step, reporter, tell
 from itda.provenance import identity, section
@@ -58,7 +58,8 @@ class TrainedSAE(Report):
         k = f", k = {self.k}" if self.k is not None else ""
         again = f" ({self.rounds:.1f} rounds)" if self.rounds > 1 else ""
         return (
-            f"{self.path}: {self.kind}, {self.n_atoms:,} latents{k}, at {self.hook_point}, of {self.tokens:,} tokens"
+            f"{self.path}: {self.kind}, {counted(self.n_atoms, 'latent')}{k}, at {self.hook_point}, "
+            f"of {counted(self.tokens, 'token')}"
             f"{again}; of the last batches: FVU {self.fvu:.4f}, L0 {self.l0:.1f}, {self.dead:.1%} of the latents dead; "
             f"{self.seconds:.1f} s{speed}"
         )
@@ -140,7 +141,9 @@ def _kinds(given: Mapping[str, Any]) -> list[str]:
     if kinds == ["relu"] and k is None and given["l1"] is None:
         raise InputError("A relu SAE needs `l1` (`--l1`), the weight of its codes, or `k` (`--k`), the mean L0 wanted.")
     if k is not None and k > n:
-        raise InputError(f"`k` is {k:,}, and there are {n:,} latents (`n_atoms`): give a smaller `k`, or more latents.")
+        raise InputError(
+            f"`k` is {k:,}, and there are {counted(n, 'latent')} (`n_atoms`): give a smaller `k`, or more latents."
+        )
     for name, kind in (("afa", "top-afa"), ("l1", "relu")):
         if given[name] is not None and kind not in kinds:
             raise InputError(f"`{name}` is of {kind} alone, which is not asked for: leave it out, or add that kind.")
@@ -175,7 +178,7 @@ def _first(start: ITDA, said: Mapping[str, Any], n_atoms: int) -> dict[str, Tens
             f"{start!r} was made for {there['hook_point']}, and this is {here['hook_point']}: give one of this place."
         )
     if len(start) > n_atoms:
-        tell(f"the first {n_atoms:,} of {len(start):,} atoms are the latents to begin with")
+        tell(f"the first {n_atoms:,} of {counted(len(start), 'atom')} are the latents to begin with")
     return {"atoms": start.atoms} | ({} if start.mean is None else {"bias": start.mean})
 
 

@@ -428,7 +428,7 @@ def test_damaged_weights(home, tmp_path):
         (lambda w: [w.pop(name) for name in list(w) if "layers.1." in name], "no weights for block 1"),
         (lambda w: w.pop("model.embed_tokens.weight"), "lacks 1 of the weights"),
         (lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}), "could not be loaded"),
-        (lambda w: w.update({"other.layers.1.mlp": torch.zeros(3)}), "which belong to which block"),
+        (lambda w: w.update({f"other.{name}": w[name].clone() for name in list(w)}), "which belong to which block"),
     ):
         weights = dict(whole)
         change(weights)
