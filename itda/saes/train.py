@@ -131,11 +131,11 @@ def _kinds(given: Mapping[str, Any]) -> list[str]:
     if wrong := [kind for kind in asked if kind not in TRAINED]:
         raise InputError(f"`kind` is {shortened(wrong[0])}: choose some of {', '.join(TRAINED)}.")
     kinds = list(dict.fromkeys(asked))
-    counted = [kind for kind in kinds if kind in WITH_K]
+    with_k = [kind for kind in kinds if kind in WITH_K]
     k, n = given["k"], given["n_atoms"]
-    if counted and k is None:
-        raise InputError(f"A {counted[0]} SAE has so many latents for each token: say how many with `k` (`--k`).")
-    if k is not None and not counted and (kinds != ["relu"] or given["l1"] is not None):
+    if with_k and k is None:
+        raise InputError(f"A {with_k[0]} SAE has so many latents for each token: say how many with `k` (`--k`).")
+    if k is not None and not with_k and (kinds != ["relu"] or given["l1"] is not None):
         which = "a weight `l1`" if "relu" in kinds else f"{kinds[0]}, which needs as many latents as come"
         raise InputError(f"`k` has no effect with {which}: leave it out, or train another kind.")
     if kinds == ["relu"] and k is None and given["l1"] is None:
