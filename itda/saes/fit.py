@@ -100,7 +100,8 @@ class Fit:
             if not math.isfinite(found.loss):
                 raise InputError(
                     f"The loss of {kind} is {found.loss} at step {self.step + 1:,}, "
-                    f"after {counted(self.tokens, 'token')}: give a smaller `lr` (`--lr`), and another folder to start anew."
+                    f"after {counted(self.tokens, 'token')}: "
+                    "give a smaller `lr` (`--lr`), and another folder to start anew."
                 )
             self._remember(kind, found, variance, learner)
             learner.project()
@@ -114,7 +115,8 @@ class Fit:
         if not bool(x.isfinite().all()):
             raise InputError(
                 f"Activations that are not finite came at step {self.step + 1:,}, "
-                f"after {counted(self.tokens, 'token')}: run the model in another `dtype` (`--dtype float32`), or give other activations."
+                f"after {counted(self.tokens, 'token')}: "
+                "run the model in another `dtype` (`--dtype float32`), or give other activations."
             )
 
     def _remember(self, kind: str, found: Figures, variance: float, learner: Learner) -> None:
