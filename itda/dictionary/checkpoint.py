@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def save(builder: Builder, folder: Path, identity: dict) -> None:
     make_folder(folder)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"state": json.dumps(state)}
-    metadata["sha256"] = _digest(metadata["state"], tensors)
+    metadata["sha256"] = digest(metadata["state"], tensors)
     write_file(folder / CHECKPOINT, safetensors_chunks(tensors, metadata))
 
 
@@ -106,7 +107,7 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if state["version"] != VERSION:
             raise KeyError("version")
-        if metadata["sha256"] != _digest(metadata["state"], tensors):
+        if metadata["sha256"] != digest(metadata["state"], tensors):
             raise ValueError("its sha256 differs, so it is damaged")
         builder.fingerprint = state["identity"].get(FINGERPRINT)
         if identity.get(FINGERPRINT) is None:  # a model that is streamed says so when it was read
@@ -124,7 +125,7 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
         AttributeError,
         RecursionError,
     ) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     try:
         if "head" in state:
             _fill_head(builder, state, tensors)
@@ -132,13 +133,14 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
             _check(state, tensors)
             _fill(builder, state, tensors)
     except Exception as error:  # whatever other tensors and values than `save` writes lead to
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     builder.position, builder.seen, builder.stream_hash = state["position"], state["seen"], state["stream_hash"]
     builder.content_hash = state["content_hash"]
     return True
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def unreadable(path: Path, error: Exception) -> InputError:
+    """What to say of a checkpoint that cannot be read."""
     if (said := shortage(error, f"The checkpoint {path} could not be read")) is not None:
         return said
     reason = one_line(f"{type(error).__name__}: {error}")
@@ -191,12 +193,13 @@ def _check_forms(wanted: dict[str, tuple], tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"`{name}` has dtype {tensors[name].dtype} and shape {tuple(tensors[name].shape)}")
 
 
-def _digest(state: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(state.encode())
+def digest(state: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state in JSON and of its tensors."""
+    found = hashlib.sha256(state.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(bytes_of(tensors[name]))
-    return digest.hexdigest()
+        found.update(name.encode())
+        found.update(bytes_of(tensors[name]))
+    return found.hexdigest()
 
 
 def _fill(builder: Builder, state: dict, tensors: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from itda.arguments import DICTIONARY, PATH, TEXT, checks
 from itda.codes import Codes
 from itda.dictionary import folder, tables
 from itda.dictionary.naming import nearer
-from itda.dictionary.soundness import TENSORS, problem_of
+from itda.dictionary.soundness import TENSORS, plain_of, problem_of
 from itda.disk import checked_path, safetensors_chunks
 from itda.errors import InputError, counted, first_line, one_line, shortened
 from itda.labels import Labels
@@ -31,7 +31,6 @@ from itda.pursuit import as_tensor, pursue
 from itda.shortages import shortages_told
 
 # What `measured` says in `cfg` of the sample.
-DEEPEST, LARGEST_INT = 100, 1023  # of what `cfg` holds: levels, and bits, as many as a double has
 MEASURED = (
     *("fvu", "fvu_robust", "fvu_standardised", "variance"),
     *("relative_error", "median_error", "sample_tokens"),
@@ -215,7 +214,7 @@ class ITDA:
                 t.detach().cpu().numpy() for t in (codes.indices, codes.values, self.sample.losses)
             )
             files[folder.SAMPLE] = tables.labels_chunks(self.sample.labels, (indices, values), losses)
-        plain = _plain(self.cfg, "cfg")
+        plain = plain_of(self.cfg, "cfg")
         settings = {"k": int(self.k), **{key: value for key, value in plain.items() if key != "k"}}
         if wrong := folder.wrong_setting(settings):
             raise InputError(f"This ITDA cannot be saved, because its `cfg` says {wrong}: mend that entry.")
@@ -307,34 +306,6 @@ def _source(model: ITDA) -> dict:
     """What `cfg` says about the language model, if anything."""
     source = model.cfg.get("model")
     return source if isinstance(source, dict) else {}
-
-
-def _plain(value, name: str, room: int = DEEPEST):
-    """`value` as JSON has it: NumPy scalars as numbers, numbers that are not finite as null; at most `room` deep."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, int) and value.bit_length() > LARGEST_INT:
-        raise InputError(
-            f"`{name}` is an integer of more than {LARGEST_INT} bits, which no reader of JSON keeps: drop it."
-        )
-    if isinstance(value, dict | list | tuple) and not room:
-        top = name.partition("[")[0]
-        raise InputError(f"`{top}` is nested more than {DEEPEST} deep, or holds itself: save what is flatter.")
-    if isinstance(value, dict):
-        keys = [str(_plain(key, name)) if isinstance(key, int) else str(key) for key in value]
-        if len(set(keys)) < len(keys):
-            twice = shortened(next(key for key in keys if keys.count(key) > 1))
-            raise InputError(f"`{name}` has two keys that are {twice} in JSON, where keys are text: rename one.")
-        inner = zip(keys, value.values(), strict=True)
-        return {key: _plain(item, f"{name}[{shortened(key)}]", room - 1) for key, item in inner}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{name}[{i}]", room - 1) for i, item in enumerate(value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    kind = type(value).__name__
-    raise InputError(f"`{name}` is a {kind}, but numbers, strings, lists and dicts can be saved: convert or drop it.")
 
 
 def _hub_errors(what: str) -> AbstractContextManager[None]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from itda.dictionary import folder
-from itda.errors import counted
+from itda.errors import InputError, counted, shortened
 from itda.labels import LABEL_ARRAYS, Labels
 
 UNIT_NORM_TOLERANCE = 1e-5
+DEEPEST, LARGEST_INT = 100, 1023  # of what `cfg` holds: levels, and bits, as many as a double has
 TENSORS = ("atoms", "norms", "losses", "mean", "moved", "scale")  # the first three are always there
 
 
@@ -92,3 +93,31 @@ def _sample_problem(sample: Any, n_atoms: int) -> tuple[str, str] | None:
     if not bool(torch.isfinite(values).all()):
         return folder.SAMPLE, "the codes of the sample must be finite, and are not"
     return None
+
+
+def plain_of(value, name: str, room: int = DEEPEST):
+    """`value` as JSON has it: NumPy scalars as numbers, numbers that are not finite as null; at most `room` deep."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, int) and value.bit_length() > LARGEST_INT:
+        raise InputError(
+            f"`{name}` is an integer of more than {LARGEST_INT} bits, which no reader of JSON keeps: drop it."
+        )
+    if isinstance(value, dict | list | tuple) and not room:
+        top = name.partition("[")[0]
+        raise InputError(f"`{top}` is nested more than {DEEPEST} deep, or holds itself: save what is flatter.")
+    if isinstance(value, dict):
+        keys = [str(plain_of(key, name)) if isinstance(key, int) else str(key) for key in value]
+        if len(set(keys)) < len(keys):
+            twice = shortened(next(key for key in keys if keys.count(key) > 1))
+            raise InputError(f"`{name}` has two keys that are {twice} in JSON, where keys are text: rename one.")
+        inner = zip(keys, value.values(), strict=True)
+        return {key: plain_of(item, f"{name}[{shortened(key)}]", room - 1) for key, item in inner}
+    if isinstance(value, list | tuple):
+        return [plain_of(item, f"{name}[{i}]", room - 1) for i, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    kind = type(value).__name__
+    raise InputError(f"`{name}` is a {kind}, but numbers, strings, lists and dicts can be saved: convert or drop it.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from itda.disk import bytes_of, remove_leftovers, safetensors_chunks, write_file
-from itda.errors import InputError, one_line
+from itda.dictionary.checkpoint import digest, unreadable
+from itda.disk import remove_leftovers, safetensors_chunks, write_file
+from itda.errors import InputError
 from itda.provenance import differing, said_of
-from itda.shortages import shortage
 
 VERSION = "1"
 
@@ -22,7 +21,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], id
     """Write a state; `identity` says what of (`load` compares it)."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps({"version": VERSION, "identity": identity, **state})
-    metadata = {"state": said, "sha256": _digest(said, kept)}
+    metadata = {"state": said, "sha256": digest(said, kept)}
     write_file(path, safetensors_chunks(kept, metadata))
 
 
@@ -41,7 +40,7 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         state = json.loads(metadata["state"])
-        if state["version"] != VERSION or metadata["sha256"] != _digest(metadata["state"], tensors):
+        if state["version"] != VERSION or metadata["sha256"] != digest(metadata["state"], tensors):
             raise ValueError("its sha256 differs, so it is damaged")
         name = differing(state["identity"], json.loads(json.dumps(identity)))
     except (SafetensorError, MemoryError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -52,19 +51,3 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
             f"{said_of(name, state['identity'].get(name), identity.get(name))}, or remove {path} to start anew."
         )
     return tensors, state
-
-
-def unreadable(path: Path, error: Exception) -> InputError:
-    """What to say of a file that cannot be read."""
-    if (said := shortage(error, f"The checkpoint {path} could not be read")) is not None:
-        return said
-    reason = one_line(f"{type(error).__name__}: {error}")
-    return InputError(f"The checkpoint {path} cannot be read ({reason}): remove it to start again.")
-
-
-def _digest(state: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(state.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(bytes_of(tensors[name]))
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ import pytest
 import itda
 from itda import locks
 from itda.cli.main import main
-from itda.dictionary import folder
+from itda.dictionary import folder, soundness
 from itda.errors import Interrupted
 from itda.training.grid import jobs_of, read_grid
 from itda.training.sweep import RESULTS, TABLE
@@ -452,6 +452,7 @@ def test_a_forged_dictionary_is_trained_again(grid, tmp_path, monkeypatch):
             forged.cfg[name] = value
             with monkeypatch.context() as patch:
                 patch.setattr(folder, "wrong_setting", lambda *settings: None)
+                patch.setattr(soundness, "LARGEST_INT", 2000)
                 forged.save(path)
             again = itda.sweep(grid, tmp_path / "out")
             assert again.skipped == 3
