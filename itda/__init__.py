@@ -28,6 +28,8 @@ if (
     from itda.similarity import match_layers
     from itda.training.sweep import sweep
     from itda.training.train import train
+    from itda.usage.kept import Uses
+    from itda.usage.uses import uses
 
 # Where each public name lives. It is imported when first used: `import itda` alone loads neither torch nor anything.
 _HOMES = {
@@ -54,6 +56,8 @@ _HOMES = {
     "sweep": "training.sweep",
     "train": "training.train",
     "train_sae": "saes.train",
+    "Uses": "usage.kept",
+    "uses": "usage.uses",
 }
 _MODULES = {
     "interop": "interop",
@@ -74,6 +78,7 @@ __all__ = [
     "InputError",
     "Labels",
     "Store",
+    "Uses",
     "__version__",
     "activations",
     "build",
@@ -90,6 +95,7 @@ __all__ = [
     "sweep",
     "train",
     "train_sae",
+    "uses",
 ]
 
 

@@ -27,6 +27,7 @@ FOLDERS = (
     "training",
     "comparison",
     "report",
+    "usage",
     "reading",
     "dictionary",
     "models",

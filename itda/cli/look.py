@@ -1,4 +1,4 @@
-"""The commands to look with: decompose, show, hooks, demo."""
+"""The commands to look with: decompose, show, uses, hooks, demo."""
 
 from __future__ import annotations
 
@@ -75,6 +75,21 @@ def show(
     else:
         result = report.summary(dictionary) if atom is None else report.atom_report(dictionary, atom)
     terminal.output(result.to_json(), None if json else result)
+
+
+@command(verbs.USES, "tokens model column context_length k overwrite")
+def uses(dictionary: flags.Dictionary, data: flags.Data, *, json: flags.Json = False, **given: Any) -> None:
+    """See what every atom does over a million tokens, and keep that beside the dictionary: `itda show` tells it.
+
+    itda uses gpt2-8 book.txt
+
+    itda show gpt2-8 --atom 17
+    """
+    from itda.usage.uses import uses
+
+    with terminal.signals.waited_for() as stop:
+        result = uses(dictionary, data, **given, progress=True, stop=stop)
+    terminal.output(result.to_json(), None if json else str(result))
 
 
 @command()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itda.beside import EVAL, USES, is_evaluation, is_uses, remove_uses
 from itda.disk import (
     ELSEWHERE,
     STATES,
@@ -37,9 +38,6 @@ from itda.provenance import is_number
 
 FORMAT, VERSION = "itda", 1
 MANIFEST, ATOMS, LABELS, SAMPLE = "cfg.json", "atoms.safetensors", "labels.parquet", "sample.parquet"
-EVAL = "eval.json"  # what `itda eval` measured of the dictionary beside it; never part of it
-EVAL_FORMAT = "itda-evaluation"
-_EVAL_KEYS = {"dictionary", "hook_point", "held_out", "systems", "settings"}  # of one without a format, as all were
 CHECKPOINT = "checkpoint.safetensors"  # of a training that has not finished; never part of a dictionary
 RESERVED = ("format", "version", "sha256", "n_atoms", "d", "files")  # keys of cfg.json that the format itself writes
 _STAGE = "itda"  # the folder `.itda.tmp-*`, in which a dictionary is written
@@ -177,6 +175,7 @@ def _move_in(stage: Path, target: Path, names: list[str]) -> None:
         os.replace(stage / name, target / name)
     for name in {ATOMS, LABELS, SAMPLE, EVAL} - set(names):
         (target / name).unlink(missing_ok=True)
+    remove_uses(target / USES)
     sync_folder(target)
     os.replace(stage / MANIFEST, target / MANIFEST)
     sync_folder(target)
@@ -217,6 +216,7 @@ def _check_nothing_foreign(folder: Path) -> None:
     if any(_is_manifest(folder / place / MANIFEST) for place in ("", *leftovers)):
         ours |= {MANIFEST, ATOMS, LABELS, SAMPLE}
     leftovers += [n for n in names if n == STATES and is_states(folder / n)]
+    leftovers += [n for n in names if n == USES and is_uses(folder / n)]
     foreign = [n for n in names if not (n in leftovers or (n in ours and (folder / n).is_file()))]
     if foreign:
         raise InputError(
@@ -233,12 +233,6 @@ def _is_leftover(path: Path) -> bool:
     if of == _STAGE:
         return path.is_dir() and set(os.listdir(path)) <= {ATOMS, LABELS, SAMPLE, MANIFEST}
     return of in (CHECKPOINT, EVAL) and path.is_file()
-
-
-def is_evaluation(path: Path) -> bool:
-    """Whether the file `path` is what `itda eval` writes; anybody may have an eval.json."""
-    document = json_object(path)
-    return document.get("format", EVAL_FORMAT) == EVAL_FORMAT and set(document) >= _EVAL_KEYS
 
 
 def _is_manifest(path: Path) -> bool:

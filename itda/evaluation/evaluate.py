@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 
 from itda._version import __version__
-from itda.dictionary.folder import EVAL, EVAL_FORMAT, MANIFEST, is_evaluation
+from itda.beside import EVAL, EVAL_FORMAT, content_hash, is_evaluation
+from itda.dictionary.folder import MANIFEST
 from itda.dictionary.itda import ITDA
-from itda.disk import bytes_of, write_file
+from itda.disk import write_file
 from itda.errors import InputError, shortened
 from itda.evaluation import heldout, heldout_on_disk, verdict
 from itda.evaluation import probing as probes
@@ -34,7 +34,7 @@ from itda.models import loading
 from itda.progress import Step, reporter, stage
 from itda.provenance import section
 from itda.reading.on_disk import is_stored
-from itda.reading.own_model import model_of
+from itda.reading.own_model import model_of, stored_of
 from itda.report import drawing_evaluation, zf_plot
 from itda.results import Report, finite
 from itda.settings import groups as g
@@ -244,7 +244,7 @@ def _on_disk(
     if asked["probe"] is not None:
         raise InputError("A probe reads texts with a model, and activations on disk have none: give text as `data`.")
     began, seed = time.monotonic(), asked["seed"]
-    stream = heldout_on_disk.source(dictionary, data, asked["force"], reading)
+    stream = stored_of(dictionary.cfg, dictionary.d, data, asked["force"], reading)
     (hook,) = stream.hook_points
     for system in systems:
         if system.atoms.shape[1] != dictionary.d:
@@ -334,14 +334,6 @@ def _settings(dictionary: ITDA, hooked: Any, hook: str, split: heldout.Split, as
     """What was `asked`, and of which dictionary, model, text and versions."""
     text = split.stream.provenance | {"hash": hash_rows(split.held)}
     return _said(dictionary, hooked.provenance(hook) | {"device": str(hooked.device)}, text, asked)
-
-
-def content_hash(dictionary: ITDA) -> str:
-    """A sha256 of what a dictionary encodes with."""
-    content = hashlib.sha256()
-    for tensor in (dictionary.atoms, dictionary.mean, dictionary.scale):
-        content.update(b"" if tensor is None else bytes_of(tensor.cpu().contiguous()))
-    return content.hexdigest()
 
 
 def _said(dictionary: ITDA, model: dict[str, Any], text: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

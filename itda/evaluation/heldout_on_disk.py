@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,37 +18,9 @@ from itda.labels import Labels
 from itda.models.hub import load_tokenizer
 from itda.progress import stage
 from itda.provenance import section
-from itda.reading.activations import activations
 from itda.reading.on_disk import all_labels
-from itda.reading.own_model import differences
 from itda.text.prompts import valid
 from itda.text.reread import cut_alike
-
-
-def source(dictionary: ITDA, data: Any, force: bool, reading: Mapping[str, Any]) -> Any:
-    """The activations on disk at the dictionary's hook point.
-
-    Raises `InputError` for those of another width, for those that were not read as `reading` has it (`None`: as they
-    were), and unless `force` for those of other weights or another tokenizer.
-    """
-    was = section(dictionary.cfg, "model")
-    given = {name: value for name, value in reading.items() if value is not None}
-    stream: Any = activations(given.pop("model", None), data, **given)
-    names = list(stream.hook_points)
-    hook = was.get("hook_point")
-    if hook not in names and len(names) == 1 and force:
-        hook = names[0]
-    stream = activations(None, data, hook=hook)
-    now = stream.provenance["model"]
-    differ = differences(was, now, {"fingerprint": "weights", "tokenizer_hash": "tokenizer"})
-    if dictionary.d != now["d"]:
-        differ, force = [f"width d ({dictionary.d}, not {now['d']})"], False
-    if differ and not force:
-        raise InputError(
-            f"{stream.path} holds activations of a model that differs from the dictionary's in its "
-            f"{' and its '.join(differ)}: give those of its model, or take these all the same with `force` (`--force`)."
-        )
-    return stream
 
 
 def held(

@@ -9,6 +9,7 @@ from typing import Any
 from itda.errors import InputError
 from itda.models.loading import language_model, load_model
 from itda.provenance import section
+from itda.reading.activations import activations
 
 
 def model_of(cfg: Mapping[str, Any], how: Mapping[str, Any] | None = None, *, head: bool = False) -> tuple[Any, str]:
@@ -55,6 +56,32 @@ def model_of(cfg: Mapping[str, Any], how: Mapping[str, Any] | None = None, *, he
             "that model, or take this one all the same with `force` (`--force`)."
         )
     return hooked, hook
+
+
+def stored_of(cfg: Mapping[str, Any], d: int, data: Any, force: bool, reading: Mapping[str, Any]) -> Any:
+    """The activations on disk (`data`) at the hook point of a dictionary with this `cfg` and of width `d`.
+
+    Raises `InputError` for those of another width, for those that were not read as `reading` has it (`None`: as they
+    were), and unless `force` for those of other weights or another tokenizer.
+    """
+    was = section(cfg, "model")
+    given = {name: value for name, value in reading.items() if value is not None}
+    stream: Any = activations(given.pop("model", None), data, **given)
+    names = list(stream.hook_points)
+    hook = was.get("hook_point")
+    if hook not in names and len(names) == 1 and force:
+        hook = names[0]
+    stream = activations(None, data, hook=hook, **({"tokens": given["tokens"]} if "tokens" in given else {}))
+    now = stream.provenance["model"]
+    differ = differences(was, now, {"fingerprint": "weights", "tokenizer_hash": "tokenizer"})
+    if d != now["d"]:
+        differ, force = [f"width d ({d}, not {now['d']})"], False
+    if differ and not force:
+        raise InputError(
+            f"{stream.path} holds activations of a model that differs from the dictionary's in its "
+            f"{' and its '.join(differ)}: give those of its model, or take these all the same with `force` (`--force`)."
+        )
+    return stream
 
 
 def differences(was: dict[str, Any], now: dict[str, Any], named: dict[str, str]) -> list[str]:

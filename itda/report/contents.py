@@ -13,12 +13,12 @@ from numpy import ndarray
 
 from itda.arguments import WHOLE, checks
 from itda.dictionary.itda import ITDA
+from itda.dictionary.usual import massive_atoms, usual_norm
 from itda.errors import InputError, shortened
 from itda.labels import Labels
 from itda.provenance import is_number
 from itda.report import drawing
 from itda.report.drawing import SHOWN
-from itda.report.usual import massive_atoms, usual_norm
 from itda.results import Report
 
 if TYPE_CHECKING:

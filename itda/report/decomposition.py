@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from itda.dictionary.itda import ITDA
+from itda.dictionary.usual import massive_atoms, share_with_less, usual_norm
 from itda.errors import InputError, shortened
 from itda.metrics import MASSIVE
 from itda.provenance import section
@@ -19,7 +20,6 @@ from itda.pursuit import METHODS, MOST_STEPS, encode
 from itda.pursuit.gram import Gram
 from itda.reading.own_model import model_of
 from itda.report import drawing
-from itda.report.usual import massive_atoms, share_with_less, usual_norm
 from itda.results import Report
 from itda.settings import takes, verbs
 from itda.text.reread import settings_of

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda.dictionary import unfinished
 from itda.errors import InputError, counted
 from itda.progress import Learning
 from itda.pursuit import normalize
-from itda.saes import checkpoint
 from itda.saes.batches import Batches
 from itda.saes.learner import Aim, Figures, Learner
 from itda.saes.sae import SAE, standardised
@@ -149,11 +149,11 @@ class Fit:
             for name, tensor in learner.parameters.items():
                 kept = self.adam.state[tensor]
                 tensors |= {f"{kind}.{name}": tensor, **{f"{kind}.{name}.{m}": kept[m] for m in MOMENTS if m in kept}}
-        checkpoint.save(path, tensors, state, identity)
+        unfinished.save(path, tensors, state, identity)
 
     def restore(self, path: Path, identity: Mapping[str, Any]) -> bool:
         """Go on from the state in the file `path`, if there is one; False if there is none."""
-        found = checkpoint.load(path, identity)
+        found = unfinished.load(path, identity)
         if found is None:
             return False
         tensors, state = found
@@ -162,7 +162,7 @@ class Fit:
         except InputError:  # what is read now is not what was read then
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise checkpoint.unreadable(path, error) from error
+            raise unfinished.unreadable(path, error) from error
         return True
 
     def _fill(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -108,6 +108,23 @@ class Decompose(g.Again, total=False):
     """`itda.decompose`."""
 
 
+class Use(
+    g.Amount,
+    g.Again,
+    g.Rows,
+    g.Order,
+    g.Source,
+    g.Batches,
+    g.Special,
+    g.Target,
+    g.Keeping,
+    g.Progressing,
+    g.Stopping,
+    total=False,
+):
+    """`itda.uses`."""
+
+
 class Evaluate(g.Measuring, g.Drawing, g.Again, g.Rows, g.Source, g.Special, g.Progressing, total=False):
     """`itda.evaluate`."""
 
@@ -165,6 +182,11 @@ COLLECT = Verb(Collect, {"tokens": 1_000_000}, open=True)
 SWEEP = Verb(Sweep)
 GRID = Verb(Training, {**TRAIN.changed, **_said("layer", "read the residual stream after these blocks, in one pass")})
 DECOMPOSE = Verb(Decompose)
+USES = Verb(
+    Use,
+    {"tokens": 1_000_000},
+    as_before=frozenset((*names(g.Rows, g.Order, g.Source, g.Batches), "special_tokens")),
+)
 EVALUATE = Verb(Evaluate, as_before=frozenset((*names(g.Rows, g.Source), "special_tokens")))
 READ_ALL = Verb(ReadAll, {"tokens": 50_000})
 COMPARE = Verb(

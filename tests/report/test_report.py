@@ -13,11 +13,12 @@ from rich.console import Console
 
 import itda
 from itda import report
+from itda.dictionary import usual
 from itda.labels import Batch, Labels
 from itda.models.loading import load_model
 from itda.progress import Progress, Step, bar
 from itda.report import decomposition as made
-from itda.report import drawing, usual
+from itda.report import drawing
 from tests import tiny_models
 
 HOSTILE = [

@@ -25,6 +25,7 @@ FUNCTIONS = {
     itda.load_model: verbs.LOAD,
     itda.sweep: verbs.SWEEP,
     itda.train: verbs.TRAIN,
+    itda.uses: verbs.USES,
 }
 
 

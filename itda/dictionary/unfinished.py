@@ -1,4 +1,4 @@
-"""The state of an unfinished training of SAEs, in one file that is replaced atomically; tensors and JSON, no pickle."""
+"""The state of unfinished work, in one file that is replaced atomically; tensors and JSON, no pickle."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], id
     write_file(path, safetensors_chunks(kept, metadata))
 
 
-def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and state in the file `path`; None where there is none.
+def load(
+    path: Path, identity: Mapping[str, Any], work: str = "training"
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state of a `work` in the file `path`; None where there is none.
 
     Raises `InputError` for one of other settings, another model or other activations, and one that is damaged.
     """
@@ -47,7 +49,7 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
         raise unreadable(path, error) from error
     if name is not None:
         raise InputError(
-            f"The unfinished training in {path.parent} was started with "
+            f"The unfinished {work} in {path.parent} was started with "
             f"{said_of(name, state['identity'].get(name), identity.get(name))}, or remove {path} to start anew."
         )
     return tensors, state
