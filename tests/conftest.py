@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from tests import checked  # before anything of itda, which its name is written into
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down whatever else runs; before torch
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; see pursuit/test_gpu.py
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +22,7 @@ def seeded():
     import numpy as np
     import torch
 
+    checked.begin()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
