@@ -21,7 +21,7 @@ if (
     from itda.reading.activations import activations
     from itda.reading.collect import collect
     from itda.reading.store import Store
-    from itda.report import decompose
+    from itda.report import decompose, decompose_all
     from itda.report.hook_points import hook_points
     from itda.saes.sae import SAE
     from itda.saes.train import train_sae
@@ -46,6 +46,7 @@ _HOMES = {
     "collect": "reading.collect",
     "compare": "comparison.compare",
     "decompose": "report",
+    "decompose_all": "report",
     "diff": "comparison.diff",
     "evaluate": "evaluation.evaluate",
     "hook_points": "report.hook_points",
@@ -85,6 +86,7 @@ __all__ = [
     "collect",
     "compare",
     "decompose",
+    "decompose_all",
     "diff",
     "evaluate",
     "hook_points",

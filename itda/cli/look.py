@@ -28,16 +28,21 @@ DEMO_TEXTS = [  # text and token
 @command(verbs.DECOMPOSE, "k method model dtype")
 def decompose(
     dictionary: flags.Dictionary,
-    text: Annotated[Positional[str], arg(metavar="TEXT", help="what the model reads; it must fit into one row")],
+    text: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar="TEXT [TEXT ...]", help="what the model reads; each must fit into one row"),
+    ],
     *,
     token: Annotated[
-        str,
-        arg(metavar="TEXT", help='which token, by number (-1 is the last) or by its text; " 2" with a blank is a text'),
-    ] = "-1",
+        str | None,
+        flags.said(
+            'of one text this token alone, by number (-1 is the last) or by its text; " 2" with a blank is a text'
+        ),
+    ] = None,
     json: flags.Json = False,
     **given: Any,
 ) -> None:
-    """Decompose what the model makes of one token of a text: which atoms, and what they stand for.
+    """Decompose what the model makes of every token of a text, or of one: which atoms, and what they stand for.
 
     itda decompose gpt2-8 "The mouse sat on the carpet"
 
@@ -45,8 +50,16 @@ def decompose(
     """
     from itda import report
 
+    if not text:
+        raise InputError("TEXT is wanted and missing: give what the model is to read.")
+    if token is None:
+        every = report.decompose_all(dictionary, list(text), **given)
+        terminal.output(every.to_json(), None if json else every)
+        return
+    if len(text) > 1:
+        raise InputError(f"--token is of one text, and {len(text)} came: give one, or leave --token out.")
     which = int(token) if re.fullmatch(r"[+-]?\d{1,18}", token, re.ASCII) else token
-    result = report.decompose(dictionary, text, which, **given)
+    result = report.decompose(dictionary, text[0], which, **given)
     terminal.output(result.to_json(), None if json else result)
 
 

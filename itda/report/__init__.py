@@ -6,6 +6,17 @@ May use reading and all below.
 """
 
 from itda.report.contents import AtomReport, Found, Summary, atom_report, find, summary
-from itda.report.decomposition import Decomposition, decompose
+from itda.report.decomposition import Decomposition, Decompositions, decompose, decompose_all
 
-__all__ = ["AtomReport", "Decomposition", "Found", "Summary", "atom_report", "decompose", "find", "summary"]
+__all__ = [
+    "AtomReport",
+    "Decomposition",
+    "Decompositions",
+    "Found",
+    "Summary",
+    "atom_report",
+    "decompose",
+    "decompose_all",
+    "find",
+    "summary",
+]

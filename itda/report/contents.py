@@ -17,7 +17,7 @@ from itda.dictionary.usual import massive_atoms, usual_norm
 from itda.errors import InputError, shortened
 from itda.labels import Labels
 from itda.provenance import is_number
-from itda.report import drawing
+from itda.report import drawing, drawing_uses, kept_uses
 from itda.report.drawing import SHOWN
 from itda.results import Report
 
@@ -76,9 +76,12 @@ class AtomReport(Report):
     histogram: dict[str, list]  # edges (bins + 1) and counts (bins) of its coefficients
     positive_tokens: list[dict[str, Any]]  # coefficient and label, the largest first
     negative_tokens: list[dict[str, Any]]  # the most negative first
+    seen: dict[str, Any] | None = None  # what `itda uses` has kept of it (`itda.report.kept_uses.seen`)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        return drawing.atom_report(self, options)
+        yield from drawing.atom_report(self, options)
+        if self.seen is not None:
+            yield from drawing_uses.seen(self, options)
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,9 +91,12 @@ class Found(Report):
     text: str
     n_atoms: int  # of the dictionary
     atoms: list[dict[str, Any]]  # atom, match (token, in token, part of it), uses in the sample, norm, loss, label
+    contexts: list[dict[str, Any]] | None = None  # atoms whose kept examples are on it or near it (`itda.Uses.find`)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        return drawing.found(self, options)
+        yield from drawing.found(self, options)
+        if self.contexts is not None:
+            yield from drawing_uses.contexts(self, options)
 
 
 # -- making them ------------------------------------------------------------------------------------------------------
@@ -129,11 +135,12 @@ def find(dictionary: ITDA | str | os.PathLike, text: str) -> Found:
 
     They come in this order (`match`), since tokenizers cut words: of "whale", " wh" and "ale" are found where they
     follow each other. Of each kind the most used in the sample come first. A token without text (`<token 17>`) is found
-    by its whole name only. Raises `InputError` for a dictionary whose labels have no text at all.
+    by its whole name only. Where `itda uses` has kept examples beside it, those atoms come too that are used on the
+    text or near it. Raises `InputError` for a dictionary whose labels have no text at all.
     """
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"`text` (`--find`) is {shortened(text)}: pass some characters of the token to find.")
-    dictionary = ITDA.of(dictionary)
+    path, dictionary = dictionary, ITDA.of(dictionary)
     uses, wanted, labels = _uses(dictionary), text.strip().casefold(), dictionary.labels
     spelt = (labels.row >= 0) & (labels.end > labels.start)
     matches = {i: kind for i in range(len(labels)) if (kind := _match(labels, i, wanted, bool(spelt[i])))}
@@ -144,7 +151,9 @@ def find(dictionary: ITDA | str | os.PathLike, text: str) -> Found:
         )
     found = sorted(matches, key=lambda i: (MATCHES.index(matches[i]), 0 if uses is None else -uses[i]))
     listed = [{"match": matches[i], **_listed(dictionary, uses, i)} for i in found]
-    return Found(text, dictionary.n_atoms, _flagged(dictionary, listed))
+    kept = kept_uses.of_folder(path, dictionary)
+    contexts = None if kept is None else _flagged(dictionary, kept.find(text))
+    return Found(text, dictionary.n_atoms, _flagged(dictionary, listed), contexts)
 
 
 def _match(labels: Labels, i: int, wanted: str, spelt: bool) -> str | None:
@@ -162,8 +171,11 @@ def _match(labels: Labels, i: int, wanted: str, spelt: bool) -> str | None:
 
 @checks(atom=WHOLE, top=WHOLE, bins=WHOLE)
 def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = SHOWN, bins: int = BINS) -> AtomReport:
-    """What atom number `atom` is, and in the sample the histogram of its coefficients and its `top` tokens by sign."""
-    dictionary = ITDA.of(dictionary)
+    """What atom number `atom` is, and in the sample the histogram of its coefficients and its `top` tokens by sign.
+
+    Where `itda uses` has kept them beside it, also what it does over many more tokens, and what it promotes.
+    """
+    path, dictionary = dictionary, ITDA.of(dictionary)
     n, sample = dictionary.n_atoms, dictionary.sample
     if not 0 <= atom < n:
         raise InputError(f"`atom` is {atom}, but this ITDA has the atoms 0 to {n - 1}: choose one of them.")
@@ -173,6 +185,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
         used = (sample.codes.indices == atom) & (sample.codes.values != 0)
         rows, values = used.nonzero()[:, 0].numpy(), sample.codes.values[used].numpy()
     order = np.argsort(-values, kind="stable")
+    kept = kept_uses.of_folder(path, dictionary)
     counts, edges = np.histogram(values, bins) if len(values) and bins else (np.zeros(0, int), np.zeros(0))
 
     def tokens(places: ndarray) -> list[dict[str, Any]]:
@@ -192,6 +205,7 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
         histogram={"edges": edges.tolist(), "counts": counts.tolist()},
         positive_tokens=tokens(order[values[order] > 0][:top]),
         negative_tokens=tokens(order[::-1][values[order[::-1]] < 0][:top]),
+        seen=None if kept is None else kept_uses.seen(kept, dictionary, atom, top),
     )
 
 

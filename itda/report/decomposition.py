@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int
+from numpy import ndarray
 
 from itda.dictionary.itda import ITDA
 from itda.dictionary.usual import massive_atoms, share_with_less, usual_norm
@@ -22,11 +25,13 @@ from itda.reading.own_model import model_of
 from itda.report import drawing
 from itda.results import Report
 from itda.settings import takes, verbs
+from itda.text.prompts import Row
 from itda.text.reread import settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+SHARED = ("model", "hook_point", "text", "tokens", "usual_norm", "scaled", "k", "method")  # by all tokens of a text
 ENDLESS = 1 << 20  # tokens in a row of a model without a limit
 
 
@@ -35,8 +40,10 @@ class Decomposition(Report):
     """One activation as a sparse sum of atoms; made by `decompose`.
 
     `atoms` are dicts, one per atom in the order of first choice: atom, coefficient (its steps added up), share (of the
-    activation's energy |x - mean|^2 that its steps explained), cumulative, label (as `Labels` has it), and massive:
-    whether its |x| is beyond five times the median. Of a dictionary with a scale, energies have coordinates over that.
+    activation's energy |x - mean|^2 that its steps explained), cumulative, label (as `Labels` has it), massive:
+    whether its |x| is beyond five times the median, alone: the product of the activation with it, and corrects: of a
+    negative one the earlier atom, with its cosine, that brought most of what it takes back, None where the activation
+    itself points away from it. Of a dictionary with a scale, energies have coordinates over that.
     """
 
     model: str
@@ -63,6 +70,25 @@ class Decomposition(Report):
         return drawing.decomposition(self, options)
 
 
+@dataclass(frozen=True, repr=False)
+class Decompositions(Report):
+    """All tokens of some texts as sums of atoms; made by `decompose_all`."""
+
+    texts: list[list[Decomposition]]  # by text and token
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON can hold it; what is the same for all tokens of a text stands there once."""
+        texts = []
+        for tokens in self.texts:
+            every = [token.to_json() for token in tokens]
+            said = {name: every[0][name] for name in SHARED}
+            texts.append(said | {"decompositions": [{n: v for n, v in e.items() if n not in SHARED} for e in every]})
+        return {"texts": texts}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return drawing.decompositions(self, options)
+
+
 @takes(verbs.DECOMPOSE)
 def decompose(
     dictionary: ITDA | str | os.PathLike, text: str, token: int | str = -1, **settings: Unpack[verbs.Decompose]
@@ -77,21 +103,82 @@ def decompose(
     Raises `InputError` for a model or tokenizer that is not the dictionary's (unless `force`), and for a text that
     does not fit into one row of the model.
     """
+    _check_text(text)
+    reader = _Reader(ITDA.of(dictionary), settings)
+    row = reader.row(text)
+    which = _which(row.tokens, token)
+    return reader.at(row, which, reader.read(row))
+
+
+@takes(verbs.DECOMPOSE)
+def decompose_all(
+    dictionary: ITDA | str | os.PathLike, texts: str | Sequence[str], **settings: Unpack[verbs.Decompose]
+) -> Decompositions:
+    """Write every token of one or several texts as a sum of atoms, special tokens left out; the model is loaded once.
+
+    What is said of each token is what `decompose` says of it, which takes the same settings and raises the same.
+    """
+    given = [texts] if isinstance(texts, str) else texts
+    if isinstance(given, bytes) or not isinstance(given, Sequence) or not given:
+        raise InputError(f"`texts` is {shortened(texts)}: pass a text or a list of texts.")
+    for text in given:
+        _check_text(text)
+    reader = _Reader(ITDA.of(dictionary), settings)
+    found = []
+    for row in [reader.row(text) for text in given]:
+        x = reader.read(row)
+        found.append([reader.at(row, which, x) for which in range(len(row.tokens))])
+    return Decompositions(found)
+
+
+def _check_text(text: Any) -> None:
     if not isinstance(text, str) or not text:
         raise InputError(f"`text` is {shortened(text)}: pass some words.")
-    dictionary = ITDA.of(dictionary)
-    hooked, hook = model_of(dictionary.cfg, settings)
-    row = _row(text, hooked, settings_of(section(dictionary.cfg, "stream")).get("bos", "auto"))
-    places = np.flatnonzero(~row.special)
-    spans = np.stack([row.starts, row.ends], axis=1)[places] - row.text_start
-    tokens = [row.text[start:end] for start, end in spans.clip(0)]
-    which = _which(tokens, token)
-    x = hooked.read(row.ids[None], np.ones_like(row.ids[None]))[hook][0, places[which]].double().cpu()
+
+
+class _Words(NamedTuple):
+    """A text as one row of the token stream, and those of its tokens that are not special."""
+
+    text: str
+    row: Row
+    places: Int[ndarray, " tokens"]  # in the row
+    tokens: list[str]
+
+
+class _Reader:
+    """A dictionary with its model and the settings of the pursuit."""
+
+    def __init__(self, dictionary: ITDA, settings: Any) -> None:
+        self.dictionary = dictionary
+        self.hooked, self.hook = model_of(dictionary.cfg, settings)
+        self.bos = settings_of(section(dictionary.cfg, "stream")).get("bos", "auto")
+        self.k, self.method = settings["k"] or dictionary.k, settings["method"] or dictionary.method
+        self.nonneg = dictionary.nonneg if settings["nonneg"] is None else settings["nonneg"]
+        self.usual, self.model = usual_norm(dictionary), str(self.hooked.provenance(self.hook)["id"])
+
+    def row(self, text: str) -> _Words:
+        """The row of a text; `InputError` for one that is too long, or of special tokens alone."""
+        row = _row(text, self.hooked, self.bos)
+        places = np.flatnonzero(~row.special)
+        spans = np.stack([row.starts, row.ends], axis=1)[places] - row.text_start
+        return _Words(text, row, places, [row.text[start:end] for start, end in spans.clip(0)])
+
+    def read(self, words: _Words) -> Float64[torch.Tensor, "tokens d"]:
+        """The activations at the tokens that are not special."""
+        ids = words.row.ids[None]
+        return self.hooked.read(ids, np.ones_like(ids))[self.hook][0, words.places].double().cpu()
+
+    def at(self, words: _Words, which: int, every: Float64[torch.Tensor, "tokens d"]) -> Decomposition:
+        """What the activation of token `which` is made of."""
+        return _decomposed(self, words, which, every[which])
+
+
+def _decomposed(reader: _Reader, words: _Words, which: int, x: Float64[torch.Tensor, " d"]) -> Decomposition:
+    dictionary, row, places, tokens = reader.dictionary, words.row, words.places, words.tokens
     if not bool(torch.isfinite(x).all()):
         raise InputError(f"The activation of {tokens[which]!r} is not finite: use a wider `dtype`, such as 'float32'.")
-    k, method = settings["k"] or dictionary.k, settings["method"] or dictionary.method
-    rest, norm, usual = dictionary.standardised(x), float(x.norm()), usual_norm(dictionary)
-    nonneg = dictionary.nonneg if settings["nonneg"] is None else settings["nonneg"]
+    k, method, nonneg = reader.k, reader.method, reader.nonneg
+    rest, norm, usual = dictionary.standardised(x), float(x.norm()), reader.usual
     atoms, relative_error = _pursued(dictionary, rest, k, method, nonneg)
     own = (dictionary.k, dictionary.method, dictionary.nonneg)
     less = None
@@ -99,9 +186,9 @@ def decompose(
         spent = (part["coefficient"] * dictionary.atoms[part["atom"]].double() for part in atoms)
         less = share_with_less(dictionary, rest, sum(spent, torch.zeros_like(rest)))
     return Decomposition(
-        model=str(hooked.provenance(hook)["id"]),
-        hook_point=hook,
-        text=text,
+        model=reader.model,
+        hook_point=reader.hook,
+        text=words.text,
         tokens=tokens,
         token=which,
         position=int(places[which]),
@@ -144,9 +231,26 @@ def _pursued(
         part["share"] += share
     for part, total in zip(parts.values(), itertools.accumulate(p["share"] for p in parts.values()), strict=True):
         part["cumulative"] = total
+    _explain(dictionary, x, list(parts.values()))
     for part, massive in zip(parts.values(), massive_atoms(dictionary, [*parts]), strict=True):
         part["massive"] = massive
     return list(parts.values()), float(energy[-1] / energy[0]) if energy[0] else 0.0
+
+
+def _explain(dictionary: ITDA, x: torch.Tensor, parts: list[dict[str, Any]]) -> None:
+    """Say of each part its `alone`, <x, d_j>, and of negative ones which earlier atom they correct, if any does.
+
+    That is the atom i before it of the largest a_i <d_i, d_j>, unless x itself is further from d_j than that.
+    """
+    atoms = dictionary.atoms[[part["atom"] for part in parts]].double()
+    alone, cosines = (atoms @ x).tolist(), atoms @ atoms.T
+    brought = torch.tensor([part["coefficient"] for part in parts], dtype=torch.float64)[:, None] * cosines
+    for j, part in enumerate(parts):
+        part["alone"], part["corrects"] = alone[j], None
+        if part["coefficient"] < 0 and j:
+            i = int(brought[:j, j].argmax())
+            if brought[i, j] > max(0.0, -alone[j]):
+                part["corrects"] = {"atom": parts[i]["atom"], "cosine": float(cosines[i, j])}
 
 
 def _row(text: str, hooked, bos: Any):

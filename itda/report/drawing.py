@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SHOWN, FOUND = 12, 40  # rows of a table in the terminal
+STRONGEST, WORD = 3, 16  # atoms of a token in the table of all tokens, and columns of a token there
 ATOMS = "uses: sampled tokens that use it; norm: of its activation, from the mean; loss: when it was admitted"
 # Figures of a dictionary on its sample, in `cfg`, and what they are called.
 QUALITY = {
@@ -65,14 +66,14 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     yield Text()
     table, shown = columns("coefficient", "atom", "share", "cumulative"), report.atoms[:SHOWN]
     width = room(options, 58)
+    labels = {part["atom"]: part["label"] for part in report.atoms}
     for part in shown:
-        bar = _bar(part["cumulative"], 10)
         table.add_row(
             f"{part['coefficient']:+.4g}",
             f"{part['atom']}{MARK * part['massive']}",
             f"{part['share']:.1%}",
-            f"{bar} {part['cumulative']:6.1%}",
-            in_context(part["label"], width),
+            f"{bar(part['cumulative'], 10)} {part['cumulative']:6.1%}",
+            _explained(part, labels, width),
         )
     yield table
     if rest := report.atoms[SHOWN:]:
@@ -82,6 +83,63 @@ def decomposition(report: Any, options: ConsoleOptions) -> RenderResult:
     if any(part["massive"] for part in report.atoms):
         yield Text(MASSIVE_ATOMS, style="dim")
     yield Text(EXPLAINED, style="dim")
+
+
+def _explained(part: dict[str, Any], labels: dict[int, dict[str, Any]], width: int) -> Text:
+    """An atom's label in context, and below it why its coefficient is negative, if it is."""
+    from rich.text import Text
+
+    label = in_context(part["label"], width)
+    if part["coefficient"] >= 0:
+        return label
+    why = "the activation itself points away from it"
+    if (other := part["corrects"]) is not None:
+        token = one_line(labels[other["atom"]]["token"])
+        why = f"takes back what atom {other['atom']} ⟦{token}⟧ brought (cosine {other['cosine']:+.2f})"
+    return Text.assemble(label, "\n", (why, "dim"), no_wrap=True)
+
+
+def decompositions(report: Any, options: ConsoleOptions) -> RenderResult:
+    """The tokens of every text, a row each: their error, how usual it is, and their strongest atoms."""
+    from rich.text import Text
+
+    any_massive = any(token.massive for text in report.texts for token in text)
+    for number, tokens in enumerate(report.texts):
+        if number:
+            yield Text()
+        yield Text(one_line(tokens[0].text), style="bold", overflow="fold")
+        table = columns("token", "", "error", "less", label="strongest atoms", left={""}, folds=True)
+        for one in tokens:
+            less = "" if one.usual_error is None else f"{one.usual_error:.0%}"
+            name = in_context({"before": "", "token": one.tokens[one.token], "after": ""}, WORD)
+            name = Text.assemble(name, MARK * one.massive)
+            table.add_row(f"{one.token}", name, f"{one.relative_error:.3f}", less, _strongest(one.atoms))
+        yield table
+    first = report.texts[0][0]
+    what = "|x - mean|²" if first.from_mean != first.norm else "|x|²"
+    said = f"{first.model} · {first.hook_point} · k = {first.k} · error: of {what}, what {first.k} atoms leave; less: "
+    said += (
+        "the share of sampled tokens with less; atoms by share, with coefficient, label and number; --token shows one"
+    )
+    yield Text(one_line(said), style="dim", overflow="fold")
+    if any_massive:
+        yield Text(f"{MARK} a massive token, of |x| beyond {MASSIVE:g} times the median", style="dim")
+
+
+def _strongest(parts: list[dict[str, Any]]) -> Text:
+    """The atoms of the largest shares, in a line."""
+    from rich.text import Text
+
+    best = sorted(parts, key=lambda part: -part["share"])[:STRONGEST]
+    found = [
+        Text.assemble(
+            f"{part['coefficient']:+.3g} ",
+            in_context({"before": "", "token": part["label"]["token"], "after": ""}, WORD),
+            (f" {part['atom']}{MARK * part['massive']}", "dim"),
+        )
+        for part in best
+    ]
+    return Text("  ").join(found)
 
 
 def summary(report: Any, options: ConsoleOptions) -> RenderResult:
@@ -155,11 +213,14 @@ def atom_report(report: Any, options: ConsoleOptions) -> RenderResult:
         else "no sample was kept, so its uses are not known (itda.refine keeps one if it is given `labels`)"
     )
     norm = f"{digits(report.norm)}{', massive' * report.massive}"
-    yield Text(f"norm {norm} · admission loss {digits(report.loss)} · {used}", style="dim")
+    many = getattr(report, "seen", None) is not None  # then what follows says more than the sample
+    yield Text(f"norm {norm} · admission loss {digits(report.loss)}" + ("" if many else f" · {used}"), style="dim")
+    if many:
+        return
     table, edges = columns("from", "to", "tokens", label="coefficients"), report.histogram["edges"]
     for low, high, count in zip(edges, edges[1:], report.histogram["counts"], strict=False):
-        bar = _bar(count / max(report.histogram["counts"]), 30, "")
-        table.add_row(f"{low:+.4g}", f"{high:+.4g}", f"{count:,}", bar)
+        share = count / max(report.histogram["counts"])
+        table.add_row(f"{low:+.4g}", f"{high:+.4g}", f"{count:,}", bar(share, 30, ""))
     if edges:
         yield Text()
         yield table
@@ -238,7 +299,8 @@ def fraction(value: float) -> str:
     return f"{value:.1e}" if 0 < value < 0.0005 else f"{value:.4f}"
 
 
-def _bar(share: float, width: int, empty: str = "░") -> str:
+def bar(share: float, width: int, empty: str = "░") -> str:
+    """A bar of so many columns, of which a share is full."""
     full = round(max(0.0, min(1.0, share)) * width)
     return "█" * full + empty * (width - full)
 

@@ -72,7 +72,8 @@ class Columns:
         """Columns of the widest cell of column `i`."""
         from rich.cells import cell_len
 
-        return max([cell_len(one_line(self._heads[i])), *(row[i].cell_len for row in self._rows)])
+        lines = (line for row in self._rows for line in row[i].plain.split("\n"))
+        return max([cell_len(one_line(self._heads[i])), *map(cell_len, lines)])
 
     def _fits(self, some: list[int], options: ConsoleOptions, more: int = 0) -> bool:
         return sum(map(self._width, some)) + GAP * (len(some) - 1) + more <= options.max_width

@@ -164,21 +164,25 @@ def test_preset_is_the_published_practice(capfd, tmp_path):
 
 def test_decompose_by_number_and_by_text(capfd, trained):
     text = "The mouse sat on the carpet"
-    last = document(capfd, "decompose", trained, text)
+    last = document(capfd, "decompose", trained, text, "--token", "-1")
     assert last["token"] == len(last["tokens"]) - 1
     assert "".join(last["tokens"]) == text
     assert sum(part["share"] for part in last["atoms"]) + last["relative_error"] == pytest.approx(1)
     assert document(capfd, "decompose", trained, text, "--token", last["tokens"][-1]) == last
-    assert document(capfd, "decompose", trained, text, "--token", "-1") == last
     assert document(capfd, "decompose", trained, text, "--token", "0")["tokens"][0] == last["tokens"][0]
+    every = document(capfd, "decompose", trained, text, "Another text")["texts"]
+    assert [said["text"] for said in every] == [text, "Another text"] and every[0]["tokens"] == last["tokens"]
+    assert every[0] | every[0]["decompositions"][-1] == last | {"decompositions": every[0]["decompositions"]}
     assert main(["decompose", trained, text]) == 0
     assert "⟦" in capfd.readouterr().out
+    assert "one text" in fails(capfd, "decompose", trained, text, text, "--token", "0")
+    assert "TEXT" in fails(capfd, "decompose", trained)
 
 
 def test_another_model_only_with_force(capfd, trained):
     words = ["decompose", trained, "The mouse", "--model", "other"]
     assert "weights" in fails(capfd, *words)
-    assert document(capfd, *words, "--force")["model"] == "other"
+    assert document(capfd, *words, "--force")["texts"][0]["model"] == "other"
 
 
 def test_another_tokenizer_only_with_force(capfd, trained):
@@ -187,7 +191,7 @@ def test_another_tokenizer_only_with_force(capfd, trained):
     words.add_tokens(["qqqq"])
     words.save_pretrained("spelled")
     assert "tokenizer" in fails(capfd, "decompose", trained, "The mouse", "--model", "spelled")
-    assert document(capfd, "decompose", trained, "The mouse", "--model", "spelled", "--force")["atoms"]
+    assert document(capfd, "decompose", trained, "The mouse", "--model", "spelled", "--force")["texts"]
 
 
 def test_show(capfd, trained):
@@ -410,7 +414,7 @@ def test_a_model_that_moved(capfd, trained, tmp_path):
         said = fails(capfd, "decompose", trained, "The mouse")
         assert "--model" in said
         assert "model" in said
-        assert document(capfd, "decompose", trained, "The mouse", "--model", str(tmp_path / "moved"))["atoms"]
+        assert document(capfd, "decompose", trained, "The mouse", "--model", str(tmp_path / "moved"))["texts"]
     finally:
         Path("elsewhere").rename("model")
 

@@ -20,6 +20,7 @@ FUNCTIONS = {
     itda.collect: verbs.COLLECT,
     itda.compare: verbs.COMPARE,
     itda.decompose: verbs.DECOMPOSE,
+    itda.decompose_all: verbs.DECOMPOSE,
     itda.diff: verbs.DIFF,
     itda.evaluate: verbs.EVALUATE,
     itda.load_model: verbs.LOAD,

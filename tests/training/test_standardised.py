@@ -56,7 +56,7 @@ def test_the_commands_take_them_and_the_folder_keeps_them(home, capfd):
         and "each coordinate over its deviation" in said
         and "of the variance" in said
     )
-    assert document(capfd, "decompose", "d", "Call me")["scaled"]
+    assert document(capfd, "decompose", "d", "Call me")["texts"][0]["scaled"]
     with pytest.raises(itda.InputError, match="was built with `scale` = 'std', and an SAE has one weight"):
         saelens.export(d, home / "sae")
     assert not (home / "sae").exists()
