@@ -118,9 +118,7 @@ def decompositions(report: Any, options: ConsoleOptions) -> RenderResult:
     first = report.texts[0][0]
     what = "|x - mean|²" if first.from_mean != first.norm else "|x|²"
     said = f"{first.model} · {first.hook_point} · k = {first.k} · error: of {what}, what {first.k} atoms leave; less: "
-    said += (
-        "the share of sampled tokens with less; atoms by share, with coefficient, label and number; --token shows one"
-    )
+    said += "the share of sampled tokens with less; atoms by share: coefficient · number, label; --token shows one"
     yield Text(one_line(said), style="dim", overflow="fold")
     if any_massive:
         yield Text(f"{MARK} a massive token, of |x| beyond {MASSIVE:g} times the median", style="dim")
@@ -131,14 +129,11 @@ def _strongest(parts: list[dict[str, Any]]) -> Text:
     from rich.text import Text
 
     best = sorted(parts, key=lambda part: -part["share"])[:STRONGEST]
-    found = [
-        Text.assemble(
-            f"{part['coefficient']:+.3g} ",
-            in_context({"before": "", "token": part["label"]["token"], "after": ""}, WORD),
-            (f" {part['atom']}{MARK * part['massive']}", "dim"),
-        )
-        for part in best
-    ]
+    found = []
+    for part in best:  # no blank within, so that lines end between two of them
+        token = in_context({"before": "", "token": part["label"]["token"].strip(), "after": ""}, WORD)
+        number = f"{part['coefficient']:+.4g}·{part['atom']}{MARK * part['massive']}"
+        found.append(Text.assemble(number, token))
     return Text("  ").join(found)
 
 

@@ -226,13 +226,20 @@ class _Pass:
 
     def _save(self) -> None:
         self.spool.flush()
-        about = {"position": self.position, "hash": self.hash, "files": self.spool.files}
-        unfinished.save(self.state, self.seen.tensors(), about, self.how)
+        about = {
+            "position": self.position,
+            "hash": self.hash,
+            "files": self.spool.files,
+            "tokens": self.given["tokens"],
+        }
+        unfinished.save(self.state, self.seen.tensors(), about, self._lasting())
         self.kept = self.position
 
     def _restore(self) -> None:
         try:
-            found = unfinished.load(self.state, self.how, WORK)
+            found = unfinished.load(self.state, self._lasting(), WORK)
+            if found is not None:
+                self._check_tokens(found[1])
         except InputError:
             if not self.given["overwrite"]:
                 raise
@@ -249,6 +256,19 @@ class _Pass:
             raise unfinished.unreadable(self.state, error) from error
         self.spool.begin(files)
         self.kept = self.position
+
+    def _lasting(self) -> dict[str, Any]:
+        """What must be equal for the pass to go on: all but how far it is to go."""
+        return {name: value for name, value in self.how.items() if name != "tokens"}
+
+    def _check_tokens(self, about: Mapping[str, Any]) -> None:
+        """A pass may be given another end while it has not reached either: its last row may be cut there."""
+        was, now, position = about["tokens"], self.given["tokens"], about["position"]
+        if was != now and position >= min(n for n in (was, now) if n is not None):
+            raise InputError(
+                f"The unfinished pass in {self.target} has read {position:,} tokens of {was or 'all'}, and "
+                f"{now or 'all'} are asked for: give as many as before, or begin anew with `overwrite` (`--overwrite`)."
+            )
 
     def _told(self, what: str, total: int) -> Callable[[int], None]:
         """Tell how far one of the last works is; a stop is heeded there too."""

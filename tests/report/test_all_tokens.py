@@ -94,7 +94,7 @@ def test_the_table_has_every_token_with_its_error_and_marks_massive_ones(tiny):
             assert f"{token.relative_error:.3f}" in said
     assert "†" in said and "a massive token" in said
     best = max(found.texts[1][-1].atoms, key=lambda part: part["share"])
-    assert f"{best['coefficient']:+.3g}" in said
+    assert f"{best['coefficient']:+.4g}·{best['atom']}" in said
 
 
 def test_hostile_texts_command_no_terminal(tiny):

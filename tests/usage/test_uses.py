@@ -334,8 +334,25 @@ def test_other_settings_want_overwrite(home, tmp_path):
     with pytest.raises(Interrupted):
         itda.uses(path, TEXTS, tokens=400, overwrite=True, stop=lambda: True)
     assert itda.Uses.load(path).tokens == 300  # what was there stays until the other is whole
-    assert "unfinished" in refusal(itda.uses, path, TEXTS, tokens=500)
+    assert "unfinished" in refusal(itda.uses, path, TEXTS, tokens=400, k=3)
     assert itda.uses(path, TEXTS, tokens=500, overwrite=True).tokens == 500
+
+
+def test_a_pass_may_get_another_end_before_it_has_reached_one(home, tmp_path):
+    whole, path = fresh(home, tmp_path / "whole"), fresh(home, tmp_path / "d")
+    itda.uses(whole, TEXTS, tokens=301, batch_rows=2)
+    asked = iter([False] * 3)
+    with pytest.raises(Interrupted) as stopped:
+        itda.uses(path, TEXTS, batch_rows=2, stop=lambda: next(asked, True), tokens=700)
+    assert 100 < stopped.value.tokens < 301
+    assert f"has read {stopped.value.tokens}" in refusal(itda.uses, path, TEXTS, batch_rows=2, tokens=100)
+    itda.uses(path, TEXTS, batch_rows=2, tokens=301)
+    assert files(path) == files(whole)
+    path = fresh(home, tmp_path / "cut")
+    with pytest.raises(Interrupted) as stopped:
+        itda.uses(path, TEXTS, tokens=10, stop=lambda: True)
+    assert stopped.value.tokens == 10  # in the midst of a row
+    assert "has read 10 tokens of 10, and 20" in refusal(itda.uses, path, TEXTS, tokens=20)
 
 
 def test_bad_input_is_said_in_one_sentence(home, tmp_path):
