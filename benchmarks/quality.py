@@ -4,22 +4,21 @@
     python benchmarks/quality.py [--quick] [--only SECTION ...] [--at NAME ...] [--l0 10 20 40] [--sizes 2048 4096]
 
 Everything is measured by `itda.evaluation.measures.measure` on the same held-out tokens, in 95 % intervals over
-stretches of the text. SAEs are trained with sae-lens on the same activations. Seconds are of the processor, for
+stretches of the text. SAEs are those of `itda sae`, on the same activations. Seconds are of the processor, for
 building or training from activations in memory. Small language models come from --data, MiniLM from the package that
-carries it, if it is installed. Rows are added to quality.json as they come, and those that it has are not measured
-again: delete it to begin anew.
+carries it, if it is installed, and the two real models as real_models.py has them, with `--most` rows of each text.
+Rows are added to quality.json as they come, and those that it has are not measured again: delete it to begin anew.
 """
 
 import importlib.util
-import tempfile
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import real_models
 import shared
 import torch
 
@@ -32,10 +31,13 @@ from itda.evaluation.systems import System
 from itda.labels import Labels, groups_of
 from itda.models import loading
 from itda.models.splice import spliced
+from itda.saes.fit import Fit
+from itda.saes.learner import Aim
 from itda.text.prompts import TokenStream
 
 TEXTS = ("moby_dick.txt", "pride_and_prejudice.txt", "wikitext2_valid.txt")
-KINDS = ("TopK", "BatchTopK", "ReLU")
+KINDS = ("topk", "batchtopk", "relu")
+BATCH = 2048  # tokens, of SAEs
 HELD = 0.8  # of every text, what comes after is held out; of wikitext it is what the models were not trained on either
 
 
@@ -50,7 +52,7 @@ class Place:
         self.texts, self._built = [], None
         for text in TEXTS:
             stream = TokenStream(args.data / text, self.model.tokenizer, context_length=128)
-            every = list(stream)
+            every = list(islice(stream, args.most))
             cut = int(HELD * len(every))
             self._read(stream, every[:cut], self.train, self.labels)
             self._read(stream, every[cut:], self.held, self.held_labels)
@@ -73,7 +75,9 @@ class Place:
             model = loading.load_model(Path(found.origin).parent / "model", hooks=3)
         else:
             folder, layer = name.split(":")
-            model = loading.language_model(args.data / "lms" / folder, hooks=int(layer))
+            small = args.data / "lms" / folder
+            folder, dtype = (small, "float32") if small.is_dir() else (real_models.ensure(folder), "bfloat16")
+            model = loading.language_model(folder, hooks=int(layer), dtype=dtype)
         return model, model.hook_points[0]
 
     def _read(self, stream, rows, into, labels):
@@ -196,47 +200,17 @@ def refined(place, n, k, args):
 
 
 def saes(place, n, k, args):
-    """SAEs of the same width and L0, given 1, 10 and 100 times the tokens.
-
-    A ReLU SAE has the L0 that its sparsity coefficient gives: it is found in up to six trainings, from 100 times the
-    tokens on beginning with the one that a tenth of them asks for. The seconds are of the training that is taken.
-    """
-    from itda.interop.saelens import system_of
-
-    train_sae("TopK", place.train, n, 1, k=k)  # what the first one spends on imports is no cost of training
+    """SAEs of the same width and L0 (of relu and batchtopk in the mean), given 1, 10 and 100 times the tokens."""
 
     def made(kind, times):
         samples = times * args.tokens
-        if kind == "ReLU":
-            some = place.held[:4096]
-            first = relu(place.train, n, k, samples // 10, some)[2] if times >= 100 else 1.0
-            sae, seconds, _ = relu(place.train, n, k, samples, some, first)
-        else:
-            sae, seconds = timed(lambda: train_sae(kind, place.train, n, samples, k=k))
-        return place.row(replace(system_of(sae, f"{kind} SAE, x{times}"), k=k), seconds, samples)
+        sae, seconds = timed(lambda: train_sae(kind, place.train, n, samples, k=k))
+        return place.row(replace(System.of_sae(sae, f"{kind} SAE, x{times}"), k=k), seconds, samples)
 
+    train_sae(args.saes[0], place.train, n, 1, k=k)  # what the first one spends on compiling is no cost of training
     for kind in args.saes:
         for times in args.times:
             yield f"{kind} x{times}", partial(made, kind, times)
-
-
-def relu(x, n, k, samples, some, coefficient=1.0):
-    """The ReLU SAE whose L0 on `some` is nearest to `k`, the seconds that its training took, and its coefficient."""
-    slope, last, best = -1.0, None, None
-    for _ in range(6):
-        sae, seconds = timed(lambda: train_sae("ReLU", x, n, samples, l1_coefficient=coefficient))  # noqa: B023
-        with torch.no_grad():
-            l0 = float((sae.encode(some) > 0).sum(1).float().mean())
-        off = np.log(max(l0, 1e-3) / k)
-        if best is None or abs(off) < abs(best[0]):
-            best = off, sae, seconds, coefficient
-        if abs(off) < 0.1:
-            break
-        if last is not None:  # a secant, in logarithms
-            slope = np.clip((off - last[0]) / np.log(coefficient / last[1]), -4, -0.25)
-        last = off, coefficient
-        coefficient *= np.exp(np.clip(-off / slope, -2, 2))
-    return best[1:]
 
 
 def encoders(place, n, k, args):
@@ -283,13 +257,11 @@ def probes(place, n, k, args):
     """Which of the three texts a piece of 80 words is from, told from 1, 2, 5 or all latents (two classes: 0.5)."""
 
     def made():
-        from itda.interop.saelens import system_of
-
         built, _ = place.built(n, k, args.tokens)
         moved = refine(built, place.train[: args.tokens], passes=3)
-        sae = train_sae("TopK", place.train, n, 10 * args.tokens, k=k)
+        sae = train_sae("topk", place.train, n, 10 * args.tokens, k=k)
         systems = [System.of(random_tokens(place, n, k), "random tokens"), System.of(built, "itda")]
-        systems += [System.of(moved, "itda, refined, 3 passes"), system_of(sae, "TopK SAE, x10")]
+        systems += [System.of(moved, "itda, refined, 3 passes"), System.of_sae(sae, "topk SAE, x10")]
         found = probing.probe(place.model, place.hook, systems, place.texts)["systems"]
         return [dict(at=place.name, system=name, n_atoms=n, k=k) | scores for name, scores in found.items()]
 
@@ -299,52 +271,15 @@ def probes(place, n, k, args):
 SECTIONS = {f.__name__: f for f in (real, refined, saes, encoders, growth, probes)}
 
 
-def train_sae(kind, x, n, samples, batch=2048, **settings):
-    """An SAE trained with sae-lens on rows of `x` again and again; learning rate decayed over the last fifth."""
-    import sae_lens
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    classes = {
-        "TopK": (sae_lens.TopKTrainingSAE, sae_lens.TopKTrainingSAEConfig),
-        "BatchTopK": (sae_lens.BatchTopKTrainingSAE, sae_lens.BatchTopKTrainingSAEConfig),
-        "ReLU": (sae_lens.StandardTrainingSAE, sae_lens.StandardTrainingSAEConfig),
-    }
-    sae_class, cfg_class = classes[kind]
-    torch.manual_seed(0)
-    sae = sae_class(cfg_class(d_in=x.shape[1], d_sae=n, apply_b_dec_to_input=True, **settings))
-    sae.b_dec.data.copy_(x[:65536].mean(0))
-    scale = float(x.shape[1] ** 0.5 / x[:4096].norm(dim=1).mean())  # as for the learning rate that is usual
-
-    def batches():
-        for number in cycle(range(1 << 30)):
-            yield scale * x[torch.from_numpy(np.random.default_rng(number).integers(len(x), size=batch))]
-
-    steps = max(1, samples // batch)
-    sae.b_dec.data.mul_(scale)
-    cfg = SAETrainerConfig(
-        total_training_samples=steps * batch,
-        train_batch_size_samples=batch,
-        lr=1e-3,
-        lr_end=1e-4,
-        lr_decay_steps=steps // 5,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trained = SAETrainer(cfg, sae, batches()).fit()
-        return unscaled(trained, scale)
-
-
-def unscaled(sae, scale):
-    """The SAE for activations as they are."""
-    from sae_lens import SAE
-
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)
-        inference = SAE.load_from_disk(folder)
-    inference.fold_activation_norm_scaling_factor(scale)
-    return inference.eval()
+def train_sae(kind, x, n, samples, k=None, start=None, batch=BATCH, seed=0, **aim):
+    """An SAE of `itda sae`, trained on rows of `x` again and again; `start` has its first atoms, and a mean or none."""
+    given = {} if start is None else {"atoms": start.atoms} | ({} if start.mean is None else {"bias": start.mean})
+    samples = max(samples, batch)
+    aim = Aim(kind, n, samples // 10, k, **aim)
+    fit = Fit(x, [aim], tokens=samples, batch=batch, buffer=len(x), seed=seed, start=given)
+    fit.begin()
+    fit.run(lambda now: None, lambda: False, lambda stopping: None)
+    return fit.sae(kind, {})
 
 
 def table(rows):
@@ -433,6 +368,7 @@ def main():
     parser.add_argument("--saes", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--held", type=int, default=20_000, help="tokens to measure on")
     parser.add_argument("--rows", type=int, default=100, help="rows to splice into")
+    parser.add_argument("--most", type=int, help="rows of each text; all if not given")
     args = parser.parse_args()
     if args.quick:
         args.l0, args.sizes, args.tokens, args.times, args.passes = [10], [256], 5000, [1, 2], [1, 2]

@@ -23,6 +23,8 @@ from itda.saes.sae import SAE, standardised
 FIRST = 8192  # activations that the bias and the scale are taken from
 WARM_UP, MOST_WARM_UP, DECAY = 1 / 20, 1000, 1 / 5  # of the steps; in steps; of the steps
 L1_WARM_UP = 1 / 10
+LAST = 20  # parts of all steps, of which the last is what a batchtopk's threshold is the mean of, at most 100 steps
+LR = 4e-3  # of Adam, for 2,048 latents and fewer; beyond, it falls with their root
 EPSILON = 6.25e-10  # of Adam
 RECENT = 0.05  # the weight of a batch in the figures that progress shows
 
@@ -37,7 +39,7 @@ class Fit:
         self.aims, self.seed, self.standardise, self.start = aims, seed, standardise, start or {}
         self.steps, self.batch, self.step = tokens // batch, batch, 0
         self.batches = Batches(source, batch, min(buffer, max(1, self.steps) * batch), seed)
-        self.lr = lr if lr is not None else 1e-3 * min(1.0, math.sqrt(2048 / max(aim.n_atoms for aim in aims)))
+        self.lr = lr if lr is not None else LR * min(1.0, math.sqrt(2048 / max(aim.n_atoms for aim in aims)))
         self.learners: dict[str, Learner] = {}
         self.scale = 1.0
         self.recent: dict[str, tuple[float, float, float, float]] = {}
@@ -68,8 +70,12 @@ class Fit:
             self.scale = math.sqrt(x.shape[1]) / max(float((x - bias).norm(dim=1).median()), 1e-30)
         for aim in self.aims:
             atoms = first_atoms(aim.n_atoms, x.shape[1], self.seed, self.start.get("atoms")).to(x.device)
-            self.learners[aim.kind] = Learner(aim, atoms, bias * self.scale)
+            self.learners[aim.kind] = learner = self._learner(aim, atoms, bias * self.scale)
+            learner.scale_encoder(x * self.scale)
         self._optimiser()
+
+    def _learner(self, aim: Aim, atoms: Tensor, bias: Tensor) -> Learner:
+        return Learner(aim, atoms, bias, forget=min(1.0, max(0.01, LAST / max(1, self.steps))))
 
     def _optimiser(self) -> None:
         tensors = [tensor for learner in self.learners.values() for tensor in learner.parameters.values()]
@@ -170,7 +176,7 @@ class Fit:
         self.batches.restore(state["batches"])
         device = self.batches.first(1).device if self.step < self.steps else "cpu"
         for aim in self.aims:
-            learner = Learner(aim, tensors[f"{aim.kind}.W_dec"].to(device), tensors[f"{aim.kind}.b_dec"].to(device))
+            learner = self._learner(aim, *(tensors[f"{aim.kind}.{name}"].to(device) for name in ("W_dec", "b_dec")))
             for name, tensor in learner.parameters.items():
                 tensor.copy_(tensors[f"{aim.kind}.{name}"])
             learner.idle.copy_(tensors[f"{aim.kind}.idle"])

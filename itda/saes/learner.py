@@ -14,6 +14,7 @@ of products of matrices; where more are, or the weights are not on a CPU, they a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,11 @@ from itda.saes.top_afa import kept
 
 AUX = 1 / 32  # the weight of what dead latents write
 SPARSE = 0.05  # of the codes at most are not zero where sums are taken over these alone
-FORGET = 0.01  # of the running mean of thresholds, with each step
+HOMOGENEOUS: dict[str, Callable[[Tensor, int], Tensor]] = {  # kinds whose codes grow with the encoder
+    "topk": activations.topk,
+    "batchtopk": activations.batchtopk,
+    "relu": lambda pre, k: pre.relu(),
+}
 STEER, DAMP, MOST_OFF = 0.002, 0.5, 1.0  # how the logarithm of l1 follows that of L0 / k: its sum, itself, at most
 GUESS = 0.8  # of the last threshold, which the next is above as a rule
 
@@ -59,8 +64,8 @@ class Figures(NamedTuple):
 class Learner:
     """An SAE in training; `parameters` have their gradients in `.grad` after `backward`."""
 
-    def __init__(self, aim: Aim, atoms: Float[Tensor, "n d"], bias: Float[Tensor, " d"]) -> None:
-        self.aim = aim
+    def __init__(self, aim: Aim, atoms: Float[Tensor, "n d"], bias: Float[Tensor, " d"], forget: float = 0.01) -> None:
+        self.aim, self.forget = aim, forget  # of the running mean of thresholds, with each step
         self.W_dec, self.b_dec = atoms.clone(), bias.clone()
         self.parameters = {"W_dec": self.W_dec, "b_dec": self.b_dec}
         if aim.kind != "mp":
@@ -75,6 +80,21 @@ class Learner:
         self.bar = 0.0  # of batchtopk, the last one
         self.l1 = 1.0 if aim.l1 is None else aim.l1
         self.off: float | None = None  # of relu, the logarithm of L0 / k
+
+    @torch.no_grad()
+    def scale_encoder(self, x: Float[Tensor, "tokens d"]) -> None:
+        """Scale the encoder so that what its first codes write is, by least squares, nearest to `x`.
+
+        Atoms that resemble each other write the same thing many times over: those of an ITDA up to fourteen times.
+        """
+        if self.aim.kind not in HOMOGENEOUS:
+            return
+        xc = x - self.b_dec
+        acts = HOMOGENEOUS[self.aim.kind](xc @ self.W_enc.T, self.k)
+        written = acts @ self.W_dec
+        energy = float(written.square().sum(dtype=torch.float64))
+        if energy > 0:
+            self.W_enc *= float((written * xc).sum(dtype=torch.float64)) / energy
 
     def state(self) -> dict[str, float | None]:
         """What changes and is no tensor."""
@@ -116,7 +136,7 @@ class Learner:
             values = torch.from_numpy(found.value) if isinstance(found, Sparse) else found[found > 0]
             self.bar = float(values.min()) if len(values) else 0.0
             before = self.bar if self.threshold is None else self.threshold
-            self.threshold = before + FORGET * (self.bar - before)
+            self.threshold = before + self.forget * (self.bar - before)
             return found
         acts = pre.relu()
         if kind == "top-afa":

@@ -263,7 +263,7 @@ class Autoencoder(TypedDict, total=False):
         Setting("none", "layer_norm makes mean 0 and deviation 1 over the coordinates of each activation"),
     ]
     lr: Annotated[
-        float | None, Setting(None, "learning rate; 1e-3 for 2,048 latents, and less for more, if not given", least=0)
+        float | None, Setting(None, "learning rate; 4e-3 for 2,048 latents, and less for more, if not given", least=0)
     ]
     batch: Annotated[int, Setting(2048, "tokens of a step", least=1)]
     buffer: Annotated[int, Setting(131_072, "tokens that are held and shuffled together", least=1)]
