@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -189,3 +190,17 @@ def test_which_limits_count(tmp_path, monkeypatch):
     assert shortages.is_memory_limited()
     (tmp_path / "self/cgroup").write_text("0::/\n")
     assert not shortages.is_memory_limited()
+
+
+@pytest.mark.parametrize("room", [400_000, 700_000, 1 << 30])  # KiB
+def test_a_command_that_has_no_room_says_so(room):
+    dictionary = Path(__file__).parents[1] / "dictionary" / "golden" / "tiny"
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({room << 10}, -1))\n"
+    code += f"sys.argv[1:] = ['show', {str(dictionary)!r}]\nfrom itda.cli.main import main\nsys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    wanted = {400_000: (2,), 700_000: (0, 2), 1 << 30: (0,)}  # in between it depends on the libraries
+    assert done.returncode in wanted[room], done.stderr
+    if done.returncode:
+        assert "Traceback" not in done.stderr and not done.stdout
+        assert done.stderr.splitlines()[-1].startswith("itda: error: `itda show` ")
+        assert "because memory ran out" in done.stderr.splitlines()[-1]
