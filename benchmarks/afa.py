@@ -47,12 +47,12 @@ class Place:
         self.name, (model, layer) = name, name.split(":")
         small = (args.data / "lms" / model).is_dir()
         self.folder = args.data / "lms" / model if small else real_models.ensure(model)
-        texts, dtype = real.texts(args.data, args.folder / "texts"), "float32" if small else "bfloat16"
+        texts = real.texts(args.data, args.folder / "texts")
         self.store = args.folder / "activations" / f"afa-{model}-{layer}"
         if real.held_by(self.store) < args.collect:
-            how = dict(layer=int(layer), tokens=args.collect, seed=0, dtype=dtype)
+            how = dict(layer=int(layer), tokens=args.collect, seed=0)
             itda.collect(self.folder, texts / "train", self.store, **how, overwrite=True)
-        self.model = loading.language_model(self.folder, hooks=int(layer), dtype=dtype)
+        self.model = loading.language_model(self.folder, hooks=int(layer))
         (self.hook,) = self.model.hook_points
         self.train, _ = self.read(itda.Store(self.store), args.collect)
         self.x, self.labels = self.read(itda.activations(self.model, texts / "in", layer=int(layer), seed=0), args.held)

@@ -76,8 +76,8 @@ class Place:
         else:
             folder, layer = name.split(":")
             small = args.data / "lms" / folder
-            folder, dtype = (small, "float32") if small.is_dir() else (real_models.ensure(folder), "bfloat16")
-            model = loading.language_model(folder, hooks=int(layer), dtype=dtype)
+            folder = small if small.is_dir() else real_models.ensure(folder)
+            model = loading.language_model(folder, hooks=int(layer))
         return model, model.hook_points[0]
 
     def _read(self, stream, rows, into, labels):

@@ -1,7 +1,7 @@
 """Hook points of the two real models (real_models.py), as benchmarks want them: activations, held-out text, a judge.
 
 Dictionaries are built on the first four fifths of a novel and of wikitext, rows shuffled; `in` is the rest of both,
-`out` another novel. Activations are those of the model in bfloat16, collected once.
+`out` another novel. Activations are collected once, in the dtype that `itda train` takes on this machine.
 
 The judge says how well an atom can be told from a few words: see `Judge`.
 """
@@ -71,10 +71,9 @@ class Model:
                     layer=list(self.layers),
                     tokens=tokens,
                     seed=0,
-                    dtype="bfloat16",
                     out=self.stores[part],
                 )
-        self.model = loading.language_model(self.folder, hooks=list(self.layers), dtype="bfloat16")
+        self.model = loading.language_model(self.folder, hooks=list(self.layers))
         self.rows = {}
         for part in ("in", "out"):
             stream = TokenStream(self.texts / part, self.model.tokenizer, seed=0)
