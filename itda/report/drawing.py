@@ -117,8 +117,9 @@ def decompositions(report: Any, options: ConsoleOptions) -> RenderResult:
         yield table
     first = report.texts[0][0]
     what = "|x - mean|²" if first.from_mean != first.norm else "|x|²"
-    said = f"{first.model} · {first.hook_point} · k = {first.k} · error: of {what}, what {first.k} atoms leave; less: "
-    said += "the share of sampled tokens with less; atoms by share: coefficient · number, label; --token shows one"
+    said = f"{first.model} · {first.hook_point} · k = {first.k} · error: of {what}, what {counted(first.k, 'atom')} "
+    said += "leave; less: the share of sampled tokens with less; atoms by share: coefficient · number, label; "
+    said += "--token shows one"
     yield Text(one_line(said), style="dim", overflow="fold")
     if any_massive:
         yield Text(f"{MARK} a massive token, of |x| beyond {MASSIVE:g} times the median", style="dim")

@@ -125,7 +125,7 @@ def _beside(said: dict[str, Any], signs: list[tuple[dict[str, Any], bool]], opti
         yield Text()
         yield table
     note = "fifths: of all its uses by size, drawn by chance; lift: times as often as chance has it"
-    more = f", of {said['sampled']:,} tokens" if said["sampled"] < said["tokens"] else ""
+    more = f", of {counted(said['sampled'], 'token')}" if said["sampled"] < said["tokens"] else ""
     yield Text(f"{note}{more}; the rest is in --json", style="dim", overflow="fold")
 
 

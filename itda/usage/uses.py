@@ -17,7 +17,7 @@ from itda.dictionary.folder import MANIFEST
 from itda.dictionary.itda import ITDA
 from itda.dictionary.usual import usual_norm
 from itda.disk import as_input_error, checked_path, make_folder
-from itda.errors import InputError, Interrupted
+from itda.errors import InputError, Interrupted, counted
 from itda.labels import Batch
 from itda.locks import locked
 from itda.metrics import MASSIVE, norms
@@ -266,7 +266,7 @@ class _Pass:
         was, now, position = about["tokens"], self.given["tokens"], about["position"]
         if was != now and position >= min(n for n in (was, now) if n is not None):
             raise InputError(
-                f"The unfinished pass in {self.target} has read {position:,} tokens of {was or 'all'}, and "
+                f"The unfinished pass in {self.target} has read {counted(position, 'token')} of {was or 'all'}, and "
                 f"{now or 'all'} are asked for: give as many as before, or begin anew with `overwrite` (`--overwrite`)."
             )
 

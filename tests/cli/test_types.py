@@ -43,7 +43,15 @@ def good(tmp_path_factory):
     model = itda.build([x], k=2, threshold=0.2)
     model.save(home / "itda")
     codes = model.encode(x)
-    values = {"x": x, "atoms": model.atoms, "k": 2, "stream": [x], "dictionary": model, "text": "some words"}
+    values = {
+        "x": x,
+        "atoms": model.atoms,
+        "k": 2,
+        "stream": [x],
+        "dictionary": model,
+        "text": "some words",
+        "texts": ["some words"],
+    }
     values |= {"model": "model", "data": "text.txt", "out": "out", "path": "saved", "candidates": model, "n_atoms": 3}
     values |= {"atom": 0, "a": model.labels, "b": model.labels, "X": x, "Y": x, "models": [model, model]}
     values |= {"base": "model", "tuned": "model", "repo_id": "a/b", "repo_or_path": "itda", "codes": codes, "hooks": 0}
