@@ -17,6 +17,7 @@ if (
     from itda.evaluation.evaluate import evaluate
     from itda.labels import Batch, Labels
     from itda.models.loading import load_model
+    from itda.pages.write import page
     from itda.pursuit import normalize, pursue
     from itda.reading.activations import activations
     from itda.reading.collect import collect
@@ -53,6 +54,7 @@ _HOMES = {
     "load_model": "models.loading",
     "match_layers": "similarity",
     "normalize": "pursuit",
+    "page": "pages.write",
     "pursue": "pursuit",
     "sweep": "training.sweep",
     "train": "training.train",
@@ -93,6 +95,7 @@ __all__ = [
     "load_model",
     "match_layers",
     "normalize",
+    "page",
     "pursue",
     "sweep",
     "train",

@@ -26,6 +26,7 @@ FOLDERS = (
     "saes",
     "training",
     "comparison",
+    "pages",
     "report",
     "usage",
     "reading",

@@ -1,4 +1,4 @@
-"""The commands to look with: decompose, show, uses, hooks, demo."""
+"""The commands to look with: decompose, show, uses, page, hooks, demo."""
 
 from __future__ import annotations
 
@@ -102,6 +102,24 @@ def uses(dictionary: flags.Dictionary, data: flags.Data, *, json: flags.Json = F
 
     with terminal.signals.waited_for() as stop:
         result = uses(dictionary, data, **given, progress=True, stop=stop)
+    terminal.output(result.to_json(), None if json else str(result))
+
+
+@command()
+def page(
+    dictionary: flags.Dictionary,
+    *,
+    out: flags.Out,
+    overwrite: Annotated[bool, arg(help="replace the pages that are there", help_behavior_hint="")] = False,
+    json: flags.Json = False,
+) -> None:
+    """Write pages to look at a dictionary with, in any browser, from disk: they show what `itda uses` kept beside it.
+
+    itda page gpt2-8 --out gpt2-8-page
+    """
+    from itda.pages.write import page
+
+    result = page(dictionary, out, overwrite=overwrite)
     terminal.output(result.to_json(), None if json else str(result))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itda._version import __version__
 from itda.cli import terminal, watch
 from itda.cli.compare import compare, diff
-from itda.cli.look import decompose, demo, hooks, show, uses
+from itda.cli.look import decompose, demo, hooks, page, show, uses
 from itda.cli.measure import eval_, export
 from itda.cli.train import collect, sae, sweep, train
 from itda.errors import InputError
@@ -19,7 +19,7 @@ from itda.shortages import shortage
 
 COMMANDS = {
     command.name: command
-    for command in (train, sae, sweep, collect, hooks, decompose, show, uses, eval_, compare, diff, export, demo)
+    for command in (train, sae, sweep, collect, hooks, decompose, show, uses, page, eval_, compare, diff, export, demo)
 }
 HELP = """\
 usage: itda COMMAND ... [--json] [--debug]
@@ -43,6 +43,7 @@ examples:
   itda decompose gpt2-8 "The mouse sat on the carpet"
   itda uses gpt2-8 book.txt
   itda show gpt2-8 --atom 17
+  itda page gpt2-8 --out gpt2-8-page
   itda eval gpt2-8 other-book.txt
   itda compare gpt2 distilgpt2 --data book.txt
   itda diff gpt2 gpt2-tuned book.txt --html diff.html

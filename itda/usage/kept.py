@@ -154,6 +154,18 @@ class Uses(Report):
         key = 2 * atom + negative
         return [self._example(i) for i in range(*self._begins[[key, key + 1]].tolist())]
 
+    def points(self, atom: int, negative: bool = False) -> list[tuple[int, float, int, int]]:
+        """The same examples, each as interval, coefficient, text and position alone, which is far quicker."""
+        key = 2 * atom + negative
+        some = slice(*self._begins[[key, key + 1]].tolist())
+        columns = (self._examples[name][some].tolist() for name in ("interval", "value", "text", "position"))
+        return list(zip(*columns, strict=True))
+
+    @property
+    def n_texts(self) -> int:
+        """How many rows of text there are."""
+        return len(self._texts)
+
     def _example(self, i: int) -> dict[str, Any]:
         text, position = int(self._examples["text"][i]), int(self._examples["position"][i])
         said = {"interval": int(self._examples["interval"][i]), "coefficient": float(self._examples["value"][i])}

@@ -270,7 +270,8 @@ def test_help_and_usage_errors_load_no_library_of_models(words, monkeypatch):
 USAGE = {
     "no such command": (
         ["tran"],
-        "choose one of train, sae, sweep, collect, hooks, decompose, show, uses, eval, compare, diff, export, demo",
+        "choose one of train, sae, sweep, collect, hooks, decompose, show, uses, page, eval, compare, diff, "
+        "export, demo",
     ),
     "nothing given": (["train"], "MODEL, DATA, --out DIR are wanted"),
     "one thing missing": (["train", "model", "text.txt"], "--out DIR is wanted"),
