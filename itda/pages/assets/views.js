@@ -21,10 +21,13 @@
     return found.name === name ? found : {};
   }
 
-  const Context = ({ before, token, after, most = 60 }) => html`<bdi class="context">${shown(last(before, most))}<mark>${
-    shown(first(token, 200)) || "∅"}</mark>${shown(first(after, most))}</bdi>`;
+  function Context({ before, token, after, most = 60 }) {
+    const blank = token.trim() ? token.match(/^ */)[0] : ""; // before the mark, or it stays at the end of a line
+    return html`<bdi class="context">${shown(last(before, most)) + blank}<mark>${
+      shown(first(token.slice(blank.length), 200)) || "∅"}</mark>${shown(first(after, most))}</bdi>`;
+  }
 
-  const Label = ({ index, atom }) => html`<${Context} before=${index.before[atom]} token=${index.token[atom]} after=${index.after[atom]} most=${48} />`;
+  const Label = ({ index, atom }) => html`<${Context} before=${index.before[atom]} token=${index.token[atom]} after=${index.after[atom]} most=${window.innerWidth < 640 ? 8 : 48} />`;
   const Short = ({ index, atom }) => html`<${Context} before=${index.before[atom]} token=${index.token[atom]} after=${index.after[atom]} most=${24} />`;
 
   // -- overview -----------------------------------------------------------------------------------------------------
