@@ -101,14 +101,7 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = json.loads(metadata["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if state["version"] != VERSION:
-            raise KeyError("version")
-        if metadata["sha256"] != digest(metadata["state"], tensors):
-            raise ValueError("its sha256 differs, so it is damaged")
+        state, tensors = signed(path, VERSION)
         builder.fingerprint = state["identity"].get(FINGERPRINT)
         if identity.get(FINGERPRINT) is None:  # a model that is streamed says so when it was read
             identity = identity | {FINGERPRINT: builder.fingerprint} if FINGERPRINT in identity else identity
@@ -137,6 +130,19 @@ def restore(builder: Builder, folder: Path, identity: dict) -> bool:
     builder.position, builder.seen, builder.stream_hash = state["position"], state["seen"], state["stream_hash"]
     builder.content_hash = state["content_hash"]
     return True
+
+
+def signed(path: Path, version: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and tensors of a file; raises whatever a damaged one, or one of another version, leads to."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = json.loads(metadata["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if state["version"] != version:
+        raise KeyError("version")
+    if metadata["sha256"] != digest(metadata["state"], tensors):
+        raise ValueError("its sha256 differs, so it is damaged")
+    return state, tensors
 
 
 def unreadable(path: Path, error: Exception) -> InputError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from itda.dictionary.checkpoint import digest, unreadable
+from itda.dictionary.checkpoint import digest, signed, unreadable
 from itda.disk import remove_leftovers, safetensors_chunks, write_file
 from itda.errors import InputError
 from itda.provenance import differing, said_of
@@ -32,18 +32,13 @@ def load(
 
     Raises `InputError` for one of other settings, another model or other activations, and one that is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     remove_leftovers(path)
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        state = json.loads(metadata["state"])
-        if state["version"] != VERSION or metadata["sha256"] != digest(metadata["state"], tensors):
-            raise ValueError("its sha256 differs, so it is damaged")
+        state, tensors = signed(path, VERSION)
         name = differing(state["identity"], json.loads(json.dumps(identity)))
     except (SafetensorError, MemoryError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise unreadable(path, error) from error

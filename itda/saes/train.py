@@ -116,7 +116,7 @@ def train_sae(model: Any, data: Any, out: str | os.PathLike, **settings: Unpack[
         first = {} if start is None else _first(start, provenance, given["n_atoms"])
         how = {name: given[name] for name in ("tokens", "batch", "buffer", "seed", "lr")}
         fit = Fit(stream, aims, **how, standardise=given["normalize"] == "layer_norm", start=first)
-        _run(fit, target / folder.CHECKPOINT, _identity(provenance, aims, given, start), given, report)
+        _run(fit, target / folder.CHECKPOINT, _identity(provenance, aims, given | {"lr": fit.lr}, start), given, report)
         for kind in kinds:
             sae = fit.sae(kind, folder.metadata(provenance))
             sae.save(folders[kind], **_about(fit, kind, given, provenance))
