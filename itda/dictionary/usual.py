@@ -48,3 +48,11 @@ def share_with_less(dictionary: ITDA, x: Float[Tensor, " d"], x_hat: Float[Tenso
     known = dictionary.sample.losses.double().numpy()
     known = known[np.isfinite(known)]
     return float((known < float(LOSSES[name](x, x_hat))).mean()) if len(known) else None
+
+
+def sampled_uses(dictionary: ITDA) -> ndarray | None:
+    """How many tokens of the sample use each atom; None without a sample."""
+    if dictionary.sample is None:
+        return None
+    codes, n = dictionary.sample.codes, len(dictionary)
+    return np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n]

@@ -15,7 +15,7 @@ import numpy as np
 
 from itda._version import __version__
 from itda.dictionary.itda import ITDA
-from itda.dictionary.usual import massive_atoms
+from itda.dictionary.usual import massive_atoms, sampled_uses
 from itda.results import finite
 from itda.usage.kept import Uses
 
@@ -49,7 +49,7 @@ def _index(dictionary: ITDA, uses: Uses | None, evaluation: Any, massive: list[b
     """What the overview shows, and of every atom what the list and the search need."""
     labels, n = dictionary.labels, len(dictionary)
     around = [labels.context(i, BEFORE, AFTER) for i in range(n)]
-    counts = _sampled(dictionary)
+    counts = sampled_uses(dictionary)
     seen = None
     if uses is not None:
         about = {name: uses.about[name] for name in ("tokens", "l0", "no_lens", "sampled", "stream")}
@@ -70,7 +70,7 @@ def _index(dictionary: ITDA, uses: Uses | None, evaluation: Any, massive: list[b
         "spelt": ((labels.row >= 0) & (labels.end > labels.start)).astype(int).tolist(),
         "norm": [_short(norm) for norm in dictionary.norms.tolist()],
         "massive": np.flatnonzero(massive).tolist(),
-        "sampled": counts,
+        "sampled": None if counts is None else counts.tolist(),
         "positive": None if uses is None else uses.count[:, 0].tolist(),
         "negative": None if uses is None else uses.count[:, 1].tolist(),
     }
@@ -88,14 +88,6 @@ def _evaluated(report: dict[str, Any]) -> dict[str, Any]:
     data = held.get("data") if isinstance(held, dict) else None
     said = {"verdict": verdict if isinstance(verdict, str) else None, "tokens": report.get("tokens")}
     return said | {"data": data if isinstance(data, str) else None, "systems": systems}
-
-
-def _sampled(dictionary: ITDA) -> list[int] | None:
-    """How many tokens of the sample use each atom; None without a sample."""
-    if dictionary.sample is None:
-        return None
-    codes, n = dictionary.sample.codes, len(dictionary)
-    return np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n].tolist()
 
 
 def _atom(dictionary: ITDA, uses: Uses | None, texts: Texts | None, atom: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from itda.arguments import WHOLE, checks
 from itda.dictionary.itda import ITDA
-from itda.dictionary.usual import massive_atoms, usual_norm
+from itda.dictionary.usual import massive_atoms, sampled_uses, usual_norm
 from itda.errors import InputError, shortened
 from itda.labels import Labels
 from itda.provenance import is_number
@@ -105,7 +105,7 @@ class Found(Report):
 def summary(dictionary: ITDA | str | os.PathLike) -> Summary:
     """What is in a dictionary: where it comes from, how good it is on its sample, and some of its atoms."""
     dictionary = ITDA.of(dictionary)
-    n, uses, sample = dictionary.n_atoms, _uses(dictionary), None
+    n, uses, sample = dictionary.n_atoms, sampled_uses(dictionary), None
     most: ndarray = np.zeros(0, np.int64)
     if uses is not None and dictionary.sample is not None:
         codes = dictionary.sample.codes
@@ -141,7 +141,7 @@ def find(dictionary: ITDA | str | os.PathLike, text: str) -> Found:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"`text` (`--find`) is {shortened(text)}: pass some characters of the token to find.")
     path, dictionary = dictionary, ITDA.of(dictionary)
-    uses, wanted, labels = _uses(dictionary), text.strip().casefold(), dictionary.labels
+    uses, wanted, labels = sampled_uses(dictionary), text.strip().casefold(), dictionary.labels
     spelt = (labels.row >= 0) & (labels.end > labels.start)
     matches = {i: kind for i in range(len(labels)) if (kind := _match(labels, i, wanted, bool(spelt[i])))}
     if not matches and len(labels) and not spelt.any():
@@ -207,14 +207,6 @@ def atom_report(dictionary: ITDA | str | os.PathLike, atom: int, *, top: int = S
         negative_tokens=tokens(order[::-1][values[order[::-1]] < 0][:top]),
         seen=None if kept is None else kept_uses.seen(kept, dictionary, atom, top),
     )
-
-
-def _uses(dictionary: ITDA) -> ndarray | None:
-    """How many tokens of the sample use each atom; None without a sample."""
-    if dictionary.sample is None:
-        return None
-    codes, n = dictionary.sample.codes, dictionary.n_atoms
-    return np.bincount(codes.indices[codes.values != 0].numpy(), minlength=n)[:n]
 
 
 def _first(labels: Labels) -> list[int]:
